@@ -109,7 +109,7 @@ using real = DEEPSEEK_REAL;
 
 namespace fs = std::filesystem;
 
-// -- 1.1  fail, CHECK: the user's mistakes and ours --------------------------------------------------
+// -- 1.1  fail, CHECK: the user's mistakes and ours ----------------------------------------------
 
 struct UserError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -151,7 +151,7 @@ __attribute__((format(printf, 1, 2))) std::string text_of(const char* format, ..
         }                                                                                                \
     } while (0)
 
-// -- 1.2  Pages, Arena: memory whose bill is known before it is spent ---------------------------------
+// -- 1.2  Pages, Arena: memory whose bill is known before it is spent ----------------------------
 
 // Zeroed pages from the system. A page costs memory only once it is written, so a long context is cheap
 // until it is used.
@@ -159,7 +159,8 @@ class Pages {
 public:
     explicit Pages(size_t bytes = 0) : bytes_(bytes) {
         if (bytes == 0) return;
-        void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* p =
+            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) fail("not enough memory: %.2f GB refused by the system", double(bytes) / 1e9);
         base_ = static_cast<std::byte*>(p);
     }
@@ -191,7 +192,7 @@ struct Arena {
     }
 };
 
-// -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------------
+// -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 
 // body(i) for 0 <= i < n, in any order, on all threads. Each i writes its own outputs and no sum crosses
 // an i, so the result does not depend on the number of threads.
@@ -200,7 +201,7 @@ template <class Body> void parallel_for(int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; i++) body(i);
 }
 
-// -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------------
+// -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------
 
 // SplitMix64 (Steele, Lea, Flood 2014): 64 bits of state, every seed is a good one.
 struct Rng {
@@ -215,7 +216,7 @@ struct Rng {
     double uniform() { return double(next() >> 11) * 0x1p-53; }   // [0, 1)
 };
 
-// -- 1.5  Taps: every intermediate has a name ----------------------------------------------------------
+// -- 1.5  Taps: every intermediate has a name ----------------------------------------------------
 
 // A tap copies a named intermediate out of the forward pass: `layers.3.q_rope`, (T, H, Dr). Calls for later
 // chunks of the same prompt append rows. Names and order are those of `deepseek logits --taps`.
@@ -246,7 +247,7 @@ struct Taps {
     }
 };
 
-// -- 1.6  time and interruption ------------------------------------------------------------------------
+// -- 1.6  time and interruption ------------------------------------------------------------------
 
 inline double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -262,7 +263,7 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 //
 //                sign  exponent  fraction   largest     smallest normal   in the files
 //      f32        1       8        23       3.4e38         2^-126         gate_bias, scales
-//      bf16       1       8         7       3.4e38         2^-126         V2, the distills; V3: norms, embedding
+//      bf16       1       8         7       3.4e38         2^-126         V2, distills; V3: norms, embedding
 //      f16        1       5        10       65504          2^-14          some fine-tunes
 //      e4m3       1       4         3       448            2^-6           V3, R1: all large matrices
 //
@@ -292,21 +293,23 @@ template <class T> T load(const void* p) {
     return value;
 }
 
-// -- 2.1  widening ---------------------------------------------------------------------------------------
+// -- 2.1  widening -------------------------------------------------------------------------------
 
 inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 
 inline float f16_to_float(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
     if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | fraction << 13);
-    float magnitude = exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
+    float magnitude =
+        exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
     return sign ? -magnitude : magnitude;
 }
 
 inline float e4m3_to_float(uint8_t b) {
     int exponent = (b >> 3) & 15, fraction = b & 7;
     if ((b & 127) == 127) return std::numeric_limits<float>::quiet_NaN();
-    float magnitude = exponent ? std::ldexp(float(8 + fraction), exponent - 10) : std::ldexp(float(fraction), -9);
+    float magnitude =
+        exponent ? std::ldexp(float(8 + fraction), exponent - 10) : std::ldexp(float(fraction), -9);
     return b & 128 ? -magnitude : magnitude;
 }
 
@@ -316,7 +319,7 @@ inline const std::array<float, 256> E4M3 = [] {
     return table;
 }();
 
-// -- 2.2  Matrix: weights where they lie -------------------------------------------------------------------
+// -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
 // y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
 // some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
@@ -330,7 +333,8 @@ struct Matrix {
     const std::byte* row(int r) const { return data + size_t(r) * size_t(cols) * size_of(dtype); }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
-        return scale + size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
+        return scale +
+               size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
     }
     Matrix view(int begin, int count) const {
         Matrix part = *this;
@@ -359,7 +363,7 @@ using Vector = std::vector<real>;
 // overlap, and the model and the files must name the same tensors with the same shapes. A value that this
 // program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
 
-// -- 3.1  Json: reading objects strictly ---------------------------------------------------------------------
+// -- 3.1  Json: reading objects strictly ---------------------------------------------------------
 
 using Json = simdjson::dom::element;
 
@@ -399,8 +403,8 @@ public:
         int64_t value = 0;
         if (get(key).get(value)) fail("%s: '%s' is not an integer", where_.c_str(), key);
         if (value < low || value > high)
-            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value, (long long)low,
-                 (long long)high);
+            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value,
+                 (long long)low, (long long)high);
         return value;
     }
     double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
@@ -424,14 +428,16 @@ public:
         return std::string(value);
     }
     // The position of the text in `choices`; anything else is an unknown value.
-    int choice(const char* key, std::initializer_list<const char*> choices, std::optional<std::string> absent = {}) const {
+    int choice(const char* key, std::initializer_list<const char*> choices,
+               std::optional<std::string> absent = {}) const {
         std::string value = text(key, absent);
         int i = 0;
         for (const char* c : choices) {
             if (value == c) return i;
             i++;
         }
-        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key, printable(value).c_str());
+        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key,
+             printable(value).c_str());
     }
     // For messages: at most 80 bytes, control characters replaced, so that one line stays one line.
     static std::string printable(std::string_view text) {
@@ -455,7 +461,7 @@ std::string read_file(const fs::path& path, size_t limit = size_t(1) << 30) {
     return text;
 }
 
-// -- 3.2  Config: the shape of the network -------------------------------------------------------------------
+// -- 3.2  Config: the shape of the network -------------------------------------------------------
 
 enum class Gate : uint8_t { GREEDY, GROUP_LIMITED_GREEDY, NOAUX_TC };
 enum class Scaling : uint8_t { NONE, LLAMA3, YARN };
@@ -495,7 +501,8 @@ RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
         "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
         "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"};
     for (auto& [key, value] : f.all()) {
-        if (!KNOWN.count(key)) fail("%s: unknown field '%s'", f.where().c_str(), Fields::printable(key).c_str());
+        if (!KNOWN.count(key))
+            fail("%s: unknown field '%s'", f.where().c_str(), Fields::printable(key).c_str());
     }
     rope.theta = f.number("rope_theta", 1, 1e12, rope.theta);
     const char* key = f.has("type") ? "type" : "rope_type";
@@ -539,7 +546,8 @@ void parse_mla(Config& c, const Fields& f) {
     c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST));
     c.Dv = int(f.integer("v_head_dim", 1, MOST));
     if (f.integer("num_key_value_heads", 1, MOST, c.H) != c.H)
-        fail("%s: 'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have", c.file.c_str());
+        fail("%s: 'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have",
+             c.file.c_str());
 }
 
 void parse_moe(Config& c, const Fields& f) {
@@ -556,22 +564,27 @@ void parse_moe(Config& c, const Fields& f) {
     if (c.gate == Gate::GREEDY) return;
     c.n_group = int(f.integer("n_group", 1, c.E));
     c.topk_group = int(f.integer("topk_group", 1, c.n_group));
-    if (c.E % c.n_group) fail("%s: 'n_group' %d does not divide 'n_routed_experts' %d", c.file.c_str(), c.n_group, c.E);
+    if (c.E % c.n_group)
+        fail("%s: 'n_group' %d does not divide 'n_routed_experts' %d", c.file.c_str(), c.n_group, c.E);
     int group = c.E / c.n_group;
     if (c.K > c.topk_group * group)
-        fail("%s: 'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.file.c_str(), c.K,
-             c.topk_group * group, c.topk_group);
+        fail("%s: 'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.file.c_str(),
+             c.K, c.topk_group * group, c.topk_group);
     if (c.gate == Gate::NOAUX_TC && group < 2)
-        fail("%s: 'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.file.c_str(), c.n_group);
+        fail("%s: 'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.file.c_str(),
+             c.n_group);
 }
 
 void parse_gqa(Config& c, const Fields& f) {
     c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
-    if (c.H % c.G) fail("%s: 'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.file.c_str(), c.G, c.H);
+    if (c.H % c.G)
+        fail("%s: 'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.file.c_str(), c.G,
+             c.H);
     if (!f.has("head_dim") && c.D % c.H)
         fail("%s: 'num_attention_heads' %d does not divide 'hidden_size' %d", c.file.c_str(), c.H, c.D);
     c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
-    if (f.boolean("use_sliding_window", false)) fail("%s: 'use_sliding_window' true is not supported", c.file.c_str());
+    if (f.boolean("use_sliding_window", false))
+        fail("%s: 'use_sliding_window' true is not supported", c.file.c_str());
     if (f.boolean("mlp_bias", false)) fail("%s: 'mlp_bias' true is not supported", c.file.c_str());
     c.qkv_bias = c.model_type == "qwen2";
 }
@@ -599,7 +612,8 @@ std::vector<int> parse_ids(const Fields& f, const char* key) {
     if (f.get(key).get(list)) return {int(f.integer(key, 0, MOST))};
     for (Json item : list) {
         int64_t id = -1;
-        if (item.get(id) || id < 0 || id > MOST) fail("%s: '%s' is not a list of ids", f.where().c_str(), key);
+        if (item.get(id) || id < 0 || id > MOST)
+            fail("%s: '%s' is not a list of ids", f.where().c_str(), key);
         ids.push_back(int(id));
     }
     return ids;
@@ -637,7 +651,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     return c;
 }
 
-// -- 3.3  safetensors: a header that must be right, and bytes --------------------------------------------------
+// -- 3.3  safetensors: a header that must be right, and bytes ------------------------------------
 
 struct TensorInfo {
     std::string name, dtype;
@@ -650,8 +664,9 @@ constexpr uint64_t HEADER_LIMIT = 100'000'000;
 // Bytes of one element, 0 for a dtype that safetensors does not have.
 inline uint64_t dtype_width(const std::string& dtype) {
     static const std::map<std::string, uint64_t> WIDTH = {
-        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"I64", 8},
-        {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"U16", 2},     {"U32", 4},     {"U64", 8},     {"BOOL", 1}};
+        {"F64", 8},     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1},
+        {"F8_E8M0", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},      {"U8", 1},
+        {"U16", 2},     {"U32", 4}, {"U64", 8}, {"BOOL", 1}};
     auto at = WIDTH.find(dtype);
     return at == WIDTH.end() ? 0 : at->second;
 }
@@ -668,7 +683,8 @@ std::vector<uint64_t> parse_naturals(Json json, const std::string& where, const 
     return out;
 }
 
-TensorInfo parse_tensor_info(const std::string& name, Json json, uint64_t data_bytes, const std::string& file) {
+TensorInfo parse_tensor_info(const std::string& name, Json json, uint64_t data_bytes,
+                             const std::string& file) {
     std::string where = file + ": tensor '" + Fields::printable(name) + "'";
     Fields f(json, where);
     TensorInfo t{name, f.text("dtype"), parse_naturals(f.get("shape"), where, "shape"), 0, 0};
@@ -676,20 +692,23 @@ TensorInfo parse_tensor_info(const std::string& name, Json json, uint64_t data_b
     if (bytes == 0) fail("%s: unknown dtype '%s'", where.c_str(), Fields::printable(t.dtype).c_str());
     if (t.shape.size() > 8) fail("%s: 'shape' has %zu axes", where.c_str(), t.shape.size());
     for (uint64_t n : t.shape) {
-        if (__builtin_mul_overflow(bytes, n, &bytes)) fail("%s: 'shape' is larger than any file", where.c_str());
+        if (__builtin_mul_overflow(bytes, n, &bytes))
+            fail("%s: 'shape' is larger than any file", where.c_str());
     }
     auto range = parse_naturals(f.get("data_offsets"), where, "data_offsets");
     if (range.size() != 2 || range[0] > range[1] || range[1] > data_bytes)
-        fail("%s: 'data_offsets' outside the %llu bytes of data", where.c_str(), (unsigned long long)data_bytes);
+        fail("%s: 'data_offsets' outside the %llu bytes of data", where.c_str(),
+             (unsigned long long)data_bytes);
     t.begin = range[0], t.end = range[1];
     if (t.end - t.begin != bytes)
-        fail("%s: shape and dtype need %llu bytes, 'data_offsets' has %llu", where.c_str(), (unsigned long long)bytes,
-             (unsigned long long)(t.end - t.begin));
+        fail("%s: shape and dtype need %llu bytes, 'data_offsets' has %llu", where.c_str(),
+             (unsigned long long)bytes, (unsigned long long)(t.end - t.begin));
     return t;
 }
 
 // The JSON header of a safetensors file. The tensors must cover all `data_bytes`, each byte once.
-std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t data_bytes, const std::string& file) {
+std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t data_bytes,
+                                                 const std::string& file) {
     if (json.empty() || json[0] != '{') fail("%s: the safetensors header is not a JSON object", file.c_str());
     Document document(json, file);
     Fields header(document.root, file);
@@ -712,7 +731,8 @@ std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t
                  t.begin < at ? "overlaps another one" : "leaves a gap before it");
         at = t.end;
     }
-    if (at != data_bytes) fail("%s: %llu bytes after the last tensor", file.c_str(), (unsigned long long)(data_bytes - at));
+    if (at != data_bytes)
+        fail("%s: %llu bytes after the last tensor", file.c_str(), (unsigned long long)(data_bytes - at));
     return tensors;
 }
 
@@ -752,13 +772,14 @@ struct TensorFile {
 TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string& file) {
     if (bytes.size() < 8) fail("%s: too short for a safetensors file", file.c_str());
     uint64_t n = load<uint64_t>(bytes.data());
-    if (n > HEADER_LIMIT) fail("%s: a header of %llu bytes is beyond the limit of 100 MB", file.c_str(), (unsigned long long)n);
+    if (n > HEADER_LIMIT)
+        fail("%s: a header of %llu bytes is beyond the limit of 100 MB", file.c_str(), (unsigned long long)n);
     if (n > bytes.size() - 8) fail("%s: the header is longer than the file (cut off?)", file.c_str());
     std::string_view json(reinterpret_cast<const char*>(bytes.data()) + 8, n);
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.4  Checkpoint: all tensors of a folder, by name ------------------------------------------------------------
+// -- 3.4  Checkpoint: all tensors of a folder, by name -------------------------------------------
 
 struct Tensor {
     std::string file, dtype;
@@ -780,10 +801,11 @@ std::map<std::string, std::string> parse_index(std::string_view json, const std:
     std::map<std::string, std::string> out;
     for (auto& [name, value] : map.all()) {
         std::string shard = map.text(name.c_str());
-        bool plain = !shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos;
+        bool plain =
+            !shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos;
         if (!plain || !shard.ends_with(".safetensors"))
-            fail("%s: tensor '%s' names no file of this folder: '%s'", file.c_str(), Fields::printable(name).c_str(),
-                 Fields::printable(shard).c_str());
+            fail("%s: tensor '%s' names no file of this folder: '%s'", file.c_str(),
+                 Fields::printable(name).c_str(), Fields::printable(shard).c_str());
         out[name] = shard;
     }
     if (out.empty()) fail("%s: 'weight_map' is empty", file.c_str());
@@ -798,7 +820,8 @@ void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
         Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
         auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
         if (!is_new)
-            fail("%s: tensor '%s' is also in %s", file.c_str(), Fields::printable(t.name).c_str(), at->second.file.c_str());
+            fail("%s: tensor '%s' is also in %s", file.c_str(), Fields::printable(t.name).c_str(),
+                 at->second.file.c_str());
     }
 }
 
@@ -810,7 +833,8 @@ Checkpoint open_checkpoint(const fs::path& folder) {
     Checkpoint checkpoint;
     fs::path index = folder / "model.safetensors.index.json";
     if (!has_weights(folder))
-        fail("%s: neither model.safetensors nor model.safetensors.index.json (not a model folder, or not fetched whole?)",
+        fail("%s: neither model.safetensors nor model.safetensors.index.json (not a model folder, or not "
+             "fetched whole?)",
              folder.c_str());
     if (!fs::exists(index)) {
         add_tensors(checkpoint, folder / "model.safetensors");
@@ -823,7 +847,8 @@ Checkpoint open_checkpoint(const fs::path& folder) {
     for (auto& [name, shard] : weight_map) {
         auto at = checkpoint.tensors.find(name);
         if (at == checkpoint.tensors.end() || at->second.file != (folder / shard).string())
-            fail("%s: no tensor '%s', which the index expects there", (folder / shard).c_str(), Fields::printable(name).c_str());
+            fail("%s: no tensor '%s', which the index expects there", (folder / shard).c_str(),
+                 Fields::printable(name).c_str());
     }
     for (auto& [name, tensor] : checkpoint.tensors) {
         if (!weight_map.count(name))
@@ -832,7 +857,7 @@ Checkpoint open_checkpoint(const fs::path& folder) {
     return checkpoint;
 }
 
-// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------------------------
+// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------
 
 struct OutputTensor {
     std::string name, dtype;
@@ -844,7 +869,8 @@ struct OutputTensor {
 // Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
 class AtomicFile {
 public:
-    explicit AtomicFile(const std::string& path) : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
+    explicit AtomicFile(const std::string& path)
+        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
         if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
         file_ = std::fopen(temporary_.c_str(), "wb");
         if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
@@ -856,13 +882,15 @@ public:
     }
     AtomicFile(const AtomicFile&) = delete;
     void write(const void* data, size_t bytes) {
-        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
+            fail("%s: %s", path_.c_str(), std::strerror(errno));
     }
     void commit() {
         bool flushed = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0;
         if (!flushed) fail("%s: %s", path_.c_str(), std::strerror(errno));
         std::fclose(std::exchange(file_, nullptr));
-        if (std::rename(temporary_.c_str(), path_.c_str())) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        if (std::rename(temporary_.c_str(), path_.c_str()))
+            fail("%s: %s", path_.c_str(), std::strerror(errno));
     }
 
 private:
@@ -876,8 +904,9 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
     for (const OutputTensor& t : tensors) {
         std::string shape;
         for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
-        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}", at || header.size() > 1 ? "," : "",
-                          t.name.c_str(), t.dtype.c_str(), shape.c_str(), at, at + t.bytes);
+        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
+                          at, at + t.bytes);
         at += t.bytes;
     }
     header += "}";
@@ -900,7 +929,7 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
 //      the chat template    <｜begin▁of▁sentence｜><｜User｜>don't<｜Assistant｜>
 //      added tokens         [<｜begin▁of▁sentence｜>] [<｜User｜>]  don't  [<｜Assistant｜>]
 //      Split regexes        "don" "'t"              each piece is encoded alone
-//      bytes, then merges   d o n -> d on -> don    the pair with the lowest merge rank first, leftmost on ties
+//      bytes, then merges   d o n -> d on -> don    lowest merge rank first, leftmost on ties
 //      ids                  0  128803  20385 1664  128804
 //
 // Two things go wrong in most ports. The template is part of the model: another one, or a second BOS, and
@@ -933,7 +962,7 @@ inline real sum_lanes(const real* lane) {
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// -- 5.1  dot, axpy: the two inner loops, in plain C++ ----------------------------------------------------------
+// -- 5.1  dot, axpy: the two inner loops, in plain C++ -------------------------------------------
 
 // How a row of each dtype reads as numbers.
 struct RealRow {
@@ -1039,9 +1068,9 @@ struct Kernels {
 };
 inline Kernels kernels;
 
-// -- 5.2  matmul: y = W x for T tokens --------------------------------------------------------------------------
+// -- 5.2  matmul: y = W x for T tokens -----------------------------------------------------------
 
-constexpr int ROW_BLOCK = 16;    // rows of W that a thread takes at once: they stay in its cache for all tokens
+constexpr int ROW_BLOCK = 16;    // rows of W that a thread takes at once: they stay in its cache
 constexpr int TOKEN_TILE = 4;    // tokens that share one widening of a weight
 
 // out[t][r] = W[r] . x[t] for rows begin <= r < end, on the calling thread.
@@ -1069,7 +1098,7 @@ inline void add(real* out, const real* x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
 }
 
-// -- 5.3  exp, sigmoid, silu, softmax -----------------------------------------------------------------------------
+// -- 5.3  exp, sigmoid, silu, softmax ------------------------------------------------------------
 
 // e^x. The C library's expf differs between systems in the last bit. Here: e^x = 2^k e^r, |r| <= ln(2)/2, a
 // polynomial in double (error below 1e-12 of the value), rounded once. Only +, * and a shift: the same bits
@@ -1079,8 +1108,8 @@ inline float exp_of(float x) {
     if (x > 88.8f) return std::numeric_limits<float>::infinity();
     constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453, TO_INTEGER = 0x1.8p52;
     double k = (double(x) * LOG2_E + TO_INTEGER) - TO_INTEGER, r = double(x) - k * LN_2, p = 1.0 / 39916800;
-    for (double inverse : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24,
-                           1.0 / 6, 0.5, 1.0, 1.0})
+    for (double inverse : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
+                           1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
         p = p * r + inverse;
     return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
 }
@@ -1096,7 +1125,7 @@ inline void softmax(real* z, int n) {
     for (int i = 0; i < n; i++) z[i] /= sum;
 }
 
-// -- 5.4  rmsnorm ----------------------------------------------------------------------------------------------------
+// -- 5.4  rmsnorm --------------------------------------------------------------------------------
 
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
 // out, x: (T, n), `x` may be `out`; w: (n)
@@ -1108,7 +1137,7 @@ inline void rmsnorm(Rows out, ConstRows x, const Vector& w, int T, double eps) {
     });
 }
 
-// -- 5.5  top_k: the one place that decides ties -----------------------------------------------------------------------
+// -- 5.5  top_k: the one place that decides ties -------------------------------------------------
 
 // idx: the k indices of the largest v, in descending order of v; of equal values the lower index comes first.
 inline void top_k(int* idx, const real* v, int n, int k) {
@@ -1134,13 +1163,14 @@ inline void top_k(int* idx, const real* v, int n, int k) {
 //      interleaved   (x0 x1) (x2 x3) (x4 x5) ...    DeepSeek's MLA
 //      half          (x0 x_d/2) (x1 x_d/2+1) ...    Qwen2, Llama
 //
-// A model trained on 4,096 tokens can read 163,840 after its slow pairs were slowed down further. YaRN (Peng et
-// al. 2023) divides the frequencies of pairs that turn less than `beta_slow` times over the original context by
-// `factor`, keeps those that turn more than `beta_fast` times, and blends in between. It also sharpens the
-// softmax: DeepSeek multiplies the attention scores by mscale(mscale_all_dim)^2, at every length. Leaving it
-// out is invisible at position 0 and wrong by a factor of 1.59 (V2-Lite) or 1.87 (V3) after it.
+// A model trained on 4,096 tokens can read 163,840 after its slow pairs were slowed down further. YaRN
+// (Peng et al. 2023) divides the frequencies of pairs that turn less than `beta_slow` times over the
+// original context by `factor`, keeps those that turn more than `beta_fast` times, and blends in between.
+// It also sharpens the softmax: DeepSeek multiplies the attention scores by mscale(mscale_all_dim)^2, at
+// every length. Leaving it out is invisible at position 0 and wrong by a factor of 1.59 (V2-Lite) or 1.87
+// (V3) after it.
 
-// -- 6.1  frequencies -----------------------------------------------------------------------------------------------------
+// -- 6.1  frequencies ----------------------------------------------------------------------------
 
 struct Rope {
     std::vector<double> frequency;   // (dim / 2), radians a token
@@ -1149,7 +1179,9 @@ struct Rope {
 };
 
 //   YaRN: mscale(m) = 0.1 m ln(factor) + 1
-inline double yarn_mscale(double factor, double m) { return factor <= 1 ? 1 : 0.1 * m * std::log(factor) + 1; }
+inline double yarn_mscale(double factor, double m) {
+    return factor <= 1 ? 1 : 0.1 * m * std::log(factor) + 1;
+}
 
 // The pair (a real number) that turns `turns` times over the original context.
 inline double yarn_pair(const RopeConfig& c, int dim, double turns) {
@@ -1176,7 +1208,8 @@ inline void scale_llama3(Rope& rope, const RopeConfig& c) {
     constexpr double TWO_PI = 6.28318530717958647692;
     for (double& f : rope.frequency) {
         double turns = c.original_context * f / TWO_PI;   // over the original context
-        double t = std::clamp((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0.0, 1.0);
+        double t =
+            std::clamp((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0.0, 1.0);
         f = (1 - t) * f / c.factor + t * f;
     }
 }
@@ -1200,7 +1233,7 @@ inline void rope_table(real* cos_sin, const Rope& rope, int T, int pos) {
     }
 }
 
-// -- 6.2  rope_interleaved, rope_half: rotate one vector in place ------------------------------------------------------------
+// -- 6.2  rope_interleaved, rope_half: rotate one vector in place --------------------------------
 
 inline void rotate(real& a, real& b, const real* cos_sin) {
     real x = a, y = b;
@@ -1226,18 +1259,18 @@ inline void rope_half(real* x, const real* cos_sin, int dim) {
 //
 //      o = sum_j softmax_j(q . k_j / sqrt(d)) v_j       j <= position
 //
-// The keys and values of the past do not change, so they are kept: the KV cache. It, not the arithmetic, limits
-// long contexts. With H heads of width d it holds 2 H d numbers a token and layer. Grouped-query attention, as in
-// the distills, lets H / G query heads share a key head: 2 G d numbers (R1-Distill-Qwen-1.5B: 512 for 12 heads of
-// 128). Chapter 8 is DeepSeek's answer to the same question.
+// The keys and values of the past do not change, so they are kept: the KV cache. It, not the arithmetic,
+// limits long contexts. With H heads of width d it holds 2 H d numbers a token and layer. Grouped-query
+// attention, as in the distills, lets H / G query heads share a key head: 2 G d numbers
+// (R1-Distill-Qwen-1.5B: 512 for 12 heads of 128). Chapter 8 is DeepSeek's answer to the same question.
 
-// -- 7.1  what a session holds: weights, cache, activations ------------------------------------------------------------------
+// -- 7.1  what a session holds: weights, cache, activations --------------------------------------
 
 struct Mla {                               // chapter 8
     Matrix wq;                             // (H * (Dn + Dr), D), where queries are not compressed
     Matrix wq_a, wq_b;                     // (Rq, D), (H * (Dn + Dr), Rq)
     Matrix wkv_a;                          // (Rkv + Dr, D)
-    Matrix wkv_b;                          // (H, Dn + Dv, Rkv): W^UK and W^UV of each head, one below the other
+    Matrix wkv_b;                          // (H, Dn + Dv, Rkv): a head's W^UK above its W^UV
     Matrix wo;                             // (D, H * Dv)
     Vector q_norm, kv_norm;                // (Rq), (Rkv)
 };
@@ -1284,7 +1317,8 @@ struct Cache {
     static size_t bytes(const Config& c, int context) {
         return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(c.cache_width()) * sizeof(real);
     }
-    Cache(const Config& c, int context) : width(c.cache_width()), context(context), pages(bytes(c, context)) {}
+    Cache(const Config& c, int context)
+        : width(c.cache_width()), context(context), pages(bytes(c, context)) {}
     Rows layer(int l) const {
         return {reinterpret_cast<real*>(pages.data()) + size_t(l) * size_t(context) * size_t(width), width};
     }
@@ -1297,10 +1331,10 @@ struct SessionOptions {
     MlaForm mla = MlaForm::ABSORBED;
 };
 
-// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the bill and
-// for the pointers.
+// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
+// bill and for the pointers.
 struct Activations {
-    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after the final norm
+    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after last norm
     real *cos_sin;                         // (C, rope_dim / 2, 2)
     real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
     real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
@@ -1326,8 +1360,10 @@ struct Activations {
         gate = reals(C * width), up = reals(C * width);
         router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
         gate_weight = reals(C * K), expert_in = reals(E ? C * D : 0), expert_out = reals(C * K * D);
-        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0), mtp_h = reals(c.n_mtp ? C * D : 0);
-        expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K), slot_token = arena.take<int>(C * K);
+        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
+        mtp_h = reals(c.n_mtp ? C * D : 0);
+        expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
+        slot_token = arena.take<int>(C * K);
     }
     static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
         Arena counter;
@@ -1336,7 +1372,8 @@ struct Activations {
     }
 };
 
-// One conversation with one model. The MTP layer's part of the cache lags behind: it holds `mtp_length` tokens.
+// One conversation with one model. The MTP layer's part of the cache lags behind: it holds `mtp_length`
+// tokens.
 struct Session {
     const Model& model;
     SessionOptions options;
@@ -1360,7 +1397,7 @@ struct Session {
     }
 };
 
-// -- 7.2  attend: one query, n keys ------------------------------------------------------------------------------------------
+// -- 7.2  attend: one query, n keys --------------------------------------------------------------
 
 struct KeysValues {
     ConstRows k, v;                        // (n, dk), (n, dv)
@@ -1380,7 +1417,7 @@ inline real* thread_scores(const Session& s) {
     return s.a.scores + size_t(omp_get_thread_num()) * size_t(s.options.context);
 }
 
-// -- 7.3  gqa ------------------------------------------------------------------------------------------------------------------
+// -- 7.3  gqa ------------------------------------------------------------------------------------
 
 // a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l.
 inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
@@ -1391,7 +1428,8 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
     matmul(a.q, a.u, w.wq, T);
     matmul(a.kv, a.u, w.wk, T);
     matmul(a.kv + int64_t(T) * half, a.u, w.wv, T);
-    if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(a.kv, w.bk, T), add_bias(a.kv + int64_t(T) * half, w.bv, T);
+    if (c.qkv_bias)
+        add_bias(a.q, w.bq, T), add_bias(a.kv, w.bk, T), add_bias(a.kv + int64_t(T) * half, w.bv, T);
     parallel_for(T, [&](int64_t t) {
         const real* cos_sin = a.cos_sin + t * d;
         real* row = past[pos + t];
@@ -1413,48 +1451,51 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
 // Chapter 8. Attention II: MLA
 // =================================================================================================
 //
-// Can many heads share a cache without sharing their keys? Multi-head latent attention stores, for each token,
-// one small latent vector c_kv from which every head rebuilds its own key and value:
+// Can many heads share a cache without sharing their keys? Multi-head latent attention stores, for each
+// token, one small latent vector c_kv from which every head rebuilds its own key and value:
 //
 //      k_h = W^UK_h c_kv      v_h = W^UV_h c_kv         c_kv: 512 numbers for 128 heads (V3)
 //
-// A rotation by position cannot be rebuilt that way (it would stand between W^UK and c_kv), so a second, small
-// key k_rope of 64 numbers, one for all heads, carries the position. The cache holds 512 + 64 = 576 numbers a token
-// and layer; full keys and values would be 128 * (192 + 128) = 40,960.
+// A rotation by position cannot be rebuilt that way (it would stand between W^UK and c_kv), so a second,
+// small key k_rope of 64 numbers, one for all heads, carries the position. The cache holds 512 + 64 = 576
+// numbers a token and layer; full keys and values would be 128 * (192 + 128) = 40,960.
 //
-// The naive form does what the equations say: expand the cache to keys and values, attend. The absorbed form never
-// expands, because matrix products associate:
+// The naive form does what the equations say: expand the cache to keys and values, attend. The absorbed
+// form never expands, because matrix products associate:
 //
 //      q . k      = q_nope^T (W^UK c) + q_rope . k_rope  =  (W^UK^T q_nope) . c + q_rope . k_rope
 //      sum p_j v_j = sum p_j (W^UV c_j)                  =  W^UV (sum p_j c_j)
 //
-// With q_absorbed = W^UK^T q_nope (512 numbers), all heads attend directly over the cache rows [c | k_rope], as one
-// key head of width 576 whose first 512 numbers are also the value. The scale is still that of 192: absorption
-// changes where the work is done, not what is computed.
+// With q_absorbed = W^UK^T q_nope (512 numbers), all heads attend directly over the cache rows [c |
+// k_rope], as one key head of width 576 whose first 512 numbers are also the value. The scale is still
+// that of 192: absorption changes where the work is done, not what is computed.
 //
 //              naive                                   absorbed
 //      scores  H * (Dn + Dr) a pair                    H * (Rkv + Dr) a pair
 //      values  H * Dv a pair                           H * Rkv a pair
 //      extra   H * (Dn + Dv) * Rkv a cached token      H * (Dn + Dv) * Rkv a new token
 
-// -- 8.1  the two forms -------------------------------------------------------------------------------------------------------
+// -- 8.1  the two forms --------------------------------------------------------------------------
 
 inline real mla_scale(const Model& m) {
     return real(m.rope.score_scale / std::sqrt(double(m.config.Dn + m.config.Dr)));
 }
 
 // From a.q (T, H, [q_nope | q_rope]) and the cache of layer l to a.o (T, H, Dv).        V2 eq. 9-11, 17-18
-// Each head expands keys and values for all positions; quadratic work a decoded token, kept as the definition.
+// Each head expands keys and values for all positions; quadratic work a decoded token, kept as the
+// definition.
 inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Rows past = s.cache.layer(l);
     int width = c.q_dim() + c.Dv;                                             // [k_nope | k_rope | v]
     parallel_for(c.H, [&](int64_t h) {
         int first = int(h) * (c.Dn + c.Dv), n = pos + T;
-        Rows kv{s.a.expanded + size_t(omp_get_thread_num()) * size_t(s.options.context) * size_t(width), width};
-        matmul_rows(kv, past, w.wkv_b.view(first, c.Dn), n, 0, c.Dn);                                 // W^UK c
+        Rows kv{s.a.expanded + size_t(omp_get_thread_num()) * size_t(s.options.context) * size_t(width),
+                width};
+        matmul_rows(kv, past, w.wkv_b.view(first, c.Dn), n, 0, c.Dn);   // W^UK c
         for (int j = 0; j < n; j++) std::copy_n(past[j] + c.Rkv, c.Dr, kv[j] + c.Dn);
-        matmul_rows({kv.data + c.q_dim(), width}, past, w.wkv_b.view(first + c.Dn, c.Dv), n, 0, c.Dv);   // W^UV c
+        matmul_rows({kv.data + c.q_dim(), width}, past, w.wkv_b.view(first + c.Dn, c.Dv), n, 0,
+                    c.Dv);   // W^UV c
         KeysValues keys{kv, {kv.data + c.q_dim(), width}, c.q_dim(), c.Dv, mla_scale(s.model)};
         for (int t = 0; t < T; t++) {
             int64_t i = int64_t(t) * c.H + h;
@@ -1494,7 +1535,7 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
     });
 }
 
-// -- 8.2  mla: projections, norms, rotation, cache -----------------------------------------------------------------------------
+// -- 8.2  mla: projections, norms, rotation, cache -----------------------------------------------
 
 constexpr double LATENT_EPS = 1e-6;   // q_a_layernorm, kv_a_layernorm: their own eps, not the config's
 
@@ -1555,10 +1596,10 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
 //
 //      y = W_down (silu(W_gate u) * (W_up u))          SwiGLU, Shazeer 2020
 //
-// The first layers of V2 and V3 and all layers of the distills have one such network of great width. An expert
-// (chapter 10) is the same network, narrow.
+// The first layers of V2 and V3 and all layers of the distills have one such network of great width. An
+// expert (chapter 10) is the same network, narrow.
 
-// -- 9.1  swiglu -----------------------------------------------------------------------------------------------------------------
+// -- 9.1  swiglu ---------------------------------------------------------------------------------
 
 // out (T, D) from x (T, D); a.gate, a.up are scratch.
 inline void swiglu(real* out, const real* x, const Mlp& w, int T, Activations& a) {
@@ -1576,26 +1617,27 @@ inline void swiglu(real* out, const real* x, const Mlp& w, int T, Activations& a
 // Chapter 10. Mixture of experts
 // =================================================================================================
 //
-// How can a model know 671 billion numbers and use 37 billion for a token? Most of V3's layers have 256 narrow
-// feed-forward networks, the experts, and a gate that sends each token to 8 of them. One more, the shared expert,
-// sees every token.
+// How can a model know 671 billion numbers and use 37 billion for a token? Most of V3's layers have 256
+// narrow feed-forward networks, the experts, and a gate that sends each token to 8 of them. One more, the
+// shared expert, sees every token.
 //
 //      router_logits = W_gate u                    one number an expert
 //      s = softmax or sigmoid of them              affinity
 //      pick                                        a gate: which K experts
 //      y = sum over pick of g_e FFN_e(u)  +  FFN_shared(u)
 //
-// The three gates differ in how they pick. V2-Lite takes the K best. V2 and V3 first take the best groups of experts,
-// since a group lives on one machine and a token should not travel to all of them. V3 adds a bias b_e to each affinity
-// before picking. Training nudges b_e up when expert e gets too little work and down when it gets too much (no loss
-// term pulls at the weights: "auxiliary-loss-free"). The bias steers who is picked and never enters the mixture. An
-// example with K = 1:
+// The three gates differ in how they pick. V2-Lite takes the K best. V2 and V3 first take the best groups
+// of experts, since a group lives on one machine and a token should not travel to all of them. V3 adds a
+// bias b_e to each affinity before picking. Training nudges b_e up when expert e gets too little work and
+// down when it gets too much (no loss term pulls at the weights: "auxiliary-loss-free"). The bias steers
+// who is picked and never enters the mixture. An example with K = 1:
 //
 //      s = 0.90 0.30    b = -0.70 0    s + b = 0.20 0.30    pick: expert 1, with g from s = 0.30
 
-// -- 10.1  gates: which experts see this token -----------------------------------------------------------------------------------
+// -- 10.1  gates: which experts see this token ---------------------------------------------------
 
-// One token's routing. E-wide arrays are rows of the activations; `choice` is the score by which experts are picked.
+// One token's routing. E-wide arrays are rows of the activations; `choice` is the score by which experts
+// are picked.
 struct Routing {
     const real* logits;           // (E)
     real *affinity, *choice;      // (E)
@@ -1609,8 +1651,8 @@ inline void affinities(const Routing& r, const Config& c) {
     for (int e = 0; e < c.E; e++) r.affinity[e] = sigmoid(r.logits[e]);
 }
 
-// Sets the choice of all experts outside the `topk_group` groups with the best scores to -inf. (0 would not do: with
-// negative biases it can beat an expert of a kept group.)
+// Sets the choice of all experts outside the `topk_group` groups with the best scores to -inf. (0 would
+// not do: with negative biases it can beat an expert of a kept group.)
 inline void keep_best_groups(const Routing& r, const std::vector<real>& score, const Config& c) {
     int n_group = int(score.size()), size = c.E / n_group;
     std::vector<int> best(static_cast<size_t>(c.topk_group));
@@ -1631,11 +1673,12 @@ inline void gate_group_limited_greedy(const Routing& r, const real*, const Confi
     std::copy_n(r.affinity, c.E, r.choice);
     int size = c.E / c.n_group;
     std::vector<real> score;
-    for (int g = 0; g < c.n_group; g++) score.push_back(*std::max_element(r.choice + g * size, r.choice + (g + 1) * size));
+    for (int g = 0; g < c.n_group; g++)
+        score.push_back(*std::max_element(r.choice + g * size, r.choice + (g + 1) * size));
     keep_best_groups(r, score, c);
 }
 
-//   group score = sum of the two best s + b; pick = top-K of s + b in the best groups       V3 eq. 16, section 2.1.2
+//   group score = sum of the two best s + b; pick = top-K of s + b in the best groups      V3 eq. 16, 2.1.2
 inline void gate_noaux_tc(const Routing& r, const real* bias, const Config& c) {
     for (int e = 0; e < c.E; e++) r.choice[e] = r.affinity[e] + bias[e];
     int size = c.E / c.n_group, best[2];
@@ -1672,7 +1715,7 @@ inline void route(const Routing& r, const real* bias, const Config& c) {
     mixture_weights(r, c);
 }
 
-// -- 10.2  dispatch: sort the (token, expert) pairs by expert ----------------------------------------------------------------------
+// -- 10.2  dispatch: sort the (token, expert) pairs by expert ------------------------------------
 
 // Expert e works on slots first[e] .. first[e + 1]; a slot is one pair, slot_token its token, in token order.
 inline std::vector<int> dispatch(Activations& a, const Config& c, int T) {
@@ -1687,10 +1730,11 @@ inline std::vector<int> dispatch(Activations& a, const Config& c, int T) {
     return first;
 }
 
-// -- 10.3  moe: route, compute expert by expert, combine ----------------------------------------------------------------------------
+// -- 10.3  moe: route, compute expert by expert, combine -----------------------------------------
 
-// a.y (T, D) = experts' mixture of a.u (T, D). Each expert's weights are read once for all its tokens; the sum over a
-// token's experts runs in the order of its own picks, shared expert last, so company does not change its bits.
+// a.y (T, D) = experts' mixture of a.u (T, D). Each expert's weights are read once for all its tokens;
+// the sum over a token's experts runs in the order of its own picks, shared expert last, so company does
+// not change its bits.
 inline void moe(Session& s, const Moe& w, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
@@ -1717,7 +1761,8 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
         mix += t * c.D;                                   // the experts are done with it
         std::fill_n(mix, c.D, real(0));
         for (int k = 0; k < c.K; k++)
-            kernels.axpy(mix, a.gate_weight[t * c.K + k], a.expert_out + int64_t(a.slot[t * c.K + k]) * c.D, c.D);
+            kernels.axpy(mix, a.gate_weight[t * c.K + k], a.expert_out + int64_t(a.slot[t * c.K + k]) * c.D,
+                         c.D);
         if (c.n_shared) add(mix, y, size_t(c.D));
         std::copy_n(mix, c.D, y);
     });
@@ -1735,13 +1780,14 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 //
 // `forward` below is the whole of it: every call is a chapter.
 
-// -- 11.1  bind: every tensor in its place ---------------------------------------------------------------------------------------------
+// -- 11.1  bind: every tensor in its place -------------------------------------------------------
 
-// Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill of a model
-// can be had from config.json alone.
+// Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
+// of a model can be had from config.json alone.
 class Binder {
 public:
-    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8) : checkpoint_(checkpoint), folder_(folder), fp8_(fp8) {}
+    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8)
+        : checkpoint_(checkpoint), folder_(folder), fp8_(fp8) {}
     uint64_t parameters = 0;             // numbers asked for, scales not counted
 
     Matrix matrix(const std::string& name, int rows, int cols) {
@@ -1757,7 +1803,8 @@ public:
         if (!checkpoint_) return {};
         const Tensor& t = find(name, {uint64_t(n)});
         Matrix m{t.data, nullptr, dtype_of(t, name), 1, n, 0};
-        if (m.dtype == Dtype::F8_E4M3) fail("%s: tensor '%s' is F8_E4M3, a vector cannot be", t.file.c_str(), name.c_str());
+        if (m.dtype == Dtype::F8_E4M3)
+            fail("%s: tensor '%s' is F8_E4M3, a vector cannot be", t.file.c_str(), name.c_str());
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
         return out;
@@ -1770,7 +1817,8 @@ public:
     void finish() const {
         for (auto& [name, tensor] : checkpoint_->tensors) {
             if (used_.count(name) || name.ends_with("rotary_emb.inv_freq")) continue;
-            fail("%s: tensor '%s' has no place in this model", tensor.file.c_str(), Fields::printable(name).c_str());
+            fail("%s: tensor '%s' has no place in this model", tensor.file.c_str(),
+                 Fields::printable(name).c_str());
         }
     }
 
@@ -1787,10 +1835,11 @@ private:
     }
     const Tensor& find(const std::string& name, const std::vector<uint64_t>& shape) {
         auto at = checkpoint_->tensors.find(name);
-        if (at == checkpoint_->tensors.end()) fail("%s: no tensor '%s', which config.json asks for", folder_.c_str(), name.c_str());
+        if (at == checkpoint_->tensors.end())
+            fail("%s: no tensor '%s', which config.json asks for", folder_.c_str(), name.c_str());
         if (at->second.shape != shape)
-            fail("%s: tensor '%s' has shape %s, config.json asks for %s", at->second.file.c_str(), name.c_str(),
-                 shape_text(at->second.shape).c_str(), shape_text(shape).c_str());
+            fail("%s: tensor '%s' has shape %s, config.json asks for %s", at->second.file.c_str(),
+                 name.c_str(), shape_text(at->second.shape).c_str(), shape_text(shape).c_str());
         used_.insert(name);
         return at->second;
     }
@@ -1798,17 +1847,24 @@ private:
         if (t.dtype == "F32") return Dtype::F32;
         if (t.dtype == "BF16") return Dtype::BF16;
         if (t.dtype == "F16") return Dtype::F16;
-        if (t.dtype != "F8_E4M3") fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(), t.dtype.c_str());
-        if (!fp8_) fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(), name.c_str());
+        if (t.dtype != "F8_E4M3")
+            fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
+                 t.dtype.c_str());
+        if (!fp8_)
+            fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(),
+                 name.c_str());
         return Dtype::F8_E4M3;
     }
     const std::byte* scales(const Tensor& weight, const std::string& name, int rows, int cols) {
         auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
         const Tensor& t = find(name + "_scale_inv", {blocks(rows), blocks(cols)});
-        if (t.dtype != "F32") fail("%s: tensor '%s_scale_inv' has dtype %s, not F32", t.file.c_str(), name.c_str(), t.dtype.c_str());
+        if (t.dtype != "F32")
+            fail("%s: tensor '%s_scale_inv' has dtype %s, not F32", t.file.c_str(), name.c_str(),
+                 t.dtype.c_str());
         for (uint64_t i = 0; i < t.bytes; i += 4) {
             if (!std::isfinite(load<float>(t.data + i)))
-                fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(), name.c_str(), weight.file.c_str());
+                fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(),
+                     name.c_str(), weight.file.c_str());
         }
         return t.data;
     }
@@ -1871,8 +1927,8 @@ inline Layer bind_layer(Binder& b, const Config& c, int l) {
     return w;
 }
 
-// Layer n_layers of the files. It has its own copies of embedding and head, which V3 section 2.2 shares with the main
-// model; the main model's are used.
+// Layer n_layers of the files. It has its own copies of embedding and head, which V3 section 2.2 shares
+// with the main model; the main model's are used.
 inline Mtp bind_mtp(Binder& b, const Config& c) {
     Mtp w;
     std::string p = text_of("model.layers.%d.", c.n_layers);
@@ -1921,7 +1977,7 @@ inline Model load_model(const fs::path& folder) {
     return m;
 }
 
-// -- 11.2  block, forward, head ------------------------------------------------------------------------------------------------------------
+// -- 11.2  block, forward, head ------------------------------------------------------------------
 
 // One layer on the residual stream x (T, D), in place.
 inline void block(Session& s, const Layer& w, real* x, int l, int T, int pos) {
@@ -1945,8 +2001,9 @@ inline void block(Session& s, const Layer& w, real* x, int l, int T, int pos) {
     s.tap(l, "out", x, T, {c.D});
 }
 
-// Tokens ids (T) at positions pos, pos + 1, ... whose past is in the cache. Leaves the hidden states after the final
-// norm in a.h (T, D). T at most options.chunk; any split of a prompt into calls gives the same bits.
+// Tokens ids (T) at positions pos, pos + 1, ... whose past is in the cache. Leaves the hidden states
+// after the final norm in a.h (T, D). T at most options.chunk; any split of a prompt into calls gives the
+// same bits.
 inline void forward(Session& s, std::span<const int> ids, int pos) {
     const Model& m = s.model;
     const Config& c = m.config;
@@ -1966,7 +2023,8 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
 inline void head(const Model& m, real* logits, const real* h, int T) { matmul(logits, h, m.head, T); }
 
 // Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
-inline void prefill(Session& s, std::span<const int> ids, int pos, const std::function<void(int, int)>& done) {
+inline void prefill(Session& s, std::span<const int> ids, int pos,
+                    const std::function<void(int, int)>& done) {
     for (size_t at = 0; at < ids.size() && !interrupted;) {
         size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
         forward(s, ids.subspan(at, T), pos + int(at));
@@ -1979,18 +2037,20 @@ inline void prefill(Session& s, std::span<const int> ids, int pos, const std::fu
 // Chapter 12. Talking
 // =================================================================================================
 //
-// How does a row of logits become an answer? Softmax makes it a distribution, a random number picks one token, the
-// token is shown to the model, and so on until it picks an end-of-sentence token:
+// How does a row of logits become an answer? Softmax makes it a distribution, a random number picks one
+// token, the token is shown to the model, and so on until it picks an end-of-sentence token:
 //
 //      prompt ids --prefill--> logits --sample--> id --forward--> logits --sample--> id ...
 //
-// Greedy decoding (temperature 0) takes the likeliest token each time. Reasoning models tend to loop under it, so R1
-// and its distills come with temperature 0.6 and top-p 0.95 in generation_config.json, which is the default here.
+// Greedy decoding (temperature 0) takes the likeliest token each time. Reasoning models tend to loop
+// under it, so R1 and its distills come with temperature 0.6 and top-p 0.95 in generation_config.json,
+// which is the default here.
 //
-// R1 thinks before it answers, between <think> and </think>. A thinking budget ends the thought after N tokens with the
-// token </think> itself; the same letters spelled from ordinary tokens would mean nothing to the model.
+// R1 thinks before it answers, between <think> and </think>. A thinking budget ends the thought after N
+// tokens with the token </think> itself; the same letters spelled from ordinary tokens would mean nothing
+// to the model.
 
-// -- 12.1  sampling ---------------------------------------------------------------------------------------------------------------------------
+// -- 12.1  sampling ------------------------------------------------------------------------------
 
 struct Sampling {
     double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
@@ -2003,11 +2063,14 @@ struct Candidate {
 };
 using Distribution = std::vector<Candidate>;             // sums to 1
 
-// Sorts as many of the heaviest candidates to the front as it takes to hold `share` of the total, and drops the rest.
+// Sorts as many of the heaviest candidates to the front as it takes to hold `share` of the total, and
+// drops the rest.
 inline void keep_top_p(Distribution& d, double share) {
     double total = 0;
     for (const Candidate& c : d) total += c.p;
-    auto heavier = [](const Candidate& a, const Candidate& b) { return a.p > b.p || (a.p == b.p && a.id < b.id); };
+    auto heavier = [](const Candidate& a, const Candidate& b) {
+        return a.p > b.p || (a.p == b.p && a.id < b.id);
+    };
     for (size_t sorted = 64;; sorted *= 8) {
         sorted = std::min(sorted, d.size());
         std::partial_sort(d.begin(), d.begin() + int64_t(sorted), d.end(), heavier);
@@ -2037,7 +2100,8 @@ inline Distribution distribution(const real* logits, int V, const Sampling& s) {
         d = kept;
     }
     if (s.top_p < 1) keep_top_p(d, s.top_p);
-    std::erase_if(d, [&](const Candidate& c) { return c.p < s.min_p; });   // the best has p = 1 before the division
+    std::erase_if(
+        d, [&](const Candidate& c) { return c.p < s.min_p; });   // the best has p = 1 before the division
     double sum = 0;
     for (const Candidate& c : d) sum += c.p;
     for (Candidate& c : d) c.p /= sum;
@@ -2053,7 +2117,7 @@ inline int sample(const Distribution& d, Rng& rng) {
     return d.back().id;                                  // rounding left a sliver
 }
 
-// -- 12.2  generate ------------------------------------------------------------------------------------------------------------------------------
+// -- 12.2  generate ------------------------------------------------------------------------------
 
 struct Generation {
     Sampling sampling;
@@ -2087,8 +2151,9 @@ struct Thought {
     bool spent(const Generation& g) const { return g.think_budget >= 0 && open && tokens >= g.think_budget; }
 };
 
-// How many of `ids` need no forward pass, because the cache already holds them. The last token always needs one; with
-// MTP so does the first one whose draft is missing, since the hidden state before it is gone.
+// How many of `ids` need no forward pass, because the cache already holds them. The last token always
+// needs one; with MTP so does the first one whose draft is missing, since the hidden state before it is
+// gone.
 inline int reusable(Session& s, std::span<const int> ids, bool mtp) {
     size_t common = 0, most = std::min({ids.size() - 1, size_t(s.length), s.tokens.size()});
     while (common < most && s.tokens[common] == ids[common]) common++;
@@ -2113,10 +2178,11 @@ inline std::vector<int> plain_step(Session& s, Generation& g) {
 inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats);   // chapter 13
 inline int mtp_catch_up(Session& s);
 
-// Generates after the prompt `ids` until a stop token, max_tokens, the end of the context, or Ctrl-C. `progress(n)` is
-// called with the number of prompt tokens done, `emit(id)` with each token. Keeps s.tokens and the cache for a next call.
-inline Statistics generate(Session& s, std::span<const int> ids, Generation& g, const std::function<void(int)>& progress,
-                           const std::function<void(int)>& emit) {
+// Generates after the prompt `ids` until a stop token, max_tokens, the end of the context, or Ctrl-C.
+// `progress(n)` is called with the number of prompt tokens done, `emit(id)` with each token. Keeps
+// s.tokens and the cache for a next call.
+inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
+                           const std::function<void(int)>& progress, const std::function<void(int)>& emit) {
     Statistics stats;
     double start = seconds();
     stats.prompt = int(ids.size());
@@ -2129,12 +2195,14 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g, 
     stats.prefill_s = seconds() - start;
     if (interrupted) return stats;
     Thought thought(g, ids);
-    std::vector<int> next = {sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
+    std::vector<int> next = {
+        sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
     while (!interrupted) {
         for (int id : next) {
             bool forced = thought.spent(g) && id != g.think_end;
             if (forced) id = g.think_end;
-            if (std::find(g.stops.begin(), g.stops.end(), id) != g.stops.end() || stats.generated == g.max_tokens) {
+            if (std::find(g.stops.begin(), g.stops.end(), id) != g.stops.end() ||
+                stats.generated == g.max_tokens) {
                 stats.decode_s = seconds() - start - stats.prefill_s;
                 return stats;
             }
@@ -2153,7 +2221,7 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g, 
     return stats;
 }
 
-// -- 12.3  perplexity: how surprised is the model by a text? ------------------------------------------------------------------------------------------
+// -- 12.3  perplexity: how surprised is the model by a text? -------------------------------------
 
 //   nll = -ln softmax(logits)[next]
 inline double negative_log_likelihood(const real* logits, int V, int next) {
@@ -2167,14 +2235,16 @@ struct Perplexity {
     double nll = 0;         // sum, in nats
 };
 
-// The text is cut into windows of the session's context, each read from its own start (with `bos` before it if not
-// negative); every token but a window's first is predicted from all before it in the window.
-inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos, const std::function<void(size_t)>& progress) {
+// The text is cut into windows of the session's context, each read from its own start (with `bos` before
+// it if not negative); every token but a window's first is predicted from all before it in the window.
+inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
+                             const std::function<void(size_t)>& progress) {
     const Config& c = s.model.config;
     Perplexity result;
     size_t room = size_t(s.options.context) - (bos >= 0);
     for (size_t begin = 0; begin < ids.size() && !interrupted; begin += room) {
-        std::vector<int> window(ids.begin() + int64_t(begin), ids.begin() + int64_t(std::min(ids.size(), begin + room)));
+        std::vector<int> window(ids.begin() + int64_t(begin),
+                                ids.begin() + int64_t(std::min(ids.size(), begin + room)));
         if (bos >= 0) window.insert(window.begin(), bos);
         Vector logits(size_t(c.V));
         prefill(s, window, 0, [&](int pos, int T) {
@@ -2193,24 +2263,25 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos, cons
 // Chapter 13. Multi-token prediction
 // =================================================================================================
 //
-// Can a model say two tokens at once? V3 was trained with a second, small predictor on top: from the hidden state of
-// token i and the embedding of token i + 1 it predicts token i + 2 (V3 section 2.2):
+// Can a model say two tokens at once? V3 was trained with a second, small predictor on top: from the
+// hidden state of token i and the embedding of token i + 1 it predicts token i + 2 (V3 section 2.2):
 //
 //      h_i (after the final norm) ---- hnorm --+
-//                                              +-- concat, embedding first -- mtp_proj -- one block -- norm -- head
+//                                              +-- concat, embedding first -- mtp_proj -- block -- norm -- head
 //      embed(token i + 1) ------------ enorm --+
 //
-// In training it makes the hidden states plan ahead. In use it drafts: while the model forwards token i + 1 it can forward
-// the drafted token i + 2 in the same pass, nearly for free, since the weights are read once for both. The model's own
-// logits then say whether the draft stands. Nothing is lost: at temperature 0 the draft must equal the argmax; otherwise
-// it is accepted with probability min(1, p/q) and else replaced by a sample of max(p - q, 0), which together is exactly p
-// (Leviathan et al. 2023; the identity is tested in tests/unit/ch13_mtp.cpp).
+// In training it makes the hidden states plan ahead. In use it drafts: while the model forwards token i +
+// 1 it can forward the drafted token i + 2 in the same pass, nearly for free, since the weights are read
+// once for both. The model's own logits then say whether the draft stands. Nothing is lost: at
+// temperature 0 the draft must equal the argmax; otherwise it is accepted with probability min(1, p/q)
+// and else replaced by a sample of max(p - q, 0), which together is exactly p (Leviathan et al. 2023; the
+// identity is tested in tests/unit/ch13_mtp.cpp).
 
-// -- 13.1  mtp_forward ------------------------------------------------------------------------------------------------------------------------------------
+// -- 13.1  mtp_forward ---------------------------------------------------------------------------
 
-//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]      V3 eq. 21 (which writes h first; the checkpoints have it second)
-// h: (T, D), final hidden states at pos, pos + 1, ...; next: the tokens after those positions (T). Leaves what the head
-// needs in a.mtp_h (T, D). Writes row `pos` and on of the MTP layer's own cache.
+//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]   V3 eq. 21 (the paper has h first, the checkpoints second)
+// h: (T, D), final hidden states at pos, pos + 1, ...; next: the tokens after those positions (T). Leaves
+// what the head needs in a.mtp_h (T, D). Writes row `pos` and on of the MTP layer's own cache.
 inline void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
     const Model& m = s.model;
     const Mtp& w = m.mtp[0];
@@ -2229,7 +2300,8 @@ inline void mtp_forward(Session& s, const real* h, std::span<const int> next, in
     s.mtp_length = pos + T;
 }
 
-// Runs the MTP layer over the positions whose hidden state is in a.h and whose next token is known. Returns how many.
+// Runs the MTP layer over the positions whose hidden state is in a.h and whose next token is known.
+// Returns how many.
 inline int mtp_catch_up(Session& s) {
     int end = std::min(s.h_pos + s.h_rows, int(s.tokens.size()) - 1), begin = s.mtp_length;
     if (begin >= end) return 0;
@@ -2239,9 +2311,10 @@ inline int mtp_catch_up(Session& s) {
     return end - begin;
 }
 
-// -- 13.2  draft, verify, correct -----------------------------------------------------------------------------------------------------------------------------
+// -- 13.2  draft, verify, correct ----------------------------------------------------------------
 
-// Accepts `draft`, sampled from q, with probability min(1, p/q); else samples max(p - q, 0). The result is distributed as p.
+// Accepts `draft`, sampled from q, with probability min(1, p/q); else samples max(p - q, 0). The result
+// is distributed as p.
 inline int verify(const Distribution& p, const Distribution& q, int draft, Rng& rng) {
     std::unordered_map<int, double> q_of;
     for (const Candidate& c : q) q_of[c.id] = c.p;
@@ -2259,7 +2332,8 @@ inline int verify(const Distribution& p, const Distribution& q, int draft, Rng& 
     return sample(rest, rng);
 }
 
-// One forward pass over the last token and a draft of its successor: one new token, or two when the draft stands.
+// One forward pass over the last token and a draft of its successor: one new token, or two when the draft
+// stands.
 inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     const Config& c = s.model.config;
     int rows = mtp_catch_up(s);
@@ -2281,10 +2355,11 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // Appendix A. Fast CPU
 // =================================================================================================
 //
-// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers. Each kernel below
-// does the additions of its plain twin in the same order, so the choice, made once at start, cannot be seen in any result
-// (tests/unit/chA_fast_cpu.cpp compares bits). The gain for several tokens at once: a weight is widened once for up to four.
-// DEEPSEEK_SIMD=plain or avx2 in the environment overrides the choice; `--exact` means plain.
+// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers.
+// Each kernel below does the additions of its plain twin in the same order, so the choice, made once at
+// start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp compares bits). The gain for several
+// tokens at once: a weight is widened once for up to four. DEEPSEEK_SIMD=plain or avx2 in the environment
+// overrides the choice; `--exact` means plain.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
@@ -2292,27 +2367,31 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 
 namespace avx2 {
 
-// -- A.1  eight weights at a time ---------------------------------------------------------------------------------------------------------------------
+// -- A.1  eight weights at a time ----------------------------------------------------------------
 
 AVX2 __m128i load_half(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
-AVX2 __m256 widen8(F32Row w, int i) { return _mm256_loadu_ps(reinterpret_cast<const float*>(w.p + 4 * size_t(i))); }
+AVX2 __m256 widen8(F32Row w, int i) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(w.p + 4 * size_t(i)));
+}
 AVX2 __m256 widen8(RealRow w, int i) { return _mm256_loadu_ps(w.p + i); }
 AVX2 __m256 widen8(F16Row w, int i) { return _mm256_cvtph_ps(load_half(w.p + 2 * size_t(i))); }
 AVX2 __m256 widen8(Bf16Row w, int i) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(w.p + 2 * size_t(i))), 16));
 }
-// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is made up by a
-// multiplication with 2^120, which also does the subnormals. 127 is NaN.
+// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is
+// made up by a multiplication with 2^120, which also does the subnormals. 127 is NaN.
 AVX2 __m256 widen8(E4m3Row w, int i) {
     __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.p + i)));
-    __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(127)), sign = _mm256_slli_epi32(_mm256_srli_epi32(b, 7), 31);
+    __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(127)),
+            sign = _mm256_slli_epi32(_mm256_srli_epi32(b, 7), 31);
     __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(127));
-    __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
+    __m256 value =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
     return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), nan));
 }
 
-// -- A.2  dots of one row with T vectors ----------------------------------------------------------------------------------------------------------------
+// -- A.2  dots of one row with T vectors ---------------------------------------------------------
 
 struct Lanes16 {
     __m256 low, high;
@@ -2349,7 +2428,8 @@ template <class Row, int T> AVX2 void add_products(Lanes16 (&v)[T], Row w, Const
     for (int t = 0; t < T; t++) add_tail(v[t], w, x[t], whole, end);
 }
 
-template <class Row, int T> AVX2_ENTRY void tile(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n) {
+template <class Row, int T>
+AVX2_ENTRY void tile(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n) {
     Lanes16 v[T];
     for (int t = 0; t < T; t++) v[t] = zero();
     if constexpr (std::is_same_v<Row, E4m3Row>) {
@@ -2359,7 +2439,8 @@ template <class Row, int T> AVX2_ENTRY void tile(float* out, int64_t out_stride,
             add_products<Row, T>(block, w, x, begin, std::min(n, begin + SCALE_BLOCK));
             __m256 s = _mm256_set1_ps(load<float>(scale));
             for (int t = 0; t < T; t++)
-                v[t] = {_mm256_fmadd_ps(s, block[t].low, v[t].low), _mm256_fmadd_ps(s, block[t].high, v[t].high)};
+                v[t] = {_mm256_fmadd_ps(s, block[t].low, v[t].low),
+                        _mm256_fmadd_ps(s, block[t].high, v[t].high)};
         }
     } else {
         add_products<Row, T>(v, w, x, 0, n);
@@ -2367,7 +2448,8 @@ template <class Row, int T> AVX2_ENTRY void tile(float* out, int64_t out_stride,
     for (int t = 0; t < T; t++) out[t * out_stride] = sum(v[t]);
 }
 
-template <class Row> void dots_of(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n, int T) {
+template <class Row>
+void dots_of(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n, int T) {
     for (int t = 0; t < T; t += TOKEN_TILE) {
         float* y = out + t * out_stride;
         ConstRows rows{x[t], x.stride};
@@ -2396,7 +2478,7 @@ inline float dot_real(const float* a, const float* b, int n) {
     return out;
 }
 
-// -- A.3  axpy, widen --------------------------------------------------------------------------------------------------------------------------------------
+// -- A.3  axpy, widen ----------------------------------------------------------------------------
 
 AVX2_ENTRY void axpy(float* out, float a, const float* v, int n) {
     int i = 0;
@@ -2425,7 +2507,7 @@ inline void widen(float* out, const Matrix& w, int r) {
 }  // namespace avx2
 #endif
 
-// -- A.4  choose_kernels: once, at start ---------------------------------------------------------------------------------------------------------------------
+// -- A.4  choose_kernels: once, at start ---------------------------------------------------------
 
 inline std::vector<Kernels> available_kernels() {
     std::vector<Kernels> all = {Kernels{}};
@@ -2458,15 +2540,17 @@ inline void choose_kernels(const std::string& name) {
 //      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
 //      deepseek perplexity -f text.txt      deepseek info      deepseek bench
 //
-// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a check failed.
+// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
+// check failed.
 
 #ifndef DEEPSEEK_NO_MAIN
 #include <CLI/CLI.hpp>
 
-// -- C.1  options ----------------------------------------------------------------------------------------------------------------------------------------------
+// -- C.1  options --------------------------------------------------------------------------------
 
 struct Options {
-    std::string model, device = "auto", quant = "none", mla = "absorbed", prompt, file, dash, system, ids, out;
+    std::string model, device = "auto", quant = "none", mla = "absorbed", prompt, file, dash, system, ids,
+                       out;
     int threads = 0, context = 0, chunk = 128, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
     std::optional<double> temperature, top_p, min_p;
@@ -2492,13 +2576,14 @@ inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_
 // Common checks; sets the number of threads and the kernels.
 inline void prepare(const Options& o) {
     if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
-    if (o.quant != "none") fail("--quant %s: this build runs the weights as they are in the file", o.quant.c_str());
+    if (o.quant != "none")
+        fail("--quant %s: this build runs the weights as they are in the file", o.quant.c_str());
     omp_set_num_threads(o.threads > 0 ? o.threads : omp_get_num_procs());
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(o.exact ? "plain" : wish ? wish : "");
 }
 
-// -- C.2  the memory plan --------------------------------------------------------------------------------------------------------------------------------------
+// -- C.2  the memory plan ------------------------------------------------------------------------
 
 // Bytes that the system can give without swapping; 0 where it does not say.
 inline uint64_t available_memory() {
@@ -2527,19 +2612,21 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     s.context = o.context > 0 ? o.context : std::min(c.max_context, default_context);
     s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
     s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
-    if (s.context > c.max_context) fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
+    if (s.context > c.max_context)
+        fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
     return s;
 }
 
 inline void require_memory(const Config& c, const SessionOptions& s) {
     MemoryPlan plan = memory_plan(c, s);
     if (!plan.fits())
-        fail("not enough memory for --ctx %d: cache %.2f GB and activations %.2f GB need %.2f GB more than the %.2f GB available",
-             s.context, gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed() - plan.available),
-             gigabytes(plan.available));
+        fail("not enough memory for --ctx %d: cache %.2f GB and activations %.2f GB need %.2f GB more than "
+             "the %.2f GB available",
+             s.context, gigabytes(plan.cache), gigabytes(plan.activations),
+             gigabytes(plan.needed() - plan.available), gigabytes(plan.available));
 }
 
-// -- C.3  prompts and output -----------------------------------------------------------------------------------------------------------------------------------
+// -- C.3  prompts and output ---------------------------------------------------------------------
 
 inline std::string read_stdin() { return std::string(std::istreambuf_iterator<char>(std::cin), {}); }
 
@@ -2563,7 +2650,8 @@ inline std::string joined(const std::vector<double>& values, const char* format)
 class Printer {
 public:
     Printer(const Tokenizer& tokenizer, int think_begin, int think_end, bool in_thought)
-        : tokenizer_(tokenizer), think_begin_(think_begin), think_end_(think_end), colour_(isatty(STDOUT_FILENO)) {
+        : tokenizer_(tokenizer), think_begin_(think_begin), think_end_(think_end),
+          colour_(isatty(STDOUT_FILENO)) {
         if (colour_ && in_thought) dim(true);
     }
     void emit(int id) {
@@ -2622,15 +2710,16 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
     auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
     std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
     if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
-    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s", rate(s.prompt - s.reused, s.prefill_s),
-                 s.generated, rate(s.generated, s.decode_s));
+    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
+                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
     if (g.mtp)
-        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted, s.drafted,
-                     s.drafted ? 100.0 * s.accepted / s.drafted : 0.0, s.steps ? double(s.generated - 1) / s.steps : 0.0);
+        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
+                     s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
+                     s.steps ? double(s.generated - 1) / s.steps : 0.0);
     std::fputc('\n', stderr);
 }
 
-// -- C.4  run, chat --------------------------------------------------------------------------------------------------------------------------------------------
+// -- C.4  run, chat ------------------------------------------------------------------------------
 
 struct GenerationConfig {
     Sampling sampling;
@@ -2651,7 +2740,8 @@ inline GenerationConfig parse_generation_config(std::string_view json, const std
     return g;
 }
 
-inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c, const Tokenizer& t) {
+inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
+                                  const Tokenizer& t) {
     fs::path file = folder / "generation_config.json";
     GenerationConfig defaults;
     if (fs::exists(file)) defaults = parse_generation_config(read_file(file), file.string());
@@ -2685,20 +2775,25 @@ struct Talk {
 
     explicit Talk(const Options& o)
         : folder(model_path(o)), config(read_config(folder)), tokenizer(Tokenizer::load(folder.string())),
-          generation(make_generation(o, folder, config, tokenizer)), options(session_options(o, config, DEFAULT_CONTEXT)) {
+          generation(make_generation(o, folder, config, tokenizer)),
+          options(session_options(o, config, DEFAULT_CONTEXT)) {
         if (tokenizer.vocab_size() > config.V)
-            fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(), tokenizer.vocab_size() - 1, config.V);
+            fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
+                 tokenizer.vocab_size() - 1, config.V);
         require_memory(config, options);
         model = load_model(folder);
         session = std::make_unique<Session>(model, options);
     }
     std::vector<int> encode(const std::string& text, bool add_bos, const Options& o) const {
         std::vector<int> ids = tokenizer.encode(text);
-        if (add_bos && tokenizer.bos >= 0 && (ids.empty() || ids[0] != tokenizer.bos)) ids.insert(ids.begin(), tokenizer.bos);
-        if (o.show_prompt) std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
+        if (add_bos && tokenizer.bos >= 0 && (ids.empty() || ids[0] != tokenizer.bos))
+            ids.insert(ids.begin(), tokenizer.bos);
+        if (o.show_prompt)
+            std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
         if (ids.empty()) fail("the prompt is empty");
         if (int(ids.size()) >= options.context)
-            fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(), options.context);
+            fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(),
+                 options.context);
         return ids;
     }
     // Prints the answer to `ids` and returns its text.
@@ -2721,8 +2816,10 @@ struct Talk {
 
 inline std::string prompt_of(const Options& o) {
     bool dash = o.dash == "-";
-    if (!o.dash.empty() && !dash) fail("run: unexpected argument '%s' (a prompt is given with -p)", o.dash.c_str());
-    if (dash + !o.prompt.empty() + !o.file.empty() != 1) fail("run: give one prompt: -p TEXT, -f FILE, or - for stdin");
+    if (!o.dash.empty() && !dash)
+        fail("run: unexpected argument '%s' (a prompt is given with -p)", o.dash.c_str());
+    if (dash + !o.prompt.empty() + !o.file.empty() != 1)
+        fail("run: give one prompt: -p TEXT, -f FILE, or - for stdin");
     return dash ? read_stdin() : o.file.empty() ? o.prompt : read_file(o.file);
 }
 
@@ -2749,11 +2846,11 @@ inline void command_chat(const Options& o) {
         messages.push_back({"user", line, {}});
         std::string text = talk.tokenizer.render(messages, true);
         messages.push_back({"assistant", talk.answer(talk.encode(text, false, o)), {}});
-        if (terminal) interrupted = 0;                   // Ctrl-C ends an answer; at the prompt it ends the chat
+        if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
     }
 }
 
-// -- C.5  tokenize ---------------------------------------------------------------------------------------------------------------------------------------------
+// -- C.5  tokenize -------------------------------------------------------------------------------
 
 inline std::vector<int> parse_id_array(Json json) {
     simdjson::dom::array list;
@@ -2761,7 +2858,8 @@ inline std::vector<int> parse_id_array(Json json) {
     if (json.get(list)) fail("tokenize --decode: not a JSON array of ids");
     for (Json item : list) {
         int64_t id = -1;
-        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max()) fail("tokenize --decode: not a JSON array of ids");
+        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max())
+            fail("tokenize --decode: not a JSON array of ids");
         ids.push_back(int(id));
     }
     return ids;
@@ -2813,7 +2911,7 @@ inline void command_tokenize(const Options& o) {
     }
 }
 
-// -- C.6  logits, perplexity -----------------------------------------------------------------------------------------------------------------------------------
+// -- C.6  logits, perplexity ---------------------------------------------------------------------
 
 inline std::vector<int> parse_id_list(const std::string& text, int V) {
     std::vector<int> ids;
@@ -2867,7 +2965,9 @@ inline void command_logits(const Options& o) {
         else out.push_back({t.name, "I32", shape, t.integers.data(), n * 4});
     }
     out.push_back({"logits", dtype, {size_t(T), V}, logits.data(), logits.size() * sizeof(real)});
-    if (c.n_mtp) out.push_back({"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
+    if (c.n_mtp)
+        out.push_back(
+            {"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
     write_safetensors(file, out);
 }
 
@@ -2881,16 +2981,17 @@ inline void command_perplexity(const Options& o) {
     Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
     if (interrupted) std::fputs("interrupted: of the text so far\n", stderr);
     double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
-    const char* format = o.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n" : "tokens %lld  nll %.6f  perplexity %.6f\n";
+    const char* format = o.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
+                                : "tokens %lld  nll %.6f  perplexity %.6f\n";
     std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
 }
 
-// -- C.7  info, bench ------------------------------------------------------------------------------------------------------------------------------------------
+// -- C.7  info, bench ----------------------------------------------------------------------------
 
 struct Bill {
-    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, used by a token, MTP module
+    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, of a token, MTP module
     std::map<std::string, uint64_t> bytes;               // of the files, by dtype
-    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full multi-head attention
+    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
 };
 
 inline Bill make_bill(const Config& c, const fs::path& folder) {
@@ -2915,15 +3016,18 @@ inline Bill make_bill(const Config& c, const fs::path& folder) {
 
 inline void print_info_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
     std::string bytes;
-    for (auto& [dtype, n] : b.bytes) bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
-    std::printf("{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
-                "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
-                "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
-                "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
-                c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
-                (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
-                (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
-                (unsigned long long)plan.activations, (unsigned long long)plan.available, plan.fits() ? "true" : "false");
+    for (auto& [dtype, n] : b.bytes)
+        bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
+    std::printf(
+        "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
+        "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
+        "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
+        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
+        c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
+        (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
+        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
+        (unsigned long long)plan.activations, (unsigned long long)plan.available,
+        plan.fits() ? "true" : "false");
 }
 
 inline void command_info(const Options& o) {
@@ -2936,22 +3040,29 @@ inline void command_info(const Options& o) {
     uint64_t weights = 0;
     for (auto& [dtype, n] : b.bytes) weights += n;
     std::printf("model          %s\n", folder.c_str());
-    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n", c.model_type.c_str(),
-                c.n_layers, c.D, c.H, c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
+    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n",
+                c.model_type.c_str(), c.n_layers, c.D, c.H,
+                c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
     if (c.E) std::printf("experts        %d routed, %d a token, %d shared\n", c.E, c.K, c.n_shared);
-    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6, double(b.active) / 1e6);
+    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
+                double(b.active) / 1e6);
     if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
-    std::printf("\nweights        %s", b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(weights)).c_str());
+    std::printf("\nweights        %s",
+                b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(weights)).c_str());
     for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
-    std::printf("\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
-                (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
-    std::printf("memory plan    --ctx %d: cache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n", s.context,
-                gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()), gigabytes(plan.available));
+    std::printf(
+        "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
+        (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
+    std::printf("memory plan    --ctx %d: cache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
+                s.context, gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
+                gigabytes(plan.available));
     std::printf("               weights are mapped from the files and need no memory of their own%s\n",
                 plan.fits() && plan.needed() + weights > plan.available && plan.available
                     ? ", but they exceed what is available: each token will read from the disk" : "");
     if (plan.fits()) std::printf("               fits\n");
-    else std::printf("               does not fit: %.3f GB too much\n", gigabytes(plan.needed() - plan.available));
+    else
+        std::printf("               does not fit: %.3f GB too much\n",
+                    gigabytes(plan.needed() - plan.available));
 }
 
 // Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
@@ -2961,7 +3072,9 @@ inline double time_tokens(Session& s, int n, bool one_by_one) {
     double start = seconds();
     auto logits = [&](int, int) { last_logits(s, 1); };
     if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
-    else for (int i = 0; i < n && !interrupted; i++) prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
+    else
+        for (int i = 0; i < n && !interrupted; i++)
+            prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
     return seconds() - start;
 }
 
@@ -2983,15 +3096,18 @@ inline void command_bench(const Options& o) {
         std::vector<double> speed;
         for (int r = 0; r < o.repeats && !interrupted; r++) speed.push_back(n / time_tokens(s, n, decode));
         if (interrupted) return;
-        std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\",\"kernels\":\"%s\"}\n",
-                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), omp_get_max_threads(), o.quant.c_str(), kernels.name);
+        std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
+                    "\"kernels\":\"%s\"}\n",
+                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), omp_get_max_threads(),
+                    o.quant.c_str(), kernels.name);
         std::fflush(stdout);
     }
 }
 
-// -- C.8  main -----------------------------------------------------------------------------------------------------------------------------------------------
+// -- C.8  main -----------------------------------------------------------------------------------
 
-inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example, Options& o) {
+inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
+                             Options& o) {
     CLI::App* sub = app.add_subcommand(name, what);
     sub->footer(std::string("Example:\n  ") + example);
     sub->add_option("-m,--model", o.model, "Hugging Face folder of the model (default: the one in weights/)");
@@ -3005,23 +3121,30 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
 }
 
 inline void add_generation_options(CLI::App* sub, Options& o) {
-    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")->check(CLI::Range(0, MOST));
+    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")
+        ->check(CLI::Range(0, MOST));
     sub->add_option("--temp", o.temperature, "temperature, 0: greedy")->check(CLI::Range(0.0, 100.0));
-    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")->check(CLI::Range(1e-9, 1.0));
+    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
+        ->check(CLI::Range(1e-9, 1.0));
     sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(CLI::Range(0, MOST));
-    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")->check(CLI::Range(0.0, 1.0));
+    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
+        ->check(CLI::Range(0.0, 1.0));
     sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)");
-    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")->check(CLI::Range(1, MOST));
+    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
+        ->check(CLI::Range(1, MOST));
     sub->add_option("--system", o.system, "system message");
-    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")->check(CLI::Range(0, MOST));
+    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")
+        ->check(CLI::Range(0, MOST));
     sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 128)")->check(CLI::Range(1, 65536));
+    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 128)")
+        ->check(CLI::Range(1, 65536));
     sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
     sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
 }
 
 inline void add_talking_commands(CLI::App& app, Options& o) {
-    CLI::App* run = add_command(app, "run", "generate and stream", "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o);
+    CLI::App* run = add_command(app, "run", "generate and stream",
+                                "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o);
     run->add_option("-p,--prompt", o.prompt, "the prompt");
     run->add_option("-f,--file", o.file, "a file that holds the prompt");
     run->add_option("stdin", o.dash, "-: read the prompt from stdin");
@@ -3029,11 +3152,13 @@ inline void add_talking_commands(CLI::App& app, Options& o) {
     add_generation_options(run, o);
     run->callback([&o] { prepare(o), command_run(o); });
 
-    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn", "deepseek chat --system \"Be brief.\"", o);
+    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn",
+                                 "deepseek chat --system \"Be brief.\"", o);
     add_generation_options(chat, o);
     chat->callback([&o] { prepare(o), command_chat(o); });
 
-    CLI::App* tokenize = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o);
+    CLI::App* tokenize =
+        add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o);
     tokenize->add_flag("--add-bos", o.add_bos, "begin with BOS");
     tokenize->add_flag("--decode", o.decode, "stdin: a JSON array of ids; stdout: text");
     tokenize->add_flag("--chat", o.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
@@ -3049,19 +3174,24 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
     logits->add_option("--out", o.out, "safetensors file to write")->required();
     logits->add_flag("--taps", o.taps, "every named intermediate too");
     logits->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 128)")->check(CLI::Range(1, 65536));
+    logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 128)")
+        ->check(CLI::Range(1, 65536));
     logits->callback([&o] { prepare(o), command_logits(o); });
 
-    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text", "deepseek perplexity -f README.md", o);
+    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text",
+                                 "deepseek perplexity -f README.md", o);
     text->add_option("-f,--file", o.file, "the text")->required();
-    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")->check(CLI::Range(2, MOST));
+    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")
+        ->check(CLI::Range(2, MOST));
     text->callback([&o] { prepare(o), command_perplexity(o); });
 
-    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan", "deepseek info --ctx 4096", o);
+    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan",
+                                 "deepseek info --ctx 4096", o);
     info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
     info->callback([&o] { prepare(o), command_info(o); });
 
-    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each", "deepseek bench -p 128 -n 32 -r 3", o);
+    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
+                                  "deepseek bench -p 128 -n 32 -r 3", o);
     bench->add_option("-p", o.bench_prompt, "tokens to prefill (default: 512)")->check(CLI::Range(0, MOST));
     bench->add_option("-n", o.bench_tokens, "tokens to decode (default: 128)")->check(CLI::Range(0, MOST));
     bench->add_option("-r", o.repeats, "runs (default: 5)")->check(CLI::Range(1, 1000));
@@ -3074,7 +3204,9 @@ int main(int argc, char** argv) {
     sigaction(SIGINT, &action, nullptr);
     Options o;
     CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
-    app.name("deepseek")->require_subcommand(1)->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
+    app.name("deepseek")
+        ->require_subcommand(1)
+        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
     add_talking_commands(app, o);
     add_measuring_commands(app, o);
     try {
