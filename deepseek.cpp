@@ -280,11 +280,35 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
 // them. Every widening is exact.
 
-enum class Dtype : uint8_t { F32, BF16, F16, F8_E4M3 };
+// GGUF files (section 3.6) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+
+enum class Dtype : uint8_t { F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+
+// How a dtype is stored: `bytes` hold `values` numbers of a row.
+struct Format {
+    const char* name;
+    int values, bytes;
+    int ggml_type;                       // number in a GGUF file, -1: none
+    bool minimums;                       // blocks have a minimum beside the scale
+};
+inline const Format& format_of(Dtype dtype) {
+    static constexpr Format FORMATS[] = {
+        {"F32", 1, 4, 0, false},      {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
+        {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
+        {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
+        {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
+        {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
+    return FORMATS[size_t(dtype)];
+}
+constexpr int N_DTYPES = 14;
+inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
 
 constexpr int SCALE_BLOCK = 128;
 
-inline size_t size_of(Dtype dtype) { return dtype == Dtype::F32 ? 4 : dtype == Dtype::F8_E4M3 ? 1 : 2; }
+// Bytes of a row of `cols` numbers; cols is a multiple of the format's block.
+inline size_t row_bytes(Dtype dtype, int cols) {
+    return size_t(cols) / size_t(format_of(dtype).values) * size_t(format_of(dtype).bytes);
+}
 
 // A value at any address: tensors in a file need not be aligned.
 template <class T> T load(const void* p) {
@@ -330,7 +354,7 @@ struct Matrix {
     int rows = 0, cols = 0, first_row = 0;
 
     explicit operator bool() const { return data != nullptr; }
-    const std::byte* row(int r) const { return data + size_t(r) * size_t(cols) * size_of(dtype); }
+    const std::byte* row(int r) const { return data + size_t(r) * row_bytes(dtype, cols); }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
         return scale +
@@ -345,6 +369,117 @@ struct Matrix {
 
 // A norm's weight or a bias: few numbers, widened once.
 using Vector = std::vector<real>;
+
+// -- 2.3  blocks of small integers ---------------------------------------------------------------
+//
+// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how they
+// are packed; unpacked, each of them says for its value i, in group g = i / 16:
+//
+//      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
+//
+// Q8_0, Q4_0 and their like: 32 values, scale 1. The K formats: 256 values, a scale (and a minimum) for each 16
+// or 32 of them, so that outliers spoil few neighbours. Layouts: ggml-common.h of llama.cpp.
+
+struct Block {
+    int8_t q[256];
+    int16_t scale[16], minimum[16];
+    float d, m;
+};
+
+using Bytes = const uint8_t*;
+
+inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
+
+// Nibble i of 32 packed in 16 bytes: the low ones first.
+inline int nibble(Bytes p, int i) { return i < 16 ? p[i] & 15 : p[i - 16] >> 4; }
+
+inline void unpack_q4_q5(Block& b, Bytes p, Dtype dtype) {
+    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimum = format_of(dtype).minimums;
+    b.d = f16_at(p), p += 2;
+    if (minimum) b.m = f16_at(p), p += 2;
+    uint32_t high = five ? load<uint32_t>(p) : 0;
+    if (five) p += 4;
+    for (int i = 0; i < 32; i++)
+        b.q[i] = int8_t((nibble(p, i) | int(high >> i & 1) << 4) - (minimum ? 0 : five ? 16 : 8));
+    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = int16_t(minimum ? -1 : 0);
+}
+
+inline void unpack_q8_0(Block& b, Bytes p) {
+    b.d = f16_at(p);
+    std::memcpy(b.q, p + 2, 32);
+    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = 0;
+}
+
+// 2-bit field of value i in 64 bytes: 32 bytes serve 128 values, four to a byte, 32 apart.
+inline int crumb(Bytes p, int i) { return p[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
+
+inline void unpack_q2_k(Block& b, Bytes p) {
+    for (int g = 0; g < 16; g++) b.scale[g] = p[g] & 15, b.minimum[g] = p[g] >> 4;
+    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(p + 16, i));
+    b.d = f16_at(p + 80), b.m = f16_at(p + 82);
+}
+
+inline void unpack_q3_k(Block& b, Bytes p) {
+    Bytes high = p, low = p + 32, s = p + 96;                      // the third bit is stored inverted
+    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(low, i) - (high[i % 32] >> (i / 32) & 1 ? 0 : 4));
+    for (int g = 0; g < 16; g++) {
+        int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
+        b.scale[g] = int16_t((four | two << 4) - 32), b.minimum[g] = 0;
+    }
+    b.d = f16_at(p + 108);
+}
+
+// Q4_K, Q5_K: six-bit scales and minimums of eight groups of 32, in 12 bytes.
+inline void unpack_six_bits(Block& b, Bytes s) {
+    for (int j = 0; j < 8; j++) {
+        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+        int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
+        for (int g : {2 * j, 2 * j + 1}) b.scale[g] = int16_t(scale), b.minimum[g] = int16_t(minimum);
+    }
+}
+
+inline void unpack_q4_q5_k(Block& b, Bytes p, bool five) {
+    b.d = f16_at(p), b.m = f16_at(p + 2);
+    unpack_six_bits(b, p + 4);
+    Bytes high = p + 16, low = five ? p + 48 : p + 16;
+    for (int i = 0; i < 256; i++) {
+        int four = low[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
+        b.q[i] = int8_t(four | (five ? high[i % 32] >> (i / 32) & 1 : 0) << 4);
+    }
+}
+
+inline void unpack_q6_k(Block& b, Bytes p) {
+    Bytes low = p, high = p + 128;
+    for (int i = 0; i < 256; i++) {
+        int four = low[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
+        b.q[i] = int8_t((four | crumb(high, i) << 4) - 32);
+    }
+    for (int g = 0; g < 16; g++) b.scale[g] = int8_t(p[192 + g]), b.minimum[g] = 0;
+    b.d = f16_at(p + 208);
+}
+
+// Fills the values, scales and minimums of one block of a quantised dtype.
+inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
+    Bytes p = reinterpret_cast<Bytes>(block);
+    b.m = 0;
+    switch (dtype) {
+    case Dtype::Q8_0: return unpack_q8_0(b, p);
+    case Dtype::Q2_K: return unpack_q2_k(b, p);
+    case Dtype::Q3_K: return unpack_q3_k(b, p);
+    case Dtype::Q4_K:
+    case Dtype::Q5_K: return unpack_q4_q5_k(b, p, dtype == Dtype::Q5_K);
+    case Dtype::Q6_K: return unpack_q6_k(b, p);
+    default: return unpack_q4_q5(b, p, dtype);
+    }
+}
+
+// out: the block's values. The order of the operations is that of llama.cpp, to the bit.
+inline void dequantise(real* out, const Block& b, int values) {
+    for (int i = 0; i < values; i++) {
+        float scale = b.d * float(b.scale[i / 16]), minimum = b.m * float(b.minimum[i / 16]);
+        out[i] = scale * float(b.q[i]) - minimum;
+    }
+}
 
 // =================================================================================================
 // Chapter 3. Files
@@ -1020,6 +1155,23 @@ struct ConstRows {
     const real* operator[](int64_t t) const { return data + t * stride; }
 };
 
+// out (w.cols) = row r of a quantised W.
+inline void dequantise_row(real* out, const Matrix& w, int r) {
+    const Format& f = format_of(w.dtype);
+    const std::byte* p = w.row(r);
+    Block block;
+    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
+        unpack(block, p, w.dtype);
+        dequantise(out + i, block, f.values);
+    }
+}
+
+inline real dot_dequantised(const Matrix& w, int r, const real* x) {
+    Vector row(size_t(w.cols));
+    dequantise_row(row.data(), w, r);
+    return dot_plain(RealRow{row.data()}, x, w.cols);
+}
+
 // out[t] = W[r] . x[t] for 0 <= t < T.   out: stride `out_stride`
 inline void dots_plain(real* out, int64_t out_stride, const Matrix& w, int r, ConstRows x, int T) {
     const std::byte* p = w.row(r);
@@ -1030,6 +1182,7 @@ inline void dots_plain(real* out, int64_t out_stride, const Matrix& w, int r, Co
         case Dtype::BF16: y = dot_plain(Bf16Row{p}, x[t], w.cols); break;
         case Dtype::F16: y = dot_plain(F16Row{p}, x[t], w.cols); break;
         case Dtype::F8_E4M3: y = dot_scaled_plain(E4m3Row{p}, w.scale_row(r), x[t], w.cols); break;
+        default: y = dot_dequantised(w, r, x[t]);
         }
     }
 }
@@ -1045,7 +1198,8 @@ inline void widen_plain(real* out, const Matrix& w, int r) {
     case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
     case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
     case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols);
+    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
+    default: return dequantise_row(out, w, r);
     }
     for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
 }
@@ -1087,6 +1241,16 @@ inline void matmul(real* out, const real* x, const Matrix& w, int T) {
         int begin = int(block) * ROW_BLOCK;
         matmul_rows({out, w.rows}, {x, w.cols}, w, T, begin, std::min(w.rows, begin + ROW_BLOCK));
     });
+}
+
+// out[t] (w.cols) = W^T x[t]: the sum runs over the rows of W, each widened once for all T tokens.
+inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+    Vector row(size_t(w.cols));
+    for (int t = 0; t < T; t++) std::fill_n(out[t], w.cols, real(0));
+    for (int r = 0; r < w.rows; r++) {
+        kernels.widen(row.data(), w, r);
+        for (int t = 0; t < T; t++) kernels.axpy(out[t], x[t][r], row.data(), w.cols);
+    }
 }
 
 inline void add_bias(real* out, const Vector& bias, int T) {
@@ -1270,7 +1434,8 @@ struct Mla {                               // chapter 8
     Matrix wq;                             // (H * (Dn + Dr), D), where queries are not compressed
     Matrix wq_a, wq_b;                     // (Rq, D), (H * (Dn + Dr), Rq)
     Matrix wkv_a;                          // (Rkv + Dr, D)
-    Matrix wkv_b;                          // (H, Dn + Dv, Rkv): a head's W^UK above its W^UV
+    std::vector<Matrix> wk_b, wk_b_t;      // H of W^UK (Dn, Rkv), or, as some files have it, (Rkv, Dn)
+    std::vector<Matrix> wv_b;              // H of W^UV (Dv, Rkv)
     Matrix wo;                             // (D, H * Dv)
     Vector q_norm, kv_norm;                // (Rq), (Rkv)
 };
@@ -1489,29 +1654,19 @@ inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
     Rows past = s.cache.layer(l);
     int width = c.q_dim() + c.Dv;                                             // [k_nope | k_rope | v]
     parallel_for(c.H, [&](int64_t h) {
-        int first = int(h) * (c.Dn + c.Dv), n = pos + T;
+        int n = pos + T;
         Rows kv{s.a.expanded + size_t(omp_get_thread_num()) * size_t(s.options.context) * size_t(width),
                 width};
-        matmul_rows(kv, past, w.wkv_b.view(first, c.Dn), n, 0, c.Dn);   // W^UK c
+        if (w.wk_b.empty()) matmul_transposed(kv, past, w.wk_b_t[size_t(h)], n);   // W^UK c
+        else matmul_rows(kv, past, w.wk_b[size_t(h)], n, 0, c.Dn);
         for (int j = 0; j < n; j++) std::copy_n(past[j] + c.Rkv, c.Dr, kv[j] + c.Dn);
-        matmul_rows({kv.data + c.q_dim(), width}, past, w.wkv_b.view(first + c.Dn, c.Dv), n, 0,
-                    c.Dv);   // W^UV c
+        matmul_rows({kv.data + c.q_dim(), width}, past, w.wv_b[size_t(h)], n, 0, c.Dv);   // W^UV c
         KeysValues keys{kv, {kv.data + c.q_dim(), width}, c.q_dim(), c.Dv, mla_scale(s.model)};
         for (int t = 0; t < T; t++) {
             int64_t i = int64_t(t) * c.H + h;
             attend(s.a.o + i * c.Dv, s.a.q + i * c.q_dim(), keys, pos + t + 1, thread_scores(s));
         }
     });
-}
-
-// out[t] (Rkv) = W^UK_h^T q_nope[t]: the sum runs over the rows of W^UK, each widened once for all T tokens.
-inline void absorb_queries(Rows out, ConstRows q_nope, const Matrix& wk_b, int T) {
-    Vector row(size_t(wk_b.cols));
-    for (int t = 0; t < T; t++) std::fill_n(out[t], wk_b.cols, real(0));
-    for (int d = 0; d < wk_b.rows; d++) {
-        kernels.widen(row.data(), wk_b, d);
-        for (int t = 0; t < T; t++) kernels.axpy(out[t], q_nope[t][d], row.data(), wk_b.cols);
-    }
 }
 
 // As mla_naive, without expanding the cache.                                              V2 appendix C
@@ -1522,7 +1677,8 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
     int width = c.Rkv + c.Dr;
     parallel_for(c.H, [&](int64_t h) {
         Rows q{a.q + h * c.q_dim(), c.H * c.q_dim()}, absorbed{a.q_absorbed + h * width, c.H * width};
-        absorb_queries(absorbed, q, w.wkv_b.view(int(h) * (c.Dn + c.Dv), c.Dn), T);
+        if (w.wk_b.empty()) matmul_rows(absorbed, q, w.wk_b_t[size_t(h)], T, 0, c.Rkv);   // W^UK^T q_nope
+        else matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);
         for (int t = 0; t < T; t++) std::copy_n(q[t] + c.Dn, c.Dr, absorbed[t] + c.Rkv);
     });
     KeysValues latent{past, past, width, c.Rkv, mla_scale(s.model)};
@@ -1530,8 +1686,7 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
         attend(a.z + i * c.Rkv, a.q_absorbed + i * width, latent, pos + int(i / c.H) + 1, thread_scores(s));
     });
     parallel_for(c.H, [&](int64_t h) {
-        Matrix wv_b = w.wkv_b.view(int(h) * (c.Dn + c.Dv) + c.Dn, c.Dv);
-        matmul_rows({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, wv_b, T, 0, c.Dv);
+        matmul_rows({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, w.wv_b[size_t(h)], T, 0, c.Dv);
     });
 }
 
@@ -1887,7 +2042,11 @@ inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
     }
     w.wkv_a = b.matrix(p + "kv_a_proj_with_mqa.weight", c.Rkv + c.Dr, c.D);
     w.kv_norm = b.vector(p + "kv_a_layernorm.weight", c.Rkv);
-    w.wkv_b = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);
+    Matrix wkv_b = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);   // a head's W^UK, then its W^UV
+    for (int first = 0; wkv_b && first < wkv_b.rows; first += c.Dn + c.Dv) {
+        w.wk_b.push_back(wkv_b.view(first, c.Dn));
+        w.wv_b.push_back(wkv_b.view(first + c.Dn, c.Dv));
+    }
     w.wo = b.matrix(p + "o_proj.weight", c.D, c.H * c.Dv);
     return w;
 }
@@ -2469,6 +2628,7 @@ inline void dots(float* out, int64_t out_stride, const Matrix& w, int r, ConstRo
     case Dtype::BF16: return dots_of(out, out_stride, Bf16Row{p}, nullptr, x, w.cols, T);
     case Dtype::F16: return dots_of(out, out_stride, F16Row{p}, nullptr, x, w.cols, T);
     case Dtype::F8_E4M3: return dots_of(out, out_stride, E4m3Row{p}, w.scale_row(r), x, w.cols, T);
+    default: for (int t = 0; t < T; t++) out[t * out_stride] = dot_dequantised(w, r, x[t]);
     }
 }
 
@@ -2499,7 +2659,8 @@ inline void widen(float* out, const Matrix& w, int r) {
     case Dtype::F32: return widen_row(out, F32Row{p}, w.cols);
     case Dtype::BF16: return widen_row(out, Bf16Row{p}, w.cols);
     case Dtype::F16: return widen_row(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_row(out, E4m3Row{p}, w.cols);
+    case Dtype::F8_E4M3: widen_row(out, E4m3Row{p}, w.cols); break;
+    default: return dequantise_row(out, w, r);
     }
     for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
 }
