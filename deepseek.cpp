@@ -2972,11 +2972,13 @@ AVX2_ENTRY float dot_real(const float* a, const float* b, int n) {
 // -- A.3  a block of rows, many tokens -----------------------------------------------------------
 
 constexpr int TILE_ROWS = 3, TILE_TOKENS = 4;                       // 12 sums of 8 lanes in 16 registers
-constexpr int BLOCK_ROWS = 12, BLOCK_TOKENS = 128, BLOCK_COLS = 1024;
+constexpr int BLOCK_ROWS = 12, BLOCK_TOKENS = 128, BLOCK_COLS = 256;
 
 struct FloatBlock {
-    alignas(64) float w[BLOCK_ROWS][BLOCK_COLS];                    // widened weights
-    alignas(64) float lane[BLOCK_ROWS][BLOCK_TOKENS][LANES];        // sums so far
+    alignas(64) float w[BLOCK_ROWS][BLOCK_COLS + LANES];            // widened weights; rows in different cache sets
+    alignas(64) float lanes[BLOCK_TOKENS / TILE_TOKENS][BLOCK_ROWS][TILE_TOKENS][LANES];   // sums so far
+
+    float* lane(int r, int t) { return lanes[t / TILE_TOKENS][r][t % TILE_TOKENS]; }       // a tile's lie together
 };
 
 // lane[r][t] += products of w[r] and x[t] over n columns, n a multiple of 16; first the lower 8 lanes, then the upper.
@@ -2986,7 +2988,7 @@ AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, in
         __m256 v[R][T];
         for (int r = 0; r < R; r++)
             for (int t = 0; t < T; t++)
-                v[r][t] = SCALED ? _mm256_setzero_ps() : _mm256_load_ps(b.lane[row + r][token + t] + half);
+                v[r][t] = SCALED ? _mm256_setzero_ps() : _mm256_load_ps(b.lane(row + r, token + t) + half);
         for (int i = half; i < n; i += LANES) {
             __m256 w[R];
             for (int r = 0; r < R; r++) w[r] = _mm256_load_ps(b.w[row + r] + col + i);
@@ -2997,7 +2999,7 @@ AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, in
         }
         for (int r = 0; r < R; r++)
             for (int t = 0; t < T; t++) {
-                float* lane = b.lane[row + r][token + t] + half;
+                float* lane = b.lane(row + r, token + t) + half;
                 if (SCALED) v[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(scale[r]), v[r][t], _mm256_load_ps(lane));
                 _mm256_store_ps(lane, v[r][t]);
             }
@@ -3017,7 +3019,7 @@ template <bool SCALED> Tile tile_of(int R, int T) {
 inline void tile_tail(FloatBlock& b, int R, int T, int col, ConstRows x, int n, const float* scale) {
     for (int r = 0; r < R; r++) {
         for (int t = 0; t < T; t++) {
-            float sum[LANES] = {}, *lane = b.lane[r][t], *v = scale ? sum : lane;
+            float sum[LANES] = {}, *lane = b.lane(r, t), *v = scale ? sum : lane;
             for (int i = 0; i < n; i++) v[i % LANES] = std::fma(b.w[r][col + i], x[t][i], v[i % LANES]);
             for (int j = 0; scale && j < LANES; j++) lane[j] = std::fma(scale[r], sum[j], lane[j]);
         }
@@ -3037,9 +3039,13 @@ void add_columns(FloatBlock& b, int R, ConstRows x, int T, int col, int n, const
     if (whole < n) tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, SCALED ? scale : nullptr);
 }
 
+AVX2_ENTRY void sum_lanes_of_rows(float* out, FloatBlock& b, int t, int R) {
+    for (int r = 0; r < R; r++) out[r] = sum({_mm256_load_ps(b.lane(r, t)), _mm256_load_ps(b.lane(r, t) + 8)});
+}
+
 // The block's R rows from `row` on, for T tokens.
 inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row, int R, int T) {
-    for (int r = 0; r < R; r++) std::fill_n(b.lane[r][0], T * LANES, 0.0f);
+    std::fill_n(b.lanes[0][0][0], (T + TILE_TOKENS - 1) / TILE_TOKENS * BLOCK_ROWS * TILE_TOKENS * LANES, 0.0f);
     for (int begin = 0; begin < w.cols; begin += BLOCK_COLS) {
         int n = std::min(BLOCK_COLS, w.cols - begin);
         for (int r = 0; r < R; r++) widen_part(b.w[r], w, row + r, begin, n);
@@ -3052,8 +3058,7 @@ inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, i
             add_columns<true>(b, R, {part[0] + col, x.stride}, T, col, std::min(SCALE_BLOCK, n - col), scale);
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) out[t][row + r] = sum_lanes(b.lane[r][t]);
+    for (int t = 0; t < T; t++) sum_lanes_of_rows(out[t] + row, b, t, R);
 }
 
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
@@ -3331,7 +3336,7 @@ template <Dtype D> void few_tokens_int(Rows out, const IntRows& x, const Matrix&
 
 // -- A.7  integers: a block of rows, many tokens -------------------------------------------------
 
-constexpr int INT_ROWS = 16, INT_COLS = 1024, INT_PAIRS = INT_COLS / 2;
+constexpr int INT_ROWS = 16, INT_COLS = 512, INT_PAIRS = INT_COLS / 2;
 
 struct IntBlock {
     alignas(64) int16_t row[INT_ROWS][INT_COLS];                      // scaled weights, row by row
@@ -3420,21 +3425,33 @@ template <bool MINUS> AVX2 void add_scaled(float* lane, const float* d, float dx
 // The block's columns, which begin at `begin` of the matrix, for T tokens; x: the first of them.
 template <int VALUES, bool MINIMUMS, int T>
 AVX2_ENTRY void int_tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
+    int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
     for (int k = 0; k < n / VALUES; k++) {
         int block = begin / VALUES + k;
+        const float* dx = x.d + block;
+        float* lane = b.lane[token][block % BLOCK_LANES];
         IntSums<T> s = no_sums<T>();
         add_pairs<T>(s, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
         for (int t = 0; t < T; t++)
-            add_scaled<false>(b.lane[token + t][block % BLOCK_LANES], b.d[k], x.at(t).d[block], s.v[t]);
+            add_scaled<false>(lane + t * BLOCK_LANES * INT_ROWS, b.d[k], dx[t * blocks], s.v[t]);
         if (!MINIMUMS) continue;
+        const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
         s = no_sums<T>();
         if (VALUES == 256)
-            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), x.sums + block * GROUP, x.n / GROUP, GROUP / 2);
-        for (int t = 0; t < T; t++) {
-            const int16_t* sums = x.at(t).sums + block * 2;
+            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups, GROUP / 2);
+        for (int t = 0; t < T; t++, sums += groups) {
             if (VALUES == 32) s.v[t][0] = s.v[t][1] = _mm256_set1_epi32(-(sums[0] + sums[1]));
-            add_scaled<true>(b.lane[token + t][block % BLOCK_LANES], b.m[k], x.at(t).d[block], s.v[t]);
+            add_scaled<true>(lane + t * BLOCK_LANES * INT_ROWS, b.m[k], dx[t * blocks], s.v[t]);
         }
+    }
+}
+
+// The tree of sum_block_lanes, for 16 rows.
+AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float (*lane)[INT_ROWS]) {
+    for (int r = 0; r < INT_ROWS; r += 8) {
+        __m256 v[4];
+        for (int j = 0; j < 4; j++) v[j] = _mm256_add_ps(_mm256_load_ps(lane[j] + r), _mm256_load_ps(lane[j + 4] + r));
+        _mm256_store_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
     }
 }
 
@@ -3450,11 +3467,9 @@ template <Dtype D> void int_block(IntBlock& b, Rows out, const IntRows& x, const
         for (; t < T; t++) int_tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
     }
     for (int t = 0; t < T; t++) {
-        for (int r = 0; r < R; r++) {
-            float lane[BLOCK_LANES];
-            for (int j = 0; j < BLOCK_LANES; j++) lane[j] = b.lane[t][j][r];
-            out[t][row + r] = sum_block_lanes(lane);
-        }
+        alignas(32) float sums[INT_ROWS];
+        sum_block_lanes_of_rows(sums, b.lane[t]);
+        std::copy_n(sums, R, out[t] + row);
     }
 }
 
