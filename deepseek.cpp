@@ -2235,12 +2235,12 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
                            const std::function<void(int)>& progress, const std::function<void(int)>& emit) {
     Statistics stats;
     double start = seconds();
-    stats.prompt = int(ids.size());
-    stats.reused = reusable(s, ids, g.mtp);
+    stats.prompt = stats.reused = reusable(s, ids, g.mtp);
     s.tokens.assign(ids.begin(), ids.end());
     prefill(s, ids.subspan(size_t(stats.reused)), stats.reused, [&](int pos, int T) {
         if (g.mtp) mtp_catch_up(s);
-        progress(pos + T);
+        stats.prompt = pos + T;
+        progress(stats.prompt);
     });
     stats.prefill_s = seconds() - start;
     if (interrupted) return stats;
@@ -3291,7 +3291,7 @@ int main(int argc, char** argv) {
     Options o;
     CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
     app.name("deepseek")
-        ->require_subcommand(1)
+        ->require_subcommand(0, 1)
         ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
     add_talking_commands(app, o);
     add_measuring_commands(app, o);
@@ -3306,6 +3306,7 @@ int main(int argc, char** argv) {
     } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
         return complain(e.what());
     }
+    if (app.get_subcommands().empty()) return complain("which command? (deepseek --help lists them)");
     std::cout.flush();
     bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
     return written ? 0 : complain("stdout cannot be written");
