@@ -128,7 +128,7 @@ class Fetch(unittest.TestCase):
             self.assertEqual(hub.fetched("config.json"), small)
 
     def test_stopped_midway(self):
-        """Ctrl-C and kill -9 in the middle of a file leave no folder that looks whole; the next call resumes."""
+        """Ctrl-C and kill -9 in a file leave no folder that looks whole; the next call resumes."""
         for sign in (signal.SIGINT, signal.SIGKILL):
             with self.subTest(sign), Hub({REPO: model()}) as hub:
                 hub.fault(FIRST, *["nothing"] * 1000)
@@ -167,7 +167,7 @@ class Fetch(unittest.TestCase):
             self.assertIn(f"{FIRST}: corrupted 3 times", self.fetch(hub, code=1))
 
     def test_damage_between_two_calls(self):
-        """A partial file that rotted is caught by the hash; a finished file that lost bytes is fetched again."""
+        """A partial file that rotted is caught by its hash; a finished one that lost bytes comes again."""
         with Hub({REPO: model()}) as hub:
             hub.fault(FIRST, "cut", "nothing", "nothing", "nothing")
             self.fetch(hub, code=1)

@@ -32,7 +32,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         hub = self.server.hub
         hub.requests.append((self.path, self.headers.get("Range")))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main\?recursive=true(?:&cursor=(\d+))?", self.path):
+        tree = r"/api/models/([^/]+/[^/]+)/tree/main\?recursive=true(?:&cursor=(\d+))?"
+        if match := re.fullmatch(tree, self.path):
             return self.answer_list(hub, match[1], int(match[2] or 0))
         if match := re.fullmatch(r"(/cdn)?/([^/]+/[^/]+)/resolve/main/(.+)", self.path):
             return self.answer_file(hub, match[2], match[3], redirected=bool(match[1]))

@@ -29,7 +29,8 @@ class Counted(unittest.TextTestResult):
 def main(name, module="__main__"):
     tests = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[module])
     if len(sys.argv) > 1:                 # only the tests whose names contain an argument
-        tests = unittest.TestSuite(t for case in tests for t in case if any(a in t.id() for a in sys.argv[1:]))
+        wanted = [t for case in tests for t in case if any(a in t.id() for a in sys.argv[1:])]
+        tests = unittest.TestSuite(wanted)
     runner = unittest.TextTestRunner(stream=sys.stderr, verbosity=1, resultclass=Counted)
     result = runner.run(tests)
     failed = len(result.broken)
