@@ -1,27 +1,145 @@
-# make run     builds the program and asks the shipped model a question
-# make test    builds and runs all tests
+# make             builds ./deepseek
+# make run         builds it and asks the shipped model a question
+# make test        builds and runs every test
+# make help        the other targets
 #
-# Missing Debian packages are installed on the way; `make packages` says which would be.
+# Missing Debian packages are installed on the way, with a line that says which and why. Everything else
+# happens in this folder: ./deepseek, build/ and weights/. V=1 shows the commands.
 
 CXX      ?= g++
+CLANGXX  ?= clang++
 CXXFLAGS ?= -O2
-STRICT    = -std=c++20 -ffp-contract=off -fopenmp -Wall -Wextra -Wpedantic -Werror
-LIBS      = -lsimdjson -lpcre2-8 -lutf8proc
-SOURCES   = deepseek.cpp tokenizer.h
+STRICT   := -std=c++20 -ffp-contract=off -fopenmp -Wall -Wextra -Wpedantic -Werror
+LIBS     := -lsimdjson -lpcre2-8 -lutf8proc
+GTEST    := -lgtest -lgtest_main -pthread
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-RUN_PACKAGES  = g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev
+JOBS      := $(shell nproc 2>/dev/null || echo 2)
+ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(JOBS)
+endif
+MAKEFLAGS += --no-print-directory
+SHELL     := /bin/bash
+comma     := ,
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: all run test asan fuzz style golden bench clean help always
 
-.PHONY: run packages clean
+all: deepseek
+
+help:
+	@echo "make                 build ./deepseek"
+	@echo "make run             ask the shipped model a question"
+	@echo "make test            every test (a few minutes on two cores)"
+	@echo "make weights/NAME    fetch a published model, for example make weights/DeepSeek-R1-Distill-Qwen-1.5B"
+	@echo "make asan            the tests once more, with the address and undefined-behaviour sanitizers"
+	@echo "make fuzz            five minutes of libFuzzer for each parser (SECONDS_EACH=300)"
+	@echo "make style           the budgets of the source text: function lengths, nesting, columns, contents"
+	@echo "make bench           speed of prefill and decode on this machine"
+	@echo "make golden          make the golden files anew (needs Python with numpy)"
+	@echo "make clean           remove what was built"
 
 run: deepseek
-	./deepseek run -p "Which is larger, 9.11 or 9.9?"
+	@echo '$$ ./deepseek run -p "Which is larger, 9.11 or 9.9?"'
+	@./deepseek run -p "Which is larger, 9.11 or 9.9?"
+	@echo
+	@echo 'Ask it more: ./deepseek chat      (a toy with a narrow mind: weights/README.md says what it knows)'
 
-deepseek: $(SOURCES) | packages
-	$(CXX) $(STRICT) $(CXXFLAGS) deepseek.cpp -o $@ $(LIBS)
+# -- packages --------------------------------------------------------------------------------------------
+#
+# $(call packages,PURPOSE,DEBIAN PACKAGES,PROBE,NAMES): if the shell command PROBE fails, installs what is
+# missing of DEBIAN PACKAGES, or, where there is no apt-get, says what to install. The target is a stamp.
 
-packages:
-	@missing=$$(for p in $(RUN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
-	if [ -n "$$missing" ]; then echo "installing" $$missing; apt-get update -qq && apt-get install -y -qq $$missing; fi
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+APT  := $(ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
+
+define packages
+@mkdir -p $(@D)
+@if ! { $(3) ; } >$@.log 2>&1; then \
+	if ! command -v apt-get >/dev/null; then \
+		echo "$(1) needs $(4)."; \
+		echo "There is no apt-get here to install it with: install it in this system's way, then run make again."; \
+		exit 1; \
+	fi; \
+	missing=$$(for p in $(2); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	echo "Installing Debian packages, as $(1) needs them:" $$missing; \
+	if ! { $(APT) update && $(APT) install -y --no-install-recommends $$missing; } >$@.log 2>&1; then \
+		cat $@.log; echo "They could not be installed."; exit 1; \
+	fi; \
+	if ! { $(3) ; } >$@.log 2>&1; then cat $@.log; echo "$(1) needs $(4)."; exit 1; fi; \
+fi
+@touch $@
+endef
+
+includes = printf '\#include <%s>\n' $(1) | $(CXX) -std=c++20 -fopenmp -E -x c++ - -o /dev/null
+
+build/have-run:
+	$(call packages,the program,g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev,\
+		$(call includes,omp.h simdjson.h utf8proc.h CLI/CLI.hpp) && \
+		printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <pcre2.h>\n' | $(CXX) -E -x c++ - -o /dev/null,\
+		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
+
+build/have-test: | build/have-run
+	$(call packages,make test,libgtest-dev clang libomp-dev libclang-rt-dev python3 curl,\
+		$(call includes,gtest/gtest.h) && python3 --version && curl --version && \
+		echo 'int main() {}' | $(CLANGXX) -fopenmp -fsanitize=address -x c++ - -o /dev/null,\
+		GoogleTest$(comma) clang++ with OpenMP and its sanitizers$(comma) Python 3 and curl)
+
+build/have-style: | build/have-run
+	$(call packages,make style,clang-tidy libomp-dev python3 git,\
+		clang-tidy --version && python3 --version && git --version,clang-tidy$(comma) Python 3 and git)
+
+build/have-fetch:
+	$(call packages,make weights/NAME,python3 curl ca-certificates,python3 --version && curl --version,\
+		Python 3 and curl)
+
+# -- programs --------------------------------------------------------------------------------------------
+#
+# Each is one translation unit. build/*.d, written by the compiler, says what each depends on; build/flags
+# changes when the compiler or the flags do.
+
+ifeq ($(V),)
+compile = @echo "compiling $@"; mkdir -p $(@D) build/deps;
+else
+compile = mkdir -p $(@D) build/deps;
+endif
+compile += $(1) $(STRICT) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@ $(LIBS) $(4)
+
+FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT)
+build/flags: always
+	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
+
+deepseek: deepseek.cpp build/flags | build/have-run
+	$(call compile,$(CXX),$(CXXFLAGS),$<)
+
+build/deepseek-clang: deepseek.cpp build/flags | build/have-test
+	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)
+build/unit: tests/unit/unit.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+build/golden: tests/golden/golden.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+build/golden-double: tests/golden/golden.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(CXXFLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+
+-include $(wildcard build/deps/*.d)
+
+# -- tests -----------------------------------------------------------------------------------------------
+
+TEST_PROGRAMS := deepseek build/deepseek-clang
+
+test: $(TEST_PROGRAMS) | build/have-style
+	@tests/run
+
+style: | build/have-style
+	@tests/style.py
+
+bench: deepseek
+	./deepseek bench
+
+# -- weights ---------------------------------------------------------------------------------------------
+
+weights/%: | build/have-fetch
+	@weights/fetch.py $*
 
 clean:
 	rm -rf build deepseek

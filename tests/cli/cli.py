@@ -1,0 +1,584 @@
+#!/usr/bin/env python3
+"""Every command, run as a user runs it: what goes to stdout, what to stderr, and the exit code.
+
+DEEPSEEK names another program than ./deepseek.
+"""
+import array
+import errno
+import json
+import math
+import os
+import pathlib
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import unittest
+
+import suite
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("DEEPSEEK", str(ROOT / "deepseek"))
+TINY = ROOT / "weights" / "tiny"
+COMMANDS = ("run", "chat", "tokenize", "logits", "perplexity", "info", "bench")
+
+BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+QUESTION = "Which is larger, 9.11 or 9.9?"
+ANSWER = "9 and 9: same\n1 and 9: 1 < 9\nSo 9.9\n</think>\n\n9.9 is larger.\n"
+STATISTICS = (r"prompt \d+ tokens(?: \(\d+ from the cache\))?, [\d.]+ tok/s; "
+              r"generated \d+ tokens, [\d.]+ tok/s")
+
+
+# One thread: on a busy machine the threads of a small model wait for each other most of the time. Tests
+# that are about threads remove the limit.
+ONE_THREAD = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+
+
+def run(*arguments, given="", cwd=ROOT, env=ONE_THREAD):
+    """(exit code, stdout, stderr) with neither on a terminal. Bytes that are no UTF-8 are an error."""
+    done = subprocess.run([PROGRAM, *map(str, arguments)], input=given.encode(), capture_output=True, cwd=cwd,
+                          env=env)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def endless(folder):
+    """The shipped model with a context of 32768 and without an end: no id that it emits ends a text."""
+    folder = pathlib.Path(folder)
+    for file in TINY.iterdir():
+        shutil.copy(file, folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        fields = json.loads((folder / name).read_text())
+        for key in ("eos_token", "eos_token_id"):
+            fields.pop(key, None)
+        if "max_position_embeddings" in fields:
+            fields["max_position_embeddings"] = 32768
+        (folder / name).write_text(json.dumps(fields))
+    return folder
+
+
+def read_safetensors(path):
+    """name -> (dtype, shape, values)."""
+    data = pathlib.Path(path).read_bytes()
+    length, = struct.unpack("<Q", data[:8])
+    tensors = {}
+    for name, entry in json.loads(data[8:8 + length]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            kind = {"F32": "f", "I32": "i"}[entry["dtype"]]
+            values = array.array(kind, data[8 + length + begin:8 + length + end])
+            tensors[name] = entry["dtype"], entry["shape"], values
+    return tensors
+
+
+def best_of(logits, t):
+    row = logits[t * 512:t * 512 + 512]
+    return max(range(512), key=row.__getitem__)
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+
+    def tearDown(self):
+        shutil.rmtree(self.folder)
+
+    def ok(self, *arguments, given="", cwd=ROOT, env=ONE_THREAD):
+        code, out, error = run(*arguments, given=given, cwd=cwd, env=env)
+        self.assertEqual(code, 0, error)
+        return out, error
+
+    def refused(self, *arguments, given="", says=""):
+        """Exit code 1, one line on stderr, nothing on stdout."""
+        code, out, error = run(*arguments, given=given)
+        self.assertEqual(code, 1, error)
+        self.assertEqual(out, "")
+        self.assertRegex(error, r"\Adeepseek: [^\n]+\n\Z")
+        self.assertIn(says, error)
+
+
+class Run(Case):
+    def test_answer(self):
+        out, error = self.ok("run", "-p", QUESTION)
+        self.assertEqual(out, ANSWER)
+        self.assertRegex(error, rf"\A{STATISTICS}\n\Z")
+
+    def test_answers(self):
+        out, _ = self.ok("run", "-p", "How many r are in strawberry?", "--temp", "0")
+        self.assertTrue(out.endswith("\nSo 3\n</think>\n\nr occurs 3 times in strawberry.\n"), out)
+        out, _ = self.ok("run", "-p", "123 + 989", "--exact")
+        self.assertTrue(out.endswith("\nSo 1112\n</think>\n\n123 + 989 = 1112.\n"), out)
+
+    def test_model_in_another_place(self):
+        """Neither the model beside the program nor a relative -m depends on the other's place."""
+        self.assertEqual(self.ok("run", "-p", QUESTION, cwd="/")[0], ANSWER)
+        self.assertEqual(self.ok("run", "-m", "tiny", "-p", QUESTION, cwd=TINY.parent)[0], ANSWER)
+
+    def test_prompt_from_file_and_stdin(self):
+        file = self.folder / "question.txt"
+        file.write_text(QUESTION)
+        self.assertEqual(self.ok("run", "-f", file)[0], ANSWER)
+        self.assertEqual(self.ok("run", "-", given=QUESTION)[0], ANSWER)
+
+    def test_one_prompt(self):
+        for arguments in ((), ("-p", "a", "-"), ("-p", "a", "-f", "README.md"), ("a",), ("-p", "a", "b")):
+            self.refused("run", *arguments, says="prompt")
+        self.refused("run", "-f", self.folder / "absent", says="absent")
+        (self.folder / "latin1").write_bytes(b"caf\xe9")
+        self.refused("run", "-f", self.folder / "latin1", says="UTF-8")
+
+    def test_token_limit(self):
+        self.assertEqual(self.ok("run", "-p", QUESTION, "-n", "0")[0], "\n")
+        out, error = self.ok("run", "-p", QUESTION, "-n", "5")
+        self.assertTrue(ANSWER.startswith(out[:-1]), out)
+        self.assertTrue(out.endswith("\n") and out.count("\n") == 1, out)
+        self.assertIn("generated 5 tokens", error)
+
+    def test_context_is_never_cut(self):
+        self.refused("run", "-p", QUESTION, "--ctx", "20", says="20 tokens, the context holds 20")
+        self.refused("run", "-p", "1 " * 600, says="the context holds 512")
+        self.refused("run", "-p", QUESTION, "--ctx", "513", says="context is 512")
+        out, error = self.ok("run", "-p", QUESTION, "--ctx", "25")
+        self.assertTrue(ANSWER.startswith(out[:-1]), out)
+
+    def test_seed(self):
+        hot = ("run", "-p", QUESTION, "--temp", "5", "-n", "20", "--seed")
+        texts = [self.ok(*hot, seed)[0] for seed in ("1", "1", "2")]
+        self.assertEqual(texts[0], texts[1])
+        self.assertNotEqual(texts[0], texts[2])
+        for narrow in (("--top-k", "1"), ("--top-p", "1e-9"), ("--min-p", "1")):
+            self.assertEqual(self.ok("run", "-p", QUESTION, "--temp", "5", *narrow)[0], ANSWER)
+
+    def test_default_temperature_is_the_models(self):
+        """do_sample with a temperature in generation_config.json, or greedy as shipped."""
+        for file in TINY.iterdir():
+            shutil.copy(file, self.folder)
+        hot = {"eos_token_id": 1, "do_sample": True, "temperature": 5.0}
+        (self.folder / "generation_config.json").write_text(json.dumps(hot))
+        arguments = ("run", "-m", self.folder, "-p", QUESTION, "-n", "20")
+        self.assertEqual(self.ok(*arguments)[0], self.ok("run", "-p", QUESTION, "-n", "20", "--temp", "5")[0])
+        self.assertNotEqual(self.ok(*arguments)[0], self.ok("run", "-p", QUESTION, "-n", "20")[0])
+
+    def test_show_prompt(self):
+        _, error = self.ok("run", "-p", "Hi", "--system", "Be brief.", "--show-prompt")
+        ids = json.loads(re.search(r"^ids: (\[.*\])$", error, re.MULTILINE)[1])
+        text = f"{BOS}Be brief.{USER}Hi{ASSISTANT}<think>\n"
+        self.assertIn(f"prompt: {text}\n", error)
+        self.assertEqual(self.ok("tokenize", "--decode", given=json.dumps(ids))[0], text)
+
+    def test_raw(self):
+        text = f"{BOS}{USER}{QUESTION}{ASSISTANT}<think>\n"
+        self.assertEqual(self.ok("run", "--raw", "-p", text)[0], ANSWER)
+        _, error = self.ok("run", "--raw", "-p", "9", "--show-prompt", "-n", "1")
+        self.assertIn("prompt: 9\nids: [0,", error)      # BOS, as tokenizer_config.json says
+        self.refused("run", "--raw", "-p", "9", "--system", "x", says="--system")
+
+    def test_think_budget(self):
+        """The thought ends with the token </think> after as many tokens as allowed; an answer follows."""
+        thought = ANSWER.split("</think>")[0]
+        for budget in (0, 1, 4):
+            out, _ = self.ok("run", "-p", QUESTION, "--think-budget", budget)
+            cut, _, answer = out.partition("</think>")
+            self.assertTrue(thought.startswith(cut) and len(cut) < len(thought), out)
+            ids = json.loads(self.ok("tokenize", given=cut)[0])
+            self.assertLessEqual(len(ids), budget)
+            self.assertRegex(answer, r"\S")
+        self.assertEqual(self.ok("run", "-p", QUESTION, "--think-budget", "200")[0], ANSWER)
+
+    def test_drafts_change_nothing(self):
+        for question in (QUESTION, "Add 6 and 77.", "Reverse the word planet.", "Who are you?"):
+            plain, _ = self.ok("run", "-p", question)
+            drafted, error = self.ok("run", "-p", question, "--mtp")
+            self.assertEqual(plain, drafted)
+            self.assertRegex(error, r"mtp: \d+ of \d+ drafts accepted \([\d.]+ %\), [\d.]+ tokens per step")
+        accepted, of = map(int, re.search(r"mtp: (\d+) of (\d+)", error).groups())
+        self.assertTrue(0 < accepted <= of)
+
+    def test_settings_that_change_nothing(self):
+        for setting in (("--threads", "1"), ("--threads", "3"), ("--chunk", "3"), ("--exact",),
+                        ("--mla", "naive"), ("--device", "cpu"), ("--quant", "none")):
+            self.assertEqual(self.ok("run", "-p", QUESTION, *setting, env=os.environ)[0], ANSWER, setting)
+
+
+class Chat(Case):
+    def test_two_turns(self):
+        """An answer a turn; the second prompt holds the first answer without its thought."""
+        out, error = self.ok("chat", "--show-prompt", given=f"{QUESTION}\n\nAdd 6 and 77.")
+        first, second = out[:len(ANSWER)], out[len(ANSWER):]
+        self.assertEqual(first, ANSWER)
+        self.assertTrue(second.endswith("</think>\n\n6 + 77 = 83.\n"), second)
+        history = (f"{BOS}{USER}{QUESTION}{ASSISTANT}\n\n9.9 is larger.{EOS}"
+                   f"{USER}Add 6 and 77.{ASSISTANT}<think>\n")
+        self.assertIn(f"prompt: {history}\n", error)
+        self.assertEqual(len(re.findall(STATISTICS, error)), 2)
+        self.assertNotIn("> ", error.replace("k>", ""))  # no prompt sign where no one types
+
+    def test_system_and_end(self):
+        self.assertEqual(self.ok("chat", given="")[0], "")
+        _, error = self.ok("chat", "--system", "Be brief.", "--show-prompt", "-n", "1", given="Hi\n")
+        self.assertIn(f"prompt: {BOS}Be brief.{USER}Hi", error)
+
+
+class Tokenize(Case):
+    TEXT = "Hello, größer 中文 👋🏽!\r\n\t 12345 "
+
+    def test_round_trip(self):
+        ids, error = self.ok("tokenize", given=self.TEXT)
+        self.assertRegex(ids, r"\A\[\d+(,\d+)*\]\n\Z")
+        self.assertEqual(error, "")
+        self.assertEqual(self.ok("tokenize", "--decode", given=ids)[0], self.TEXT)
+        self.assertEqual(self.ok("tokenize", given="")[0], "[]\n")
+        self.assertEqual(self.ok("tokenize", "--decode", given="[]")[0], "")
+        with_bos = json.loads(self.ok("tokenize", "--add-bos", given=self.TEXT)[0])
+        self.assertEqual(with_bos, [0] + json.loads(ids))
+        self.assertEqual(json.loads(self.ok("tokenize", "-m", TINY, given=self.TEXT)[0]), json.loads(ids))
+
+    def test_special_tokens(self):
+        self.assertEqual(self.ok("tokenize", given=f"{USER}{EOS}")[0], "[508,1]\n")
+        self.assertEqual(self.ok("tokenize", "--decode", given="[508,1]")[0], f"{USER}{EOS}")
+
+    def test_chat(self):
+        messages = [{"role": role, "content": content} for role, content in (
+            ("system", "S"), ("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c"))]
+        expected = f"{BOS}S{USER}a{ASSISTANT}\n\nb{EOS}{USER}c{ASSISTANT}<think>\n"
+        self.assertEqual(self.ok("tokenize", "--chat", given=json.dumps(messages))[0], expected)
+        ids = self.ok("tokenize", "--chat", "--ids", given=json.dumps(messages))[0]
+        self.assertEqual(json.loads(ids)[0], 0)
+        self.assertNotEqual(json.loads(ids)[1], 0)
+        self.assertEqual(self.ok("tokenize", "--decode", given=ids)[0], expected)
+
+    def test_lines(self):
+        texts = ["", "a", self.TEXT, "line\nbreak", "\u0000", "1 2 3", "</think>"]
+        given = "".join(json.dumps(t) + "\n" for t in texts)
+        out, _ = self.ok("tokenize", "--lines", given=given)
+        ids = [json.loads(line) for line in out.split("\n")[:-1]]
+        self.assertEqual(len(ids), len(texts))
+        for text, row in zip(texts, ids):
+            self.assertEqual(row, json.loads(self.ok("tokenize", given=text)[0]))
+        out, _ = self.ok("tokenize", "--lines", "--decode", given="".join(f"{row}\n" for row in ids))
+        self.assertEqual([json.loads(line) for line in out.split("\n")[:-1]], texts)
+
+    def test_lines_of_invalid_text(self):
+        """Each maximal invalid part of the text becomes U+FFFD."""
+        ids = json.loads(self.ok("tokenize", given="👋")[0])
+        self.assertGreater(len(ids), 1)
+        given = "".join(f"{row}\n" for row in (ids[:-1], ids, ids[:-1] * 2, ids[:1] + ids))
+        out, _ = self.ok("tokenize", "--lines", "--decode", given=given)
+        self.assertEqual([json.loads(line) for line in out.splitlines()],
+                         ["\ufffd", "👋", "\ufffd\ufffd", "\ufffd👋"])
+
+    def test_lines_of_chat(self):
+        ask = {"messages": [{"role": "user", "content": "a"}], "tools": None, "add_generation_prompt": True}
+        given = json.dumps(ask) + "\n" + json.dumps({**ask, "add_generation_prompt": False}) + "\n"
+        out, _ = self.ok("tokenize", "--lines", "--chat", given=given)
+        texts = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(texts, [f"{BOS}{USER}a{ASSISTANT}<think>\n", f"{BOS}{USER}a"])
+        out, _ = self.ok("tokenize", "--lines", "--chat", "--ids", given=given)
+        for text, line in zip(texts, out.splitlines()):
+            self.assertEqual(json.loads(line), json.loads(self.ok("tokenize", given=text)[0]))
+
+    def test_answers_line_by_line(self):
+        """A program that asks and waits for the answer is never left waiting."""
+        process = subprocess.Popen([PROGRAM, "tokenize", "--lines"], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        for text in ("a", "b"):
+            process.stdin.write(json.dumps(text).encode() + b"\n")
+            process.stdin.flush()
+            self.assertEqual(len(json.loads(process.stdout.readline())), 1)
+        process.communicate()
+        self.assertEqual(process.returncode, 0)
+
+    def test_refusals(self):
+        for arguments, given in ((("--decode",), "[-1]"), (("--decode",), "{}"),
+                                 (("--decode",), "[1"), (("--chat",), "[{}]"), (("--chat",), "hello"),
+                                 (("--ids",), "a"), (("--decode", "--chat"), "[]"), (("--lines",), "3\n"),
+                                 (("--lines",), "\n"), (("-m", "/nowhere"), "a")):
+            self.refused("tokenize", *arguments, given=given)
+        done = subprocess.run([PROGRAM, "tokenize"], input=b"caf\xe9", capture_output=True)
+        self.assertEqual((done.returncode, done.stdout), (1, b""), done.stderr)
+
+
+class Logits(Case):
+    IDS = [0, 508, 42, 360, 81, 509, 510, 201]
+
+    def logits(self, *arguments):
+        file = self.folder / "out.safetensors"
+        out, error = self.ok("logits", "-m", TINY, "--ids", ",".join(map(str, self.IDS)), "--out", file,
+                             *arguments, env=os.environ)
+        self.assertEqual((out, error), ("", ""))
+        return read_safetensors(file)
+
+    def test_shapes(self):
+        tensors = self.logits()
+        T = len(self.IDS)
+        self.assertEqual({name: t[:2] for name, t in tensors.items()},
+                         {"logits": ("F32", [T, 512]), "mtp_logits": ("F32", [T - 1, 512])})
+
+    def test_tap_names(self):
+        tensors = self.logits("--taps")
+        attention = ["attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "attn_out", "ffn_norm"]
+        router = ["router_logits", "expert_idx", "expert_weight"]
+        names = {"logits", "mtp_logits", "embed", "norm", "mtp.in", "mtp.out"}
+        for layer in range(5):
+            for tap in attention + (router if layer else []) + ["ffn_out", "out"]:
+                names.add(f"layers.{layer}.{tap}")
+        self.assertEqual({n for n in tensors if not re.match(r"layers\.5\.|mtp\.layer", n)}, names)
+        self.assertEqual(tensors["layers.1.expert_idx"][0], "I32")
+        self.assertEqual(tensors["layers.1.q_nope"][1], [len(self.IDS), 4, 32])
+        self.assertEqual(tensors["layers.1.c_kv"][1], [len(self.IDS), 32])
+        self.assertEqual({shape[0] for _, shape, _ in tensors.values()}, {len(self.IDS), len(self.IDS) - 1})
+
+    def test_bits_do_not_depend_on_the_setting(self):
+        expected = self.logits("--taps")
+        for setting in (("--chunk", "1"), ("--chunk", "3"), ("--chunk", "64"), ("--threads", "1"),
+                        ("--threads", "3"), ("--exact",), ("--mla", "absorbed")):
+            self.assertEqual(self.logits("--taps", *setting), expected, setting)
+        naive = self.logits("--mla", "naive")["logits"][2]
+        absorbed = expected["logits"][2]
+        self.assertEqual([best_of(naive, t) for t in range(len(self.IDS))],
+                         [best_of(absorbed, t) for t in range(len(self.IDS))])
+
+    def test_refusals(self):
+        file = self.folder / "out.safetensors"
+        for ids in ("512", "-1", "a", "1,,2", "1,2,", "1, 2", "99999999999", ",".join(["1"] * 513)):
+            self.refused("logits", "-m", TINY, f"--ids={ids}", "--out", file)
+            self.assertEqual(list(self.folder.iterdir()), [], ids)
+        self.refused("logits", "-m", TINY, "--ids", "1", says="--out")
+        self.refused("logits", "-m", TINY, "--out", file, says="--ids")
+        self.refused("logits", "-m", TINY, "--ids", "1", "--out", self.folder / "absent" / "x", says="absent")
+
+
+class Measures(Case):
+    def test_perplexity_is_that_of_the_logits(self):
+        text = self.folder / "text.txt"
+        text.write_text("Which is larger, 3.14 or 2.72? Ask Mia.")
+        ids = [0] + json.loads(self.ok("tokenize", given=text.read_text())[0])
+        result = json.loads(self.ok("perplexity", "-f", text, "--json")[0])
+        self.ok("logits", "--ids", ",".join(map(str, ids)), "--out", self.folder / "l")
+        logits = read_safetensors(self.folder / "l")["logits"][2]
+        nll = 0.0
+        for t, following in enumerate(ids[1:]):
+            row = logits[t * 512:t * 512 + 512]
+            top = max(row)
+            nll += top + math.log(sum(math.exp(v - top) for v in row)) - row[following]
+        self.assertEqual(result["tokens"], len(ids) - 1)
+        # Printed with six decimals: 0.5e-6. The sum itself is taken in double here and there.
+        self.assertAlmostEqual(result["nll"], nll / (len(ids) - 1), delta=0.6e-6)
+        self.assertAlmostEqual(math.log(result["perplexity"]), result["nll"], delta=1e-6)
+        out, _ = self.ok("perplexity", "-f", text)
+        expected = "tokens {tokens}  nll {nll:.6f}  perplexity {perplexity:.6f}\n"
+        self.assertEqual(out, expected.format(**result))
+
+    def test_perplexity_of_little(self):
+        text = self.folder / "text.txt"
+        text.write_text("")
+        self.refused("perplexity", "-f", text, says="too short")
+        self.refused("perplexity", says="--file")
+
+    def test_info(self):
+        """The counts are those of the file."""
+        info = json.loads(self.ok("info", "--json", "--ctx", "100")[0])
+        data = (TINY / "model.safetensors").read_bytes()
+        length, = struct.unpack("<Q", data[:8])
+        header = {n: e for n, e in json.loads(data[8:8 + length]).items() if n != "__metadata__"}
+        size = {name: math.prod(e["shape"]) for name, e in header.items()}
+        mtp = sum(n for name, n in size.items() if name.startswith("model.layers.5.")
+                  and not re.search(r"embed_tokens|shared_head\.head", name))   # copies of the main model's
+        idle = sum(n * 12 // 16 for name, n in size.items() if ".experts." in name and ".5.mlp" not in name)
+        bias = sum(n for name, n in size.items() if "correction_bias" in name and ".5.mlp" not in name)
+        total = sum(n for name, n in size.items() if not name.startswith("model.layers.5."))
+        self.assertEqual(info["parameters"], {"total": total, "active": total - idle - bias, "mtp": mtp})
+        bytes_of = {}
+        for e in header.values():
+            bytes_of[e["dtype"]] = bytes_of.get(e["dtype"], 0) + e["data_offsets"][1] - e["data_offsets"][0]
+        self.assertEqual(info["bytes"], bytes_of)
+        self.assertEqual(info["kv_bytes_per_token"], 5 * (32 + 16) * 4)
+        self.assertEqual(info["mha_kv_bytes_per_token"], 5 * 4 * (32 + 16 + 32) * 4)
+        self.assertEqual((info["architecture"], info["context"]), ("deepseek_v3", 512))
+        self.assertEqual(info["memory"]["ctx"], 100)
+        self.assertTrue(info["memory"]["fits"])
+
+    def test_info_text(self):
+        out, error = self.ok("info", "-m", TINY)
+        for fact in ("deepseek_v3", "5 layers", "16 routed", "2.216 M total", "960 bytes a token", "fits"):
+            self.assertIn(fact, out)
+        self.assertEqual(error, "")
+        self.refused("info", "--ctx", "513", says="context is 512")
+
+    def test_memory_is_planned_first(self):
+        """A cache that no machine holds is refused with the missing amount; info says so and exits with 0."""
+        config = json.loads((TINY / "config.json").read_text())
+        config["max_position_embeddings"] = 1 << 24
+        config["num_hidden_layers"] = 1000
+        (self.folder / "config.json").write_text(json.dumps(config))
+        out, _ = self.ok("info", "-m", self.folder, "--ctx", 1 << 24)
+        self.assertRegex(out, r"does not fit: [\d.]+ GB too much")
+        for file in TINY.iterdir():
+            if file.name != "config.json":
+                shutil.copy(file, self.folder)
+        self.refused("run", "-m", self.folder, "-p", "a", "--ctx", 1 << 24, says="not enough memory")
+
+    def test_bench(self):
+        out, _ = self.ok("bench", "-p", "16", "-n", "3", "-r", "2", "--threads", "2", env=os.environ)
+        prefill, decode = map(json.loads, out.splitlines())
+        for line, test, n in ((prefill, "prefill", 16), (decode, "decode", 3)):
+            self.assertEqual((line["test"], line["n"], line["threads"], line["quant"]), (test, n, 2, "none"))
+            self.assertEqual(len(line["tokens_per_s"]), 2)
+            self.assertTrue(all(speed > 0 for speed in line["tokens_per_s"]))
+        self.assertEqual(len(self.ok("bench", "-p", "0", "-n", "1", "-r", "1")[0].splitlines()), 1)
+
+
+class Usage(Case):
+    def test_help(self):
+        out, error = self.ok("--help")
+        for command in COMMANDS:
+            self.assertIn(f"\n  {command} ", out)
+            text, error = self.ok(command, "--help")
+            self.assertIn("Example:\n  ", text)
+            self.assertIn("--threads", text)
+            self.assertEqual(error, "")
+
+    def test_examples_run(self):
+        """The example at the end of each command's help does what it says."""
+        for command in COMMANDS:
+            example = self.ok(command, "--help")[0].split("Example:\n")[1].strip()
+            example = re.sub(r"\bdeepseek\b", f"'{PROGRAM}'", example)
+            shutil.copy(ROOT / "README.md", self.folder)
+            if command == "perplexity":   # cut to what the shipped model's context holds quickly
+                (self.folder / "README.md").write_text((ROOT / "README.md").read_text()[:2000])
+            done = subprocess.run(["bash", "-c", example.replace("--ctx 4096", "--ctx 512")], cwd=self.folder,
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, example + done.stderr)
+
+    def test_mistakes(self):
+        wrong = (("--frobnicate",), ("-p",), ("-n", "x"), ("--temp", "-1"), ("--top-p", "2"),
+                 ("--device", "tpu"), ("--quant", "q9"), ("--threads", "0"), ("--seed", "-1"),
+                 ("--mla", "fast"),
+                 ("-m", self.folder / "absent"), ("-m", self.folder), ("-m", "README.md"))
+        for arguments in wrong:
+            with self.subTest(arguments):
+                self.refused("run", "-p", "a", *arguments)
+        self.refused(says="--help")
+        self.refused("frobnicate", says="frobnicate")
+
+    def test_full_disk(self):
+        """A result that cannot be written is an error, not a silence."""
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([PROGRAM, "info", "--json"], stdout=full, stderr=subprocess.PIPE)
+        self.assertNotEqual(done.returncode, 0)
+
+
+class Terminal(Case):
+    """stdin, stdout and stderr are one terminal, as for a person."""
+    def setUp(self):
+        super().setUp()
+        self.child = 0
+        signal.signal(signal.SIGALRM, self.stuck)
+        signal.alarm(240)                 # a test that waits for text that never comes must end too
+
+    def tearDown(self):
+        signal.alarm(0)
+        if self.child:
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
+        super().tearDown()
+
+    def stuck(self, *ignored):
+        raise TimeoutError(f"the program printed nothing more after {self.text[-200:]}")
+
+    def start(self, *arguments):
+        child, master = pty.fork()
+        if child == 0:
+            os.execve(PROGRAM, [PROGRAM, *map(str, arguments)], ONE_THREAD)
+        self.child, self.master, self.text = child, master, b""
+
+    def read_until(self, pattern):
+        """Everything up to a match of `pattern`; without one, everything."""
+        while not re.search(pattern, self.text):
+            try:
+                block = os.read(self.master, 65536)
+            except OSError as error:      # Linux: the other side is closed
+                if error.errno != errno.EIO:
+                    raise
+                return False
+            if not block:
+                return False
+            self.text += block
+        return True
+
+    def finish(self):
+        self.read_until(rb"\A(?!)")
+        os.close(self.master)
+        _, status = os.waitpid(self.child, 0)
+        self.child = 0
+        return os.waitstatus_to_exitcode(status), self.text.decode().replace("\r\n", "\n")
+
+    def test_thought_is_dimmed(self):
+        self.start("run", "-p", QUESTION)
+        code, text = self.finish()
+        self.assertEqual(code, 0)
+        thought, answer = ANSWER.split("</think>")
+        self.assertIn(f"\033[2m{thought}</think>\033[0m{answer}", text)
+        self.assertRegex(text, rf"\n{STATISTICS}\n\Z")
+
+    def test_ctrl_c_ends_a_generation(self):
+        endless(self.folder)
+        self.start("run", "-m", self.folder, "-p", QUESTION)
+        self.assertTrue(self.read_until(rb"larger\.\w"), self.text)
+        os.write(self.master, b"\x03")
+        code, text = self.finish()
+        self.assertEqual(code, 0, text)
+        self.assertRegex(text, rf"\ninterrupted: {STATISTICS}\n\Z")
+
+    def test_ctrl_c_while_reading(self):
+        """A long prompt shows a bar; Ctrl-C ends there too, and the bar is wiped away."""
+        endless(self.folder)
+        (self.folder / "long.txt").write_text("1 " * 15000)
+        self.start("run", "-m", self.folder, "-f", self.folder / "long.txt")
+        self.assertTrue(self.read_until(rb"reading \[#* *\] \d+ / 3\d{4}"), self.text[-200:])
+        os.write(self.master, b"\x03")
+        code, text = self.finish()
+        self.assertEqual(code, 0, text[-300:])
+        self.assertRegex(text, rf"\r\033\[K(\033\[\dm)*\ninterrupted: {STATISTICS}\n\Z")
+
+    def test_ctrl_c_leaves_no_half_file(self):
+        endless(self.folder)
+        out = self.folder / "out.safetensors"
+        self.start("logits", "-m", self.folder, "--ids", ",".join(["7"] * 20000), "--out", out)
+        self.assertTrue(self.read_until(rb"tokens \["), self.text[-200:])
+        os.write(self.master, b"\x03")
+        code, _ = self.finish()
+        self.assertEqual(code, 1)
+        self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith("out")], [])
+
+    def test_chat(self):
+        """Ctrl-C ends an answer, then the chat goes on; at the prompt sign it ends the chat."""
+        endless(self.folder)
+        self.start("chat", "-m", self.folder)
+        self.assertTrue(self.read_until(rb"> "))
+        os.write(self.master, f"{QUESTION}\n".encode())
+        self.assertTrue(self.read_until(rb"larger\.\w"), self.text)
+        os.write(self.master, b"\x03")
+        self.assertTrue(self.read_until(rb"interrupted: [^\n]*\n> "), self.text)
+        os.write(self.master, b"\x03")
+        code, text = self.finish()
+        self.assertEqual(code, 0, text)
+
+    def test_sigint_without_terminal(self):
+        """kill -INT does what Ctrl-C does; a pipe gets what there is so far."""
+        endless(self.folder)
+        process = subprocess.Popen([PROGRAM, "run", "-m", self.folder, "-p", QUESTION], env=ONE_THREAD,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        start = process.stdout.read(len(ANSWER) - 1)
+        process.send_signal(signal.SIGINT)
+        rest, error = process.communicate()
+        self.assertEqual(process.returncode, 0)
+        self.assertEqual(start.decode(), ANSWER[:-1])
+        self.assertTrue(rest.endswith(b"\n"))
+        self.assertRegex(error.decode(), rf"\Ainterrupted: {STATISTICS}\n\Z")
+
+
+if __name__ == "__main__":
+    suite.main("cli")
