@@ -3659,8 +3659,8 @@ inline void choose_kernels(const std::string& name, bool exact) {
 // -- C.1  options --------------------------------------------------------------------------------
 
 struct Options {
-    std::string model, device = "auto", quant = "none", mla = "absorbed", prompt, file, dash, system, ids,
-                       out;
+    std::string model, device = "auto", quant = "none", mla = "absorbed", kv = "f32";
+    std::string prompt, file, dash, system, ids, out;
     int threads = 0, context = 0, chunk = 128, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
     std::optional<double> temperature, top_p, min_p;
@@ -3722,6 +3722,9 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     s.context = o.context > 0 ? o.context : std::min(c.max_context, default_context);
     s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
     s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
+    s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
+    if (Cache::width_of(c) % format_of(s.kv).values)
+        fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), Cache::width_of(c));
     if (s.context > c.max_context)
         fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
     return s;
@@ -4106,7 +4109,7 @@ struct Bill {
     uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
 };
 
-inline Bill make_bill(const Config& c, const fs::path& folder) {
+inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
     Model counted;
     counted.config = c;
     counted.config.n_mtp = 0;
@@ -4121,8 +4124,8 @@ inline Bill make_bill(const Config& c, const fs::path& folder) {
     if (has_weights(folder)) {
         for (auto& [name, t] : open_checkpoint(folder).tensors) b.bytes[t.dtype] += t.bytes;
     }
-    b.kv = uint64_t(c.n_layers) * uint64_t(c.cache_width()) * sizeof(real);
-    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * uint64_t(c.q_dim() + c.v_dim()) * sizeof(real);
+    b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
+    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
     return b;
 }
 
@@ -4146,7 +4149,7 @@ inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
-    Bill b = make_bill(c, folder);
+    Bill b = make_bill(c, folder, s.kv);
     MemoryPlan plan = memory_plan(c, s);
     if (o.json) return print_info_json(c, b, s, plan);
     uint64_t weights = 0;
@@ -4227,7 +4230,9 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
     sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
     sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
         ->check(CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}));
-    sub->add_flag("--exact", o.exact, "plain arithmetic only (same results, slower)");
+    sub->add_option("--kv", o.kv, "store keys and values as f32, bf16 or q8_0")
+        ->check(CLI::IsMember({"f32", "bf16", "q8_0"}));
+    sub->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
     sub->add_flag("--json", o.json, "machine-readable result");
     return sub;
 }
