@@ -46,6 +46,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <chrono>
 #include <cmath>
@@ -65,6 +66,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <span>
@@ -72,11 +74,12 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include <fcntl.h>
-#include <omp.h>
+#include <sched.h>
 #include <simdjson.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -196,21 +199,118 @@ struct Arena {
 
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 
-// body(i) for 0 <= i < n, in any order, on all threads. Each i writes its own outputs and no sum crosses
-// an i, so the result does not depend on the number of threads.
-// An exception (memory may run out in a body) may not leave an OpenMP loop, so it is carried out by hand.
-template <class Body> void parallel_for(int64_t n, const Body& body) {
-    std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic) if (n > 1)
-    for (int64_t i = 0; i < n; i++) {
-        try {
-            body(i);
-        } catch (...) {
-#pragma omp critical
-            error = std::current_exception();
+// A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads of a team
+// wait for the next loop awake, for a while. A loop is over when each index is done, not when each thread has
+// arrived: one whose core another program uses at the moment is not waited for. (OpenMP's loops wait for every
+// thread, and with a busy neighbour that costs a time slice a loop.)
+class Team {
+public:
+    explicit Team(int size) {
+        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+    }
+    ~Team() {
+        leave_ = true;
+        announce(0);
+        for (std::thread& t : threads_) t.join();
+    }
+    Team(const Team&) = delete;
+    int size() const { return int(threads_.size()) + 1; }
+
+    // job(context, i) for 0 <= i < n, not from inside a job; jobs do not throw.
+    void run(uint32_t n, void (*job)(void* context, int64_t i), void* context) {
+        job_ = job, context_ = context, done_ = 0;
+        announce(n);
+        busy = true;
+        work();
+        busy = false;
+        for (int spins = 0; done_.load(std::memory_order_acquire) < n; spins++) rest(spins);
+    }
+    static inline thread_local int index = 0;          // of the calling thread, 0 <= index < size
+    static inline thread_local bool busy = false;      // inside a job
+
+private:
+    static constexpr int SPINS = 1 << 12;              // some 100 microseconds
+    std::atomic<uint64_t> loop_{0};                    // number of the loop << 32 | indices that nobody has taken
+    std::atomic<uint32_t> done_{0};
+    std::atomic<bool> leave_{false};
+    void (*job_)(void*, int64_t) = nullptr;
+    void* context_ = nullptr;
+    std::vector<std::thread> threads_;
+
+    void announce(uint32_t n) {
+        loop_ = ((loop_ >> 32) + 1) << 32 | n;
+        loop_.notify_all();
+    }
+    // Takes indices as long as there are some. Who has taken one knows that the loop's job is still there.
+    void work() {
+        for (uint64_t seen = loop_.load(); uint32_t(seen) > 0;) {
+            if (!loop_.compare_exchange_weak(seen, seen - 1)) continue;
+            job_(context_, uint32_t(seen) - 1);
+            done_.fetch_add(1, std::memory_order_release);
+            seen = loop_.load();
         }
     }
-    if (error) std::rethrow_exception(error);
+    void serve(int i) {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_BLOCK, &all, nullptr);     // Ctrl-C is the main thread's
+        index = i, busy = true;
+        while (!leave_) {
+            work();
+            uint64_t seen = loop_.load();
+            for (int spins = 0; spins < SPINS && loop_.load(std::memory_order_relaxed) == seen; spins++) rest(0);
+            if (uint32_t(seen) == 0 && !leave_) loop_.wait(seen);
+        }
+    }
+    static void rest(int spins) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+        if (spins >= SPINS) std::this_thread::yield();
+    }
+};
+
+inline std::unique_ptr<Team> team = std::make_unique<Team>(1);
+
+inline int n_threads() { return team->size(); }
+inline void set_threads(int n) {
+    if (n != n_threads()) team = std::make_unique<Team>(n);
+}
+
+// Processors that this process may run on.
+inline int processors() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
+}
+
+// So many multiplications take about as long as waking the other threads does.
+constexpr int64_t WORTH_WAKING = 1 << 16;
+
+// body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost` multiplications are
+// not worth it. Each i writes its own outputs and no sum crosses an i, so the result does not depend on the number
+// of threads. What a body throws (memory may run out) comes out here.
+template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cost = WORTH_WAKING) {
+    if (n <= 1 || n_threads() == 1 || Team::busy || n * cost < WORTH_WAKING) {
+        for (int64_t i = 0; i < n; i++) body(i);
+        return;
+    }
+    struct Loop {
+        const Body& body;
+        std::mutex mutex;
+        std::exception_ptr error;
+    } loop{body, {}, nullptr};
+    auto job = [](void* context, int64_t i) {
+        Loop& l = *static_cast<Loop*>(context);
+        try {
+            l.body(i);
+        } catch (...) {
+            std::lock_guard lock(l.mutex);
+            l.error = std::current_exception();
+        }
+    };
+    CHECK(n <= UINT32_MAX, "a loop of %lld", static_cast<long long>(n));
+    team->run(uint32_t(n), job, &loop);
+    if (loop.error) std::rethrow_exception(loop.error);
 }
 
 // -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------
@@ -1499,7 +1599,7 @@ public:
         Arena arena{memory.data(), 0};
         rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
         rows.d = arena.take<float>(T * n / size_t(block));
-        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); });
+        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
         entries_.push_back({p.x.data, p.T, rows});
         return entries_.back().rows;
     }
@@ -1536,9 +1636,11 @@ inline void matmul(std::span<const Product> products) {
     inputs.clear();
     std::vector<const IntRows*> ints;
     std::vector<int64_t> first = {0};                     // index of each product's first block of rows
-    int threads = omp_get_max_threads();
+    int threads = n_threads();
+    int64_t work = 0;
     for (const Product& p : products) {
         int at_once = rows_at_once(p, threads);
+        work += int64_t(p.w->rows) * p.w->cols * p.T;
         ints.push_back(in_integers(*p.w) && p.T > 0 ? &inputs.add(p) : nullptr);
         first.push_back(first.back() + (p.T > 0 ? (p.w->rows + at_once - 1) / at_once : 0));
     }
@@ -1549,7 +1651,7 @@ inline void matmul(std::span<const Product> products) {
         int end = std::min(p.w->rows, begin + at_once);
         if (ints[i]) kernels.int_rows(p.out, *ints[i], *p.w, p.T, begin, end);
         else kernels.rows(p.out, p.x, *p.w, p.T, begin, end);
-    });
+    }, work / std::max<int64_t>(first.back(), 1));
 }
 
 // out: (T, w.rows)   x: (T, w.cols)   dense
@@ -1590,7 +1692,7 @@ inline void rmsnorm(Rows out, ConstRows x, const Vector& w, int T, double eps) {
     parallel_for(T, [&](int64_t t) {
         real scale = 1 / std::sqrt(kernels.dot_real(x[t], x[t], n) / real(n) + real(eps));
         for (int i = 0; i < n; i++) out[t][i] = x[t][i] * scale * w[size_t(i)];
-    });
+    }, n);
 }
 
 // -- 5.7  top_k: the one place that decides ties -------------------------------------------------
@@ -1860,8 +1962,8 @@ struct Session {
 
     Session(const Model& m, const SessionOptions& o)
         : model(m), options(o), cache(m.config, o.context, o.kv),
-          pages(Activations::bytes(m.config, o, omp_get_max_threads())), arena{pages.data(), 0},
-          a(arena, m.config, o, omp_get_max_threads()) {}
+          pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
+          a(arena, m.config, o, n_threads()) {}
 
     // Taps of layer l; the MTP layer's inner values have no names.
     void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
@@ -1877,7 +1979,7 @@ struct Past {
 };
 
 // A thread's share of one of the activations' scratch arrays.
-inline real* own(real* array, size_t size) { return array + size_t(omp_get_thread_num()) * size; }
+inline real* own(real* array, size_t size) { return array + size_t(Team::index) * size; }
 
 // out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to QUERY_TILE queries
 // with n[0] <= n[1] <= ...   q: (dk) each
@@ -1930,15 +2032,15 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
             s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
         }
         for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
-    });
-    int share = (T * c.H + omp_get_max_threads() - 1) / omp_get_max_threads();
+    }, c.H * d);
+    int share = (T * c.H + n_threads() - 1) / n_threads();
     int heads = std::min({group, QUERY_TILE, share}), tokens = std::max(1, QUERY_TILE / heads);
     int per_group = (group + heads - 1) / heads, tiles = c.G * per_group;
     parallel_for(int64_t((T + tokens - 1) / tokens) * tiles, [&](int64_t i) {
         int t0 = int(i / tiles) * tokens, tile = int(i % tiles), first = tile % per_group * heads;
         gqa_tile(s, l, pos, t0, std::min(tokens, T - t0), tile / per_group * group + first,
                  std::min(heads, group - first));
-    });
+    }, int64_t(tokens) * heads * (pos + T) * d);
     matmul(a.y, a.o, w.wo, T);
 }
 
@@ -2011,20 +2113,20 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
         if (w.wk_b.empty()) matmul_alone(absorbed, q, w.wk_b_t[size_t(h)], T);          // W^UK^T q_nope
         else matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);
         for (int t = 0; t < T; t++) std::copy_n(q[t] + c.Dn, c.Dr, absorbed[t] + c.Rkv);
-    });
+    }, int64_t(T) * c.Dn * c.Rkv);
     Past latent{s.cache.matrix(l, 0), s.cache.matrix(l, 0), mla_scale(s.model)};
     latent.v.cols = c.Rkv, latent.v.stride = row_bytes(s.cache.dtype, width);           // the value: c alone
-    int queries = T * c.H, threads = omp_get_max_threads();
+    int queries = T * c.H, threads = n_threads();
     int tile = std::min(QUERY_TILE, (queries + threads - 1) / threads);
     parallel_for((queries + tile - 1) / tile, [&](int64_t i) {
         int64_t first = i * tile;
         int n[QUERY_TILE], Q = std::min(tile, queries - int(first));
         for (int k = 0; k < Q; k++) n[k] = pos + (int(first) + k) / c.H + 1;
         attend(s, {a.z + first * c.Rkv, c.Rkv}, {a.q_absorbed + first * width, width}, latent, {n, size_t(Q)});
-    });
+    }, int64_t(tile) * (pos + T) * width);
     parallel_for(c.H, [&](int64_t h) {
         matmul_alone({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, w.wv_b[size_t(h)], T);   // W^UV z
-    });
+    }, int64_t(T) * c.Dv * c.Rkv);
 }
 
 // -- 8.2  mla: projections, norms, rotation, cache -----------------------------------------------
@@ -2074,7 +2176,7 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
         rope_interleaved(a.kv + t * width + c.Rkv, cos_sin, c.Dr);
         s.cache.store(l, 0, pos + int(t), a.kv + t * width);
         for (int h = 0; h < c.H; h++) rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);
-    });
+    }, c.H * c.Dr + width);
     tap_mla(s, l, T, pos);
     (s.options.mla == MlaForm::NAIVE ? mla_naive : mla_absorbed)(s, w, l, T, pos);
     matmul(a.y, a.o, w.wo, T);
@@ -2095,7 +2197,7 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
 
 // gate[t] = silu(gate[t]) * up[t] for T rows of `width` numbers
 inline void gate_rows(real* gate, const real* up, int width, int T) {
-    parallel_for(T, [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); });
+    parallel_for(T, [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); }, 16 * width);
 }
 
 // out (T, D) from x (T, D); a.gate, a.up are scratch.
@@ -2234,7 +2336,7 @@ inline void run_experts(Activations& a, const Moe& w, const Config& c, const std
     int64_t D = c.D, F = c.F;
     real *shared_gate = a.gate + slots * F, *shared_up = a.up + slots * F;
     std::vector<Product> up, down;
-    parallel_for(slots, [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); });
+    parallel_for(slots, [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); }, D);
     for (size_t e = 0; e < size_t(c.E); e++) {
         int64_t i = first[e];
         int n = first[e + 1] - first[e];
@@ -2264,7 +2366,7 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     parallel_for(T, [&](int64_t t) {
         route({a.router_logits + t * c.E, a.affinity + t * c.E, a.choice + t * c.E, a.expert_idx + t * c.K,
                a.gate_weight + t * c.K}, w.gate_bias.data(), c);
-    });
+    }, 32 * c.E);
     s.tap(l, "router_logits", a.router_logits, T, {c.E});
     if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
@@ -2279,7 +2381,7 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
         }
         if (c.n_shared) add(mix, y, size_t(c.D));
         std::copy_n(mix, c.D, y);
-    });
+    }, c.K * c.D);
 }
 
 // =================================================================================================
@@ -3688,7 +3790,7 @@ inline void prepare(const Options& o) {
     if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
     if (o.quant != "none")
         fail("--quant %s: this build runs the weights as they are in the file", o.quant.c_str());
-    omp_set_num_threads(o.threads > 0 ? o.threads : omp_get_num_procs());
+    set_threads(o.threads > 0 ? o.threads : processors());
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(wish ? wish : "", o.exact);
 }
@@ -3712,7 +3814,7 @@ struct MemoryPlan {
 };
 
 inline MemoryPlan memory_plan(const Config& c, const SessionOptions& s) {
-    return {Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, omp_get_max_threads()), available_memory()};
+    return {Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()), available_memory()};
 }
 
 inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
@@ -4213,7 +4315,7 @@ inline void command_bench(const Options& o) {
         if (interrupted) return;
         std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
                     "\"kernels\":\"%s\"}\n",
-                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), omp_get_max_threads(),
+                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), n_threads(),
                     o.quant.c_str(), kernels.name);
         std::fflush(stdout);
     }
