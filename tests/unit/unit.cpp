@@ -9,6 +9,7 @@
 #include "ch01_rules.cpp"
 #include "ch02_numbers.cpp"
 #include "ch03_files.cpp"
+#include "ch03_hostile.cpp"
 #include "ch05_operations.cpp"
 #include "ch06_positions.cpp"
 #include "ch07_gqa.cpp"
