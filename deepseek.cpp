@@ -785,7 +785,7 @@ struct Config {
 // below 2^64 (parameters, and bytes of a plan with 4,096 threads), strides and expert slots below 2^31.
 constexpr int MOST = 1 << 24;
 constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
-constexpr int MOST_EXPERTS_IN_ALL = 1 << 18;   // layers times experts: each has its entry in the model
+constexpr int MOST_EXPERTS_IN_ALL = 1 << 16;   // layers times experts: each has its entry in the model
 
 RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
     static const std::set<std::string> KNOWN = {
@@ -827,7 +827,9 @@ RopeConfig parse_rope(const Fields& f, bool mla) {
         fail("%s: both 'rope_parameters' and 'rope_scaling'", f.where().c_str());
     if (!f.has("rope_parameters") || f.has("rope_theta")) rope.theta = f.number("rope_theta", 1.1, 1e12);
     if (!f.has(key)) return rope;
-    return parse_rope_scaling(Fields(f.get(key), f.where() + ": " + key), rope, mla);
+    Fields scaling(f.get(key), f.where() + ": " + key);
+    if (!f.has("rope_theta")) scaling.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
+    return parse_rope_scaling(scaling, rope, mla);
 }
 
 void parse_mla(Config& c, const Fields& f) {
@@ -2710,15 +2712,13 @@ inline void keep_top_p(Distribution& d, double share) {
 
 // softmax(logits / temperature), then top-k, top-p and min-p, each on what the one before left. logits: (V)
 inline Distribution distribution(const real* logits, int V, const Sampling& s) {
+    if (!std::all_of(logits, logits + V, [](real z) { return std::isfinite(z); }))
+        fail("the model computed logits that are no finite numbers (damaged weights?)");
     int best = int(std::max_element(logits, logits + V) - logits);
     double top = double(logits[best]);
-    if (!std::isfinite(top)) fail("the model computed logits that are no finite numbers (damaged weights?)");
     if (s.temperature == 0) return {{best, 1.0}};
     Distribution d;
-    for (int i = 0; i < V; i++) {
-        d.push_back({i, std::exp((double(logits[i]) - top) / s.temperature)});
-        if (std::isnan(d.back().p)) fail("the model computed a logit that is no number (damaged weights?)");
-    }
+    for (int i = 0; i < V; i++) d.push_back({i, std::exp((double(logits[i]) - top) / s.temperature)});
     if (s.top_k > 0 && s.top_k < V) {
         std::vector<int> idx(static_cast<size_t>(s.top_k));
         top_k(idx.data(), logits, V, s.top_k);

@@ -1,0 +1,726 @@
+// Chapter 3: config.json and safetensors, read strictly.
+#include "unit.h"
+
+#include <sys/resource.h>
+
+// -- the published models ---------------------------------------------------------------------------
+
+static Keys deepseek_keys(const std::string& type) {
+    return {{"model_type", "\"" + type + "\""}, {"qk_nope_head_dim", "128"}, {"qk_rope_head_dim", "64"},
+            {"v_head_dim", "128"}, {"kv_lora_rank", "512"}, {"max_position_embeddings", "163840"},
+            {"rope_theta", "10000"}, {"rms_norm_eps", "1e-06"}, {"hidden_act", "\"silu\""},
+            {"tie_word_embeddings", "false"}, {"attention_bias", "false"}, {"moe_layer_freq", "1"}};
+}
+static std::string yarn_json(const char* mscale) {
+    return text_of(R"({"beta_fast":32,"beta_slow":1,"factor":40,"mscale":%s,"mscale_all_dim":%s,)"
+                   R"("original_max_position_embeddings":4096,"type":"yarn"})", mscale, mscale);
+}
+static Keys v2_lite_keys() {
+    return with(deepseek_keys("deepseek_v2"), {{"hidden_size", "2048"},
+                                               {"num_hidden_layers", "27"},
+                                               {"num_attention_heads", "16"},
+                                               {"num_key_value_heads", "16"},
+                                               {"q_lora_rank", "null"},
+                                               {"intermediate_size", "10944"},
+                                               {"moe_intermediate_size", "1408"},
+                                               {"n_routed_experts", "64"},
+                                               {"n_shared_experts", "2"},
+                                               {"num_experts_per_tok", "6"},
+                                               {"first_k_dense_replace", "1"},
+                                               {"topk_method", "\"greedy\""},
+                                               {"scoring_func", "\"softmax\""},
+                                               {"n_group", "1"},
+                                               {"topk_group", "1"},
+                                               {"norm_topk_prob", "false"},
+                                               {"routed_scaling_factor", "1.0"},
+                                               {"vocab_size", "102400"},
+                                               {"rope_scaling", yarn_json("0.707")},
+                                               {"eos_token_id", "100001"},
+                                               {"pretraining_tp", "1"},
+                                               {"seq_aux", "true"}});
+}
+static Keys v2_keys() {
+    return with(v2_lite_keys(),
+                {{"hidden_size", "5120"}, {"num_hidden_layers", "60"}, {"num_attention_heads", "128"},
+                 {"num_key_value_heads", "128"}, {"q_lora_rank", "1536"}, {"intermediate_size", "12288"},
+                 {"moe_intermediate_size", "1536"}, {"n_routed_experts", "160"},
+                 {"topk_method", "\"group_limited_greedy\""}, {"n_group", "8"}, {"topk_group", "3"},
+                 {"routed_scaling_factor", "16.0"}});
+}
+static Keys v3_keys() {
+    return with(
+        deepseek_keys("deepseek_v3"),
+        {{"hidden_size", "7168"},
+         {"num_hidden_layers", "61"},
+         {"num_attention_heads", "128"},
+         {"num_key_value_heads", "128"},
+         {"q_lora_rank", "1536"},
+         {"intermediate_size", "18432"},
+         {"moe_intermediate_size", "2048"},
+         {"n_routed_experts", "256"},
+         {"n_shared_experts", "1"},
+         {"num_experts_per_tok", "8"},
+         {"first_k_dense_replace", "3"},
+         {"topk_method", "\"noaux_tc\""},
+         {"scoring_func", "\"sigmoid\""},
+         {"n_group", "8"},
+         {"topk_group", "4"},
+         {"norm_topk_prob", "true"},
+         {"routed_scaling_factor", "2.5"},
+         {"vocab_size", "129280"},
+         {"rope_scaling", yarn_json("1.0")},
+         {"eos_token_id", "1"},
+         {"num_nextn_predict_layers", "1"},
+         {"quantization_config", R"({"activation_scheme":"dynamic","fmt":"e4m3","quant_method":"fp8",)"
+                                 R"("weight_block_size":[128,128]})"}});
+}
+
+struct Distill {
+    const char *name, *type;
+    int D, ffn, layers, heads, kv_heads, V;
+    const char *eps, *theta;
+    uint64_t parameters;
+};
+static const Distill DISTILLS[] = {
+    {"Qwen-1.5B", "qwen2", 1536, 8960, 28, 12, 2, 151936, "1e-06", "10000", 1777088000},
+    {"Qwen-7B", "qwen2", 3584, 18944, 28, 28, 4, 152064, "1e-06", "10000", 7615616512},
+    {"Qwen-14B", "qwen2", 5120, 13824, 48, 40, 8, 152064, "1e-05", "1000000.0", 14770033664},
+    {"Qwen-32B", "qwen2", 5120, 27648, 64, 40, 8, 152064, "1e-05", "1000000.0", 32763876352},
+    {"Llama-8B", "llama", 4096, 14336, 32, 32, 8, 128256, "1e-05", "500000.0", 8030261248},
+    {"Llama-70B", "llama", 8192, 28672, 80, 64, 8, 128256, "1e-05", "500000.0", 70553706496},
+};
+static const char LLAMA3_ROPE[] = R"({"factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,)"
+                                  R"("original_max_position_embeddings":8192,"rope_type":"llama3"})";
+static Keys distill_keys(const Distill& d) {
+    Keys keys = {{"model_type", text_of("\"%s\"", d.type)},
+                 {"hidden_size", std::to_string(d.D)},
+                 {"intermediate_size", std::to_string(d.ffn)},
+                 {"num_hidden_layers", std::to_string(d.layers)},
+                 {"num_attention_heads", std::to_string(d.heads)},
+                 {"num_key_value_heads", std::to_string(d.kv_heads)},
+                 {"vocab_size", std::to_string(d.V)},
+                 {"rms_norm_eps", d.eps},
+                 {"rope_theta", d.theta},
+                 {"max_position_embeddings", "131072"},
+                 {"tie_word_embeddings", "false"},
+                 {"hidden_act", "\"silu\""}};
+    if (std::string(d.type) == "qwen2")
+        return with(
+            keys, {{"use_sliding_window", "false"}, {"sliding_window", "4096"}, {"max_window_layers", "21"}});
+    return with(keys, {{"rope_scaling", LLAMA3_ROPE}, {"attention_bias", "false"}, {"mlp_bias", "false"}});
+}
+
+// -- 3.2 config.json: what is read ------------------------------------------------------------------
+
+TEST(Config, V2Lite) {
+    Config c = config_of(v2_lite_keys());
+    EXPECT_EQ(c.Rq, 0);                        // null: queries are not compressed
+    EXPECT_EQ(c.q_dim(), 192);
+    EXPECT_EQ(c.cache_width(), 576);
+    EXPECT_EQ(c.gate, Gate::GREEDY);
+    EXPECT_FALSE(c.sigmoid_affinity || c.norm_topk || c.fp8 || c.tied);
+    EXPECT_EQ(c.n_mtp, 0);
+    EXPECT_EQ(c.rope.mscale_all_dim, 0.707);
+    EXPECT_EQ(c.eos, std::vector<int>{100001});
+}
+TEST(Config, V2) {
+    Config c = config_of(v2_keys());
+    EXPECT_EQ(c.gate, Gate::GROUP_LIMITED_GREEDY);
+    EXPECT_EQ(c.n_group, 8);
+    EXPECT_EQ(c.topk_group, 3);
+    EXPECT_EQ(c.routed_scale, 16);
+    EXPECT_EQ(c.Rq, 1536);
+}
+TEST(Config, V3) {
+    Config c = config_of(v3_keys());
+    EXPECT_EQ(c.gate, Gate::NOAUX_TC);
+    EXPECT_TRUE(c.sigmoid_affinity && c.norm_topk && c.fp8);
+    EXPECT_EQ(c.routed_scale, 2.5);
+    EXPECT_EQ(c.n_mtp, 1);
+    EXPECT_EQ(c.rope.scaling, Scaling::YARN);
+    EXPECT_EQ(c.rope.factor, 40);
+    EXPECT_EQ(c.rope.original_context, 4096);
+}
+TEST(Config, V3HasThreeDenseLayers) {
+    Config c = config_of(v3_keys());
+    EXPECT_FALSE(c.is_moe(2));
+    EXPECT_TRUE(c.is_moe(3) && c.is_moe(60) && c.is_moe(61));
+}
+TEST(Config, MoeLayerFreqSkipsLayers) {
+    Config c = config_of(with(v3_keys(), {{"moe_layer_freq", "2"}}));
+    EXPECT_TRUE(c.is_moe(4) && !c.is_moe(5));
+}
+TEST(Config, DistillsTakeHeadDimFromHiddenSize) {
+    for (const Distill& d : DISTILLS) EXPECT_EQ(config_of(distill_keys(d)).head_dim, 128) << d.name;
+}
+TEST(Config, OnlyQwen2HasBiases) {
+    EXPECT_TRUE(config_of(distill_keys(DISTILLS[0])).qkv_bias);
+    EXPECT_FALSE(config_of(distill_keys(DISTILLS[4])).qkv_bias);
+}
+TEST(Config, LlamaHasLlama3Scaling) {
+    RopeConfig rope = config_of(distill_keys(DISTILLS[4])).rope;
+    EXPECT_EQ(rope.scaling, Scaling::LLAMA3);
+    EXPECT_EQ(rope.theta, 500000);
+    EXPECT_EQ(rope.high_freq_factor, 4);
+}
+TEST(Config, RopeParametersOfNewerFilesMeanTheSame) {
+    Keys keys = without(without(distill_keys(DISTILLS[4]), "rope_scaling"), "rope_theta");
+    std::string rope = std::string(LLAMA3_ROPE).insert(1, "\"rope_theta\":500000.0,");
+    Config c = config_of(with(keys, {{"rope_parameters", rope}}));
+    EXPECT_EQ(c.rope.theta, 500000);
+    EXPECT_EQ(c.rope.factor, 8);
+}
+TEST(Config, RopeScalingDefaultIsNone) {
+    Config c = config_of(with(v3_keys(), {{"rope_scaling", R"({"rope_type":"default"})"}}));
+    EXPECT_EQ(c.rope.scaling, Scaling::NONE);
+}
+TEST(Config, EosMayBeAList) {
+    EXPECT_EQ(config_of(with(v3_keys(), {{"eos_token_id", "[1,5]"}})).eos, (std::vector<int>{1, 5}));
+}
+TEST(Config, EosMayBeNull) {
+    EXPECT_TRUE(config_of(with(v3_keys(), {{"eos_token_id", "null"}})).eos.empty());
+}
+
+// -- parameter counts: the checksum of a config -----------------------------------------------------
+
+// Without the MTP module.
+static uint64_t main_parameters(const Keys& keys) {
+    return count_parameters(config_of(without(keys, "num_nextn_predict_layers")));
+}
+
+// With only the K experts that a token meets; gates still see all E, biases compute nothing.
+static uint64_t active_parameters(const Keys& keys) {
+    Config c = config_of(without(keys, "num_nextn_predict_layers"));
+    uint64_t idle = uint64_t(c.E - c.K) * uint64_t(c.D), moe_layers = uint64_t(c.n_layers - c.first_dense);
+    c.E = c.K;
+    uint64_t biases = c.gate == Gate::NOAUX_TC ? uint64_t(c.K) : 0;
+    return count_parameters(c) + moe_layers * (idle - biases);
+}
+
+TEST(Parameters, V2Lite) { EXPECT_EQ(main_parameters(v2_lite_keys()), 15706484224u); }
+TEST(Parameters, V2) { EXPECT_EQ(main_parameters(v2_keys()), 235741434880u); }
+TEST(Parameters, V3) { EXPECT_EQ(main_parameters(v3_keys()), 671026419200u); }
+TEST(Parameters, V2Activates21Billion) { EXPECT_EQ(active_parameters(v2_keys()), 21375800320u); }
+TEST(Parameters, V3Activates37Billion) { EXPECT_EQ(active_parameters(v3_keys()), 37552282624u); }
+TEST(Parameters, V3sMtpModuleHas11Billion) {
+    EXPECT_EQ(count_parameters(config_of(v3_keys())) - main_parameters(v3_keys()), 11610068224u);
+}
+// All numbers of the published checkpoint: the model, the MTP module, its copies of embedding and head, the
+// scales.
+TEST(Parameters, V3sCheckpointIsAccountedFor) {
+    uint64_t copies = 2 * uint64_t(129280) * 7168, scales = 41540496;
+    EXPECT_EQ(count_parameters(config_of(v3_keys())) + copies + scales, 684531386000u);
+}
+TEST(Parameters, Distills) {
+    for (const Distill& d : DISTILLS)
+        EXPECT_EQ(count_parameters(config_of(distill_keys(d))), d.parameters) << d.name;
+}
+TEST(Parameters, TyingSavesTheHead) {
+    Keys keys = distill_keys(DISTILLS[0]);
+    uint64_t tied = count_parameters(config_of(with(keys, {{"tie_word_embeddings", "true"}})));
+    EXPECT_EQ(count_parameters(config_of(keys)) - tied, uint64_t(151936) * 1536);
+}
+
+// -- 3.2 config.json: what is refused ---------------------------------------------------------------
+
+struct Refusal {
+    const char *key, *value;   // value nullptr: the field is absent
+    const char* names;         // what the line must name; nullptr: the key
+};
+
+static void expect_refusals(const Keys& good, std::span<const Refusal> cases) {
+    ASSERT_NO_THROW(config_of(good));
+    for (const Refusal& r : cases) {
+        Keys bad = r.value ? with(good, {{r.key, r.value}}) : without(good, r.key);
+        std::string names = r.names ? r.names : text_of("'%s'", r.key);
+        EXPECT_TRUE(refuses([&] { config_of(bad); }, names))
+            << r.key << " = " << (r.value ? r.value : "absent");
+        EXPECT_TRUE(refuses([&] { config_of(bad); }, "config.json")) << r.key;
+    }
+}
+
+// The same for a field within rope_scaling, which is good as `json` has it.
+static void expect_rope_refusals(const Keys& good, const std::string& json,
+                                 const std::vector<Refusal>& cases) {
+    for (const Refusal& r : cases) {
+        Document document(json, "rope");
+        Keys rope;
+        Fields fields(document.root, "rope");
+        for (auto& [key, value] : fields.all()) rope[key] = simdjson::minify(value);
+        Keys bad = r.value ? with(rope, {{r.key, r.value}}) : without(rope, r.key);
+        Keys keys = with(good, {{"rope_scaling", json_of(bad)}});
+        EXPECT_TRUE(refuses([&] { config_of(keys); }, text_of("rope_scaling: '%s'", r.key)) ||
+                    refuses([&] { config_of(keys); }, text_of("rope_scaling: no field '%s'", r.key)) ||
+                    refuses([&] { config_of(keys); }, text_of("rope_scaling: unknown field '%s'", r.key)))
+            << r.key << " = " << (r.value ? r.value : "absent");
+    }
+}
+
+TEST(ConfigRefusal, ShapeOfTheNetwork) {
+    const Refusal cases[] = {{"model_type", nullptr, nullptr},
+                             {"model_type", "3", nullptr},
+                             {"model_type", "\"gpt2\"", nullptr},
+                             {"model_type", "\"deepseek_v32\"", nullptr},
+                             {"model_type", "\"\\u0007\"", "\"?\""},
+                             {"hidden_size", nullptr, nullptr},
+                             {"hidden_size", "0", nullptr},
+                             {"hidden_size", "-1", nullptr},
+                             {"hidden_size", "16777217", nullptr},
+                             {"hidden_size", "1.5", nullptr},
+                             {"hidden_size", "\"8\"", nullptr},
+                             {"hidden_size", "null", nullptr},
+                             {"hidden_size", "1e30", nullptr},
+                             {"hidden_size", "9223372036854775808", nullptr},
+                             {"hidden_size", "true", nullptr},
+                             {"vocab_size", nullptr, nullptr},
+                             {"vocab_size", "0", nullptr},
+                             {"num_hidden_layers", "0", nullptr},
+                             {"num_hidden_layers", "4097", nullptr},
+                             {"num_attention_heads", "0", nullptr},
+                             {"num_attention_heads", "65537", nullptr},
+                             {"intermediate_size", "0", nullptr},
+                             {"max_position_embeddings", "0", nullptr},
+                             {"rms_norm_eps", nullptr, nullptr},
+                             {"rms_norm_eps", "-1", nullptr},
+                             {"rms_norm_eps", "2", nullptr},
+                             {"rms_norm_eps", "\"1e-6\"", nullptr},
+                             {"tie_word_embeddings", "1", nullptr},
+                             {"hidden_act", "\"gelu\"", nullptr},
+                             {"attention_bias", "true", nullptr},
+                             {"attention_bias", "0", nullptr},
+                             {"eos_token_id", "\"x\"", nullptr},
+                             {"eos_token_id", "-1", nullptr},
+                             {"eos_token_id", "[1,-1]", nullptr},
+                             {"eos_token_id", "[1,\"a\"]", nullptr},
+                             {"num_nextn_predict_layers", "2", nullptr},
+                             {"num_nextn_predict_layers", "-1", nullptr}};
+    expect_refusals(v3_keys(), cases);
+}
+TEST(ConfigRefusal, Mla) {
+    const Refusal cases[] = {
+        {"q_lora_rank", nullptr, nullptr}, {"q_lora_rank", "0", nullptr}, {"kv_lora_rank", nullptr, nullptr},
+        {"kv_lora_rank", "0", nullptr}, {"kv_lora_rank", "null", nullptr}, {"qk_nope_head_dim", "0", nullptr},
+        {"qk_rope_head_dim", "1", nullptr}, {"qk_rope_head_dim", "63", "even head dimension"},
+        {"v_head_dim", "0", nullptr}, {"num_key_value_heads", "16", nullptr},
+        {"qk_nope_head_dim", "1000000", "'num_attention_heads'"}};
+    expect_refusals(v3_keys(), cases);
+}
+TEST(ConfigRefusal, Experts) {
+    const Refusal cases[] = {{"n_routed_experts", "0", nullptr},
+                             {"n_routed_experts", "65537", nullptr},
+                             {"num_experts_per_tok", nullptr, nullptr},
+                             {"num_experts_per_tok", "0", nullptr},
+                             {"num_experts_per_tok", "257", nullptr},
+                             {"num_experts_per_tok", "129", nullptr},   // 4 groups of 32
+                             {"moe_intermediate_size", nullptr, nullptr},
+                             {"moe_intermediate_size", "0", nullptr},
+                             {"moe_intermediate_size", "16777216", "'n_shared_experts'"},
+                             {"n_shared_experts", "-1", nullptr},
+                             {"n_shared_experts", "1025", nullptr},
+                             {"first_k_dense_replace", nullptr, nullptr},
+                             {"first_k_dense_replace", "-1", nullptr},
+                             {"first_k_dense_replace", "62", nullptr},
+                             {"moe_layer_freq", "0", nullptr},
+                             {"topk_method", nullptr, nullptr},
+                             {"topk_method", "\"topk\"", nullptr},
+                             {"scoring_func", nullptr, nullptr},
+                             {"scoring_func", "\"relu\"", nullptr},
+                             {"norm_topk_prob", nullptr, nullptr},
+                             {"norm_topk_prob", "1", nullptr},
+                             {"routed_scaling_factor", nullptr, nullptr},
+                             {"routed_scaling_factor", "0", nullptr},
+                             {"n_group", nullptr, nullptr},
+                             {"n_group", "0", nullptr},
+                             {"n_group", "7", nullptr},
+                             {"topk_group", nullptr, nullptr},
+                             {"topk_group", "0", nullptr},
+                             {"topk_group", "9", nullptr}};
+    // Two shared experts, so that the product of widths can leave its range.
+    expect_refusals(with(v3_keys(), {{"n_shared_experts", "2"}}), cases);
+    // 256 groups of one expert: no second best to add.
+    expect_refusals(with(v3_keys(), {{"topk_group", "8"}}), std::array{Refusal{"n_group", "256", nullptr}});
+}
+TEST(ConfigRefusal, Quantization) {
+    const char* key = "quantization_config";
+    const Refusal cases[] = {
+        {key, "3", key},
+        {key, "{}", "'quant_method'"},
+        {key, R"({"quant_method":"gptq","weight_block_size":[128,128]})", "'quant_method'"},
+        {key, R"({"quant_method":"fp8","fmt":"e5m2","weight_block_size":[128,128]})", "'fmt'"},
+        {key, R"({"quant_method":"fp8","activation_scheme":"static","weight_block_size":[128,128]})",
+         "'activation_scheme'"},
+        {key, R"({"quant_method":"fp8","scale_fmt":"e8m0","weight_block_size":[128,128]})", "'scale_fmt'"},
+        {key, R"({"quant_method":"fp8"})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","weight_block_size":128})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","weight_block_size":[128]})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","weight_block_size":[64,128]})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","weight_block_size":[128,1]})", "'weight_block_size'"}};
+    expect_refusals(v3_keys(), cases);
+}
+TEST(ConfigRefusal, Yarn) {
+    const char* key = "rope_scaling";
+    const Refusal cases[] = {
+        {"rope_theta", nullptr, nullptr},
+        {"rope_theta", "0", nullptr},
+        {"rope_theta", "\"1e4\"", nullptr},
+        {key, "4", key},
+        {key, "{}", "'rope_type'"},
+        {key, R"({"type":"linear","factor":2})", "'type'"},
+        {key, R"({"type":"dynamic","factor":2})", "'type'"},
+        {key, LLAMA3_ROPE, "\"llama3\""},
+        {"rope_parameters", R"({"rope_type":"default","rope_theta":1e4})", "'rope_scaling'"}};
+    expect_refusals(v3_keys(), cases);
+    expect_rope_refusals(v3_keys(), yarn_json("1.0"),
+                         {{"factor", nullptr, nullptr},
+                          {"factor", "0.5", nullptr},
+                          {"original_max_position_embeddings", nullptr, nullptr},
+                          {"original_max_position_embeddings", "0", nullptr},
+                          {"beta_fast", "0", nullptr},
+                          {"beta_slow", "0", nullptr},
+                          {"mscale", "-1", nullptr},
+                          {"mscale_all_dim", "\"1\"", nullptr},
+                          {"truncate", "false", nullptr}});
+}
+TEST(ConfigRefusal, Dense) {
+    const char* key = "rope_scaling";
+    const std::string yarn = yarn_json("1.0");
+    const Refusal cases[] = {
+        {"num_key_value_heads", "0", nullptr},
+        {"num_key_value_heads", "7", nullptr},
+        {"num_attention_heads", "24", "'hidden_size'"},
+        {"head_dim", "1", nullptr},
+        {"head_dim", "65", "even head dimension"},
+        {"head_dim", "16777216", "'num_attention_heads'"},
+        {"use_sliding_window", "true", nullptr},
+        {"mlp_bias", "true", nullptr},
+        {"attention_bias", "true", nullptr},
+        {key, yarn.c_str(), "\"yarn\""}};
+    expect_refusals(distill_keys(DISTILLS[4]), cases);
+    expect_rope_refusals(distill_keys(DISTILLS[4]), LLAMA3_ROPE,
+                         {{"factor", nullptr, nullptr},
+                          {"low_freq_factor", nullptr, nullptr},
+                          {"low_freq_factor", "0", nullptr},
+                          {"high_freq_factor", nullptr, nullptr},
+                          {"high_freq_factor", "1.0", nullptr},
+                          {"original_max_position_embeddings", nullptr, nullptr}});
+}
+TEST(ConfigRefusal, RopeParametersWithoutTheta) {
+    Keys keys = without(without(distill_keys(DISTILLS[4]), "rope_scaling"), "rope_theta");
+    EXPECT_TRUE(refuses([&] { config_of(with(keys, {{"rope_parameters", LLAMA3_ROPE}})); }, "'rope_theta'"));
+}
+TEST(ConfigRefusal, TextThatIsNoConfig) {
+    for (const char* text :
+         {"", "{", "[]", "3", "{\"hidden_size\":1,}", "{\"model_type\":\"llama\"} x", "\xFF"})
+        EXPECT_TRUE(refuses([&] { parse_config(text, "config.json"); }, "config.json")) << text;
+}
+TEST(ConfigRefusal, AFieldGivenTwice) {
+    std::string json = json_of(v3_keys()).insert(1, "\"hidden_size\":7168,");
+    EXPECT_TRUE(refuses([&] { parse_config(json, "config.json"); }, "'hidden_size'"));
+}
+TEST(ConfigRefusal, NestingWithoutEnd) {
+    EXPECT_TRUE(refuses([] { parse_config(std::string(1 << 20, '['), "config.json"); }, "config.json"));
+}
+
+// -- 3.3 safetensors: the header --------------------------------------------------------------------
+
+TEST(Header, ListsTensorsInTheOrderOfTheirBytes) {
+    auto list = parse_safetensors_header(R"({"b":{"dtype":"F32","shape":[2],"data_offsets":[6,14]},)"
+                                         R"("__metadata__":{"format":"pt"},)"
+                                         R"("a":{"dtype":"F16","shape":[3,1],"data_offsets":[0,6]}})",
+                                         14, "f");
+    ASSERT_EQ(list.size(), 2u);
+    EXPECT_EQ(list[0].name + list[1].name, "ab");
+    EXPECT_EQ(list[0].shape, (std::vector<uint64_t>{3, 1}));
+    EXPECT_EQ(list[1].begin, 6u);
+    EXPECT_EQ(list[1].end, 14u);
+}
+TEST(Header, MayEndInSpaces) { EXPECT_TRUE(parse_safetensors_header("{}   ", 0, "f").empty()); }
+TEST(Header, AScalarHasNoAxes) {
+    auto list = parse_safetensors_header(R"({"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}})", 1, "f");
+    EXPECT_TRUE(list[0].shape.empty());
+}
+TEST(Header, AnEmptyTensorHasNoBytes) {
+    auto list = parse_safetensors_header(R"({"a":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]}})", 0,
+                                         "f");
+    EXPECT_EQ(list.size(), 1u);
+}
+TEST(Header, KnowsEveryDtypeOfTheFormat) {
+    const std::pair<const char*, uint64_t> widths[] = {
+        {"F64", 8},     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1},
+        {"F8_E8M0", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},      {"U8", 1},
+        {"U16", 2},     {"U32", 4}, {"U64", 8}, {"BOOL", 1}};
+    for (auto [name, width] : widths) EXPECT_EQ(dtype_width(name), width) << name;
+}
+
+struct BadHeader {
+    const char* json;
+    uint64_t bytes;
+    const char* names;
+};
+
+// Tensor 'a' of a file with 4 bytes of data.
+TEST(HeaderRefusal, ATensor) {
+    const std::pair<const char*, const char*> cases[] = {
+        {R"("dtype":"F31","shape":[1],"data_offsets":[0,4])", "'F31'"},
+        {R"("dtype":"f32","shape":[1],"data_offsets":[0,4])", "'f32'"},
+        {R"("dtype":4,"shape":[1],"data_offsets":[0,4])", "'dtype'"},
+        {R"("shape":[1],"data_offsets":[0,4])", "'dtype'"},
+        {R"("dtype":"F32","data_offsets":[0,4])", "'shape'"},
+        {R"("dtype":"F32","shape":[1])", "'data_offsets'"},
+        {R"("dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4])", "duplicate key 'shape'"},
+        {R"("dtype":"F32","shape":1,"data_offsets":[0,4])", "'shape'"},
+        {R"("dtype":"F32","shape":[-1],"data_offsets":[0,4])", "'shape'"},
+        {R"("dtype":"F32","shape":[1.0],"data_offsets":[0,4])", "'shape'"},
+        {R"("dtype":"F32","shape":[null],"data_offsets":[0,4])", "'shape'"},
+        {R"("dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4])", "'shape' has 9 axes"},
+        {R"("dtype":"F32","shape":[2],"data_offsets":[0,4])", "need 8 bytes"},
+        {R"("dtype":"BF16","shape":[1],"data_offsets":[0,4])", "need 2 bytes"},
+        {R"("dtype":"F32","shape":[0],"data_offsets":[0,4])", "need 0 bytes"},
+        {R"("dtype":"F32","shape":[4611686018427387905],"data_offsets":[0,4])", "larger than any file"},
+        {R"("dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0])", "larger than any file"},
+        {R"("dtype":"U8","shape":[18446744073709551616],"data_offsets":[0,0])", "f"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":[4,0])", "'data_offsets'"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":[0,8])", "'data_offsets' outside the 4 bytes"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":[18446744073709551612,0])", "'data_offsets'"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":[0])", "'data_offsets'"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":[0,2,4])", "'data_offsets'"},
+        {R"("dtype":"F32","shape":[1],"data_offsets":"0,4")", "'data_offsets'"}};
+    for (auto [members, names] : cases) {
+        std::string json = text_of("{\"a\":{%s}}", members);
+        EXPECT_TRUE(refuses([&] { parse_safetensors_header(json, 4, "f"); }, names)) << members;
+    }
+}
+
+// Tensors of F32 numbers: name and offsets.
+struct TensorSpan {
+    const char* name;
+    int begin, end;
+};
+static std::string header_of(const std::vector<TensorSpan>& tensors) {
+    std::string out;
+    for (const TensorSpan& t : tensors)
+        out += text_of(R"(%s"%s":{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]})",
+                       out.empty() ? "{" : ",", t.name, (t.end - t.begin) / 4, t.begin, t.end);
+    return out.empty() ? "{}" : out + "}";
+}
+TEST(HeaderRefusal, TensorsThatDoNotCoverTheData) {
+    struct Case {
+        std::vector<TensorSpan> tensors;
+        uint64_t bytes;
+        const char* names;
+    };
+    const Case cases[] = {{{{"a", 0, 8}, {"b", 4, 12}}, 12, "'b' overlaps another one"},
+                          {{{"a", 0, 8}, {"b", 0, 8}}, 8, "overlaps"},
+                          {{{"a", 0, 12}, {"b", 4, 8}}, 12, "'b' overlaps"},
+                          {{{"a", 0, 4}, {"b", 8, 12}}, 12, "'b' leaves a gap before it"},
+                          {{{"a", 4, 8}}, 8, "'a' leaves a gap before it"},
+                          {{{"a", 0, 4}}, 9, "5 bytes after the last tensor"},
+                          {{{"a", 0, 4}, {"a", 4, 8}}, 8, "duplicate key 'a'"},
+                          {{}, 1, "1 bytes after"}};
+    for (const Case& c : cases) {
+        std::string json = header_of(c.tensors);
+        EXPECT_TRUE(refuses([&] { parse_safetensors_header(json, c.bytes, "f"); }, c.names)) << json;
+    }
+}
+TEST(HeaderRefusal, WhatIsNoHeader) {
+    const BadHeader cases[] = {{"", 0, "f"}, {" {}", 0, "f"}, {"[]", 0, "f"}, {"{", 0, "f"}, {"{}x", 0, "f"},
+                               {R"({"a":3})", 0, "'a'"}, {R"({"__metadata__":3})", 0, "__metadata__"},
+                               {R"({"__metadata__":{"format":3}})", 0, "'format'"}};
+    for (const BadHeader& h : cases)
+        EXPECT_TRUE(refuses([&] { parse_safetensors_header(h.json, h.bytes, "f"); }, h.names)) << h.json;
+}
+
+static TensorFile parse_text(const std::string& text) {
+    return parse_safetensors(std::as_bytes(std::span(text)), "f");
+}
+
+TEST(SafetensorsFile, DataBeginAfterTheHeader) {
+    std::string text = safetensors_of({{"a", "U8", {3}, "abc"}});
+    TensorFile file = parse_text(text);
+    EXPECT_EQ(text.substr(file.data_begin + file.tensors[0].begin, 3), "abc");
+}
+TEST(SafetensorsFile, RefusesToBeCutOff) {
+    std::string text = safetensors_of({{"a", "U8", {3}, "abc"}});
+    for (size_t n = 0; n < text.size(); n++)
+        EXPECT_TRUE(refuses([&] { parse_text(text.substr(0, n)); }, "f")) << n << " bytes";
+}
+TEST(SafetensorsFile, RefusesBytesAfterTheEnd) {
+    EXPECT_TRUE(refuses(
+        [] {
+            parse_text(safetensors_of({{"a", "U8", {3}, "abc"}}) + "d");
+        },
+        "1 bytes after"));
+}
+TEST(SafetensorsFile, RefusesAHeaderBeyondTheLimit) {
+    uint64_t n = HEADER_LIMIT + 1;
+    std::string text(reinterpret_cast<const char*>(&n), 8);
+    EXPECT_TRUE(refuses([&] { parse_text(text + "{}"); }, "limit of 100 MB"));
+}
+TEST(SafetensorsFile, RefusesAHeaderLengthThatWrapsAround) {
+    EXPECT_TRUE(refuses([] { parse_text(std::string(8, '\xFF') + "{}"); }, "limit"));
+}
+
+// -- 3.4 the index ----------------------------------------------------------------------------------
+
+TEST(Index, MapsTensorsToFiles) {
+    auto map = parse_index(
+        R"({"metadata":{"total_size":3},"weight_map":{"a":"x.safetensors","b":"y.safetensors"}})", "i");
+    EXPECT_EQ(map.at("a") + map.at("b"), "x.safetensorsy.safetensors");
+}
+TEST(Index, RefusesFilesElsewhere) {
+    for (const char* shard :
+         {"../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "x.bin", "", "x\\u0000.safetensors"}) {
+        std::string json = text_of(R"({"weight_map":{"t":"%s"}})", shard);
+        EXPECT_TRUE(refuses([&] { parse_index(json, "i"); }, "'t'")) << shard;
+    }
+}
+TEST(Index, RefusesWhatIsNone) {
+    for (const char* json :
+         {"", "{}", "[]", R"({"weight_map":{}})", R"({"weight_map":[]})", R"({"weight_map":{"a":1}})"})
+        EXPECT_TRUE(refuses([&] { parse_index(json, "i"); }, "i")) << json;
+}
+
+// -- 3.4, 3.5 files on disk -------------------------------------------------------------------------
+
+static std::vector<std::string> names_in(const fs::path& folder) {
+    std::vector<std::string> names;
+    for (auto& entry : fs::directory_iterator(folder)) names.push_back(entry.path().filename().string());
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
+TEST(Mapping, RefusesWhatIsNoFile) {
+    fs::path folder = scratch("mapping");
+    write_text(folder / "empty", "");
+    EXPECT_TRUE(refuses([&] { Mapping(folder / "none"); }, "none: No such file"));
+    EXPECT_TRUE(refuses([&] { Mapping(folder / "empty"); }, "empty: empty"));
+    EXPECT_TRUE(refuses([&] { Mapping{folder}; }, "not a regular file"));
+}
+TEST(ReadFile, RefusesTooMuch) {
+    fs::path folder = scratch("read");
+    write_text(folder / "f", "12345");
+    EXPECT_EQ(read_file(folder / "f", 5), "12345");
+    EXPECT_TRUE(refuses([&] { read_file(folder / "f", 4); }, "larger than 4 bytes"));
+    EXPECT_TRUE(refuses([&] { read_file(folder); }, "is a directory"));
+}
+
+TEST(AtomicFile, AppearsOnlyWhole) {
+    fs::path folder = scratch("atomic");
+    {
+        AtomicFile file((folder / "f").string());
+        file.write("abc", 3);
+        EXPECT_FALSE(fs::exists(folder / "f"));
+        file.commit();
+    }
+    EXPECT_EQ(names_in(folder), std::vector<std::string>{"f"});
+    EXPECT_EQ(read_file(folder / "f"), "abc");
+}
+TEST(AtomicFile, LeavesNothingWithoutCommit) {
+    fs::path folder = scratch("atomic");
+    { AtomicFile((folder / "f").string()).write("abc", 3); }
+    EXPECT_TRUE(names_in(folder).empty());
+}
+TEST(AtomicFile, LeavesNothingWhenAnErrorPassesThrough) {
+    fs::path folder = scratch("atomic");
+    EXPECT_TRUE(refuses([&] {
+        AtomicFile file((folder / "f").string());
+        file.write("abc", 3);
+        fail("a mistake");
+    }, "a mistake"));
+    EXPECT_TRUE(names_in(folder).empty());
+}
+TEST(AtomicFile, KeepsTheOldFileWithoutCommit) {
+    fs::path folder = scratch("atomic");
+    write_text(folder / "f", "old");
+    { AtomicFile((folder / "f").string()).write("new", 3); }
+    EXPECT_EQ(read_file(folder / "f"), "old");
+}
+TEST(AtomicFile, LeavesNothingWhenItsPlaceIsTaken) {
+    fs::path folder = scratch("atomic");
+    EXPECT_TRUE(refuses([&] {
+        AtomicFile file((folder / "f").string());
+        fs::create_directory(folder / "f");
+        file.commit();
+    }, "f: "));
+    EXPECT_EQ(names_in(folder), std::vector<std::string>{"f"});   // the directory, and no temporary file
+}
+TEST(AtomicFile, RefusesADirectory) {
+    fs::path folder = scratch("atomic");
+    EXPECT_TRUE(refuses([&] { AtomicFile(folder.string()); }, "is a directory"));
+    EXPECT_TRUE(refuses([&] { AtomicFile((folder / "no" / "f").string()); }, "cannot be written"));
+}
+TEST(AtomicFile, SaysWhenTheDiskIsFull) {
+    EXPECT_TRUE(refuses([] {
+        fs::path folder = scratch("atomic");
+        AtomicFile file((folder / "f").string());
+        struct rlimit before, small{1000, 0};
+        getrlimit(RLIMIT_FSIZE, &before);
+        small.rlim_max = before.rlim_max;
+        auto handler = std::signal(SIGXFSZ, SIG_IGN);
+        setrlimit(RLIMIT_FSIZE, &small);
+        std::string data(100000, 'x');
+        auto restore = [&](int*) { setrlimit(RLIMIT_FSIZE, &before), std::signal(SIGXFSZ, handler); };
+        int any = 0;
+        std::unique_ptr<int, decltype(restore)> guard(&any, restore);
+        file.write(data.data(), data.size());
+        file.commit();
+    }, "f: File too large"));
+}
+
+TEST(WriteSafetensors, ReadsBack) {
+    fs::path path = scratch("write") / "out.safetensors";
+    const float a[] = {1, 2, 3, 4, 5, 6};
+    const int32_t b[] = {7, 8};
+    AtomicFile file(path.string());
+    write_safetensors(file, {{"a", "F32", {2, 3}, a, sizeof a}, {"b", "I32", {2}, b, sizeof b}});
+    Checkpoint checkpoint;
+    add_tensors(checkpoint, path);
+    EXPECT_EQ(checkpoint.tensors.at("a").shape, (std::vector<uint64_t>{2, 3}));
+    EXPECT_EQ(checkpoint.tensors.at("b").dtype, "I32");
+    EXPECT_EQ(std::memcmp(checkpoint.tensors.at("a").data, a, sizeof a), 0);
+    EXPECT_EQ(std::memcmp(checkpoint.tensors.at("b").data, b, sizeof b), 0);
+}
+TEST(WriteSafetensors, AlignsItsData) {
+    fs::path path = scratch("write") / "out.safetensors";
+    AtomicFile file(path.string());
+    write_safetensors(file, {{"a", "U8", {1}, "x", 1}});
+    EXPECT_EQ(load<uint64_t>(read_file(path).data()) % 8, 0u);
+}
+
+TEST(Checkpoint, JoinsShards) {
+    fs::path folder = scratch("shards");
+    write_text(folder / "1.safetensors", safetensors_of({{"a", "U8", {1}, "x"}}));
+    write_text(folder / "2.safetensors", safetensors_of({{"b", "U8", {1}, "y"}}));
+    write_text(folder / "model.safetensors.index.json",
+               R"({"weight_map":{"a":"1.safetensors","b":"2.safetensors"}})");
+    EXPECT_EQ(open_checkpoint(folder).tensors.size(), 2u);
+}
+
+struct BadIndex {
+    const char *weight_map, *names;
+};
+TEST(Checkpoint, RefusesAnIndexThatIsNotTheFiles) {
+    fs::path folder = scratch("shards");
+    write_text(folder / "1.safetensors", safetensors_of({{"a", "U8", {1}, "x"}, {"c", "U8", {1}, "z"}}));
+    write_text(folder / "2.safetensors", safetensors_of({{"b", "U8", {1}, "y"}}));
+    write_text(folder / "3.safetensors", safetensors_of({{"a", "U8", {1}, "x"}}));
+    const BadIndex cases[] = {
+        {R"({"a":"1.safetensors","c":"1.safetensors","b":"1.safetensors"})", "no tensor 'b'"},
+        {R"({"a":"1.safetensors","c":"1.safetensors","b":"2.safetensors","d":"2.safetensors"})",
+         "no tensor 'd'"},
+        {R"({"a":"2.safetensors","c":"1.safetensors","b":"2.safetensors"})", "no tensor 'a'"},
+        {R"({"a":"1.safetensors"})", "tensor 'c' is not in the index"},
+        {R"({"a":"1.safetensors","c":"1.safetensors","x":"3.safetensors"})", "'a' is also in"},
+        {R"({"a":"4.safetensors"})", "4.safetensors: No such file"}};
+    for (const BadIndex& c : cases) {
+        write_text(folder / "model.safetensors.index.json",
+                   std::string(R"({"weight_map":)") + c.weight_map + "}");
+        EXPECT_TRUE(refuses([&] { open_checkpoint(folder); }, c.names)) << c.weight_map;
+    }
+}
+TEST(Checkpoint, RefusesAnEmptyFolder) {
+    fs::path folder = scratch("none");
+    EXPECT_TRUE(refuses([&] { open_checkpoint(folder); }, "neither model.safetensors nor"));
+    EXPECT_TRUE(refuses([&] { load_model(folder); }, "no config.json"));
+    EXPECT_TRUE(refuses([&] { load_model(folder / "x"); }, "no such folder"));
+}

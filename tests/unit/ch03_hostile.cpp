@@ -1,0 +1,48 @@
+// What hostile files and full machines do to chapters 1 and 3, where the command line cannot show it; the
+// rest is in tests/hostile.
+#include "unit.h"
+
+TEST(ParallelFor, CarriesAnExceptionOut) {
+    for (int threads : {1, 3}) {
+        ScopedThreads scope(threads);
+        auto body = [](int64_t i) { if (i % 7 == 3) throw std::bad_alloc(); };
+        EXPECT_THROW(parallel_for(100, body), std::bad_alloc) << threads;
+    }
+}
+
+TEST(AtomicFile, LeavesNothingWhenItCannotBeRenamed) {
+    fs::path folder = scratch("rename");
+    {
+        AtomicFile file((folder / "f").string());
+        file.write("abc", 3);
+        fs::create_directory(folder / "f");               // in the meantime
+        EXPECT_TRUE(refuses([&] { file.commit(); }, (folder / "f").string()));
+    }
+    for (const auto& entry : fs::directory_iterator(folder)) EXPECT_EQ(entry.path().filename(), "f");
+}
+
+TEST(AtomicFile, DoesNotFollowALinkInItsTemporaryName) {
+    fs::path folder = scratch("planted");
+    write_text(folder / "victim", "precious");
+    fs::create_symlink("victim", folder / text_of("f.%d.tmp", int(getpid())));
+    EXPECT_TRUE(refuses([&] { AtomicFile((folder / "f").string()); }, "cannot be written"));
+    EXPECT_EQ(read_file(folder / "victim"), "precious");
+}
+
+TEST(AtomicFile, DoesNotReplaceADevice) {
+    EXPECT_TRUE(refuses([] { AtomicFile("/dev/null"); }, "/dev/null: not a regular file"));
+}
+
+TEST(Fields, RefuseAKeyWithNul) {
+    Document document(R"({"a\u0000b": 1})", "f");
+    EXPECT_TRUE(refuses([&] { Fields(document.root, "f"); }, "NUL"));
+}
+
+// A vector of weights is read whole when it is bound, so damage in it shows at once.
+TEST(Binder, RefusesAVectorThatIsNotFinite) {
+    Checkpoint checkpoint;
+    float values[2] = {1, std::numeric_limits<float>::infinity()};
+    checkpoint.tensors["x"] = {"file", "F32", {2}, reinterpret_cast<const std::byte*>(values), sizeof values};
+    Binder binder(&checkpoint, "folder", false);
+    EXPECT_TRUE(refuses([&] { binder.vector("x", 2); }, "file: tensor 'x'"));
+}

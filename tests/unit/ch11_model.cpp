@@ -1,0 +1,259 @@
+// Chapter 11: every tensor in its place, and one answer however a prompt is cut.
+#include "unit.h"
+
+struct Variant {
+    const char* name;
+    Keys keys;
+    const char* dtype;
+};
+static std::vector<Variant> variants() {
+    return {{"v3", tiny_v3(), "BF16"},
+            {"v2-lite", tiny_v2_lite(), "F32"},
+            {"fp8", tiny_fp8(), "F8_E4M3"},
+            {"f16", tiny_v3(), "F16"},
+            {"qwen2", tiny_dense("qwen2"), "BF16"},
+            {"llama", tiny_dense("llama"), "BF16"}};
+}
+
+// -- 11.1 bind --------------------------------------------------------------------------------------
+
+// A checkpoint in memory, so that one tensor can be taken away or changed.
+struct Loose {
+    Config config;
+    std::vector<FileTensor> list;
+    Checkpoint checkpoint;
+
+    Loose(const Keys& keys, const char* dtype)
+        : config(config_of(keys)), list(random_tensors(keys, dtype, 1)) {
+        for (const FileTensor& t : list)
+            checkpoint.tensors[t.name] = {"f", t.dtype, t.shape,
+                                          reinterpret_cast<const std::byte*>(t.data.data()), t.data.size()};
+    }
+    void bind() {
+        Model model;
+        model.config = config;
+        Binder binder(&checkpoint, "folder", config.fp8);
+        bind_model(binder, model);
+        binder.finish();
+    }
+    // Binds with tensor `name` changed, then changes it back.
+    testing::AssertionResult refused(const std::string& name, const std::function<void(Tensor&)>& change) {
+        Tensor before = checkpoint.tensors.at(name);
+        change(checkpoint.tensors.at(name));
+        auto result = refuses([&] { bind(); }, "'" + name + "'");
+        checkpoint.tensors.at(name) = before;
+        return result;
+    }
+};
+
+TEST(Bind, TakesEachTensorOfEachArchitecture) {
+    for (const Variant& v : variants()) EXPECT_NO_THROW(Loose(v.keys, v.dtype).bind()) << v.name;
+}
+TEST(Bind, NamesATensorThatIsMissing) {
+    for (const Variant& v : variants()) {
+        Loose loose(v.keys, v.dtype);
+        for (const FileTensor& t : loose.list) {
+            auto node = loose.checkpoint.tensors.extract(t.name);
+            EXPECT_TRUE(refuses([&] { loose.bind(); }, "no tensor '" + t.name + "'"));
+            loose.checkpoint.tensors.insert(std::move(node));
+        }
+    }
+}
+TEST(Bind, NamesATensorOfAnotherShape) {
+    for (const Variant& v : variants()) {
+        Loose loose(v.keys, v.dtype);
+        for (const FileTensor& t : loose.list) {
+            EXPECT_TRUE(loose.refused(t.name, [](Tensor& x) { x.shape[0]++; }));
+            EXPECT_TRUE(loose.refused(t.name, [](Tensor& x) { x.shape.push_back(1); }));
+            EXPECT_TRUE(loose.refused(t.name, [](Tensor& x) { x.shape.clear(); }));
+        }
+    }
+}
+TEST(Bind, NamesATensorOfAnotherDtype) {
+    Loose loose(tiny_v3(), "BF16");
+    for (const FileTensor& t : loose.list) {
+        for (const char* dtype : {"I32", "F64", "F8_E5M2", "F8_E4M3", "BOOL"})
+            EXPECT_TRUE(loose.refused(t.name, [&](Tensor& x) { x.dtype = dtype; })) << dtype;
+    }
+}
+TEST(Bind, NamesATensorThatHasNoPlace) {
+    for (const Variant& v : variants()) {
+        Loose loose(v.keys, v.dtype);
+        loose.checkpoint.tensors["model.layers.0.extra\n"] = {"f", "F32", {1}, nullptr, 4};
+        EXPECT_TRUE(refuses([&] { loose.bind(); }, "f: tensor 'model.layers.0.extra?' has no place"))
+            << v.name;
+    }
+}
+TEST(Bind, LeavesOldRotaryBuffersAlone) {
+    Loose loose(tiny_dense("llama"), "BF16");
+    loose.checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = {"f", "F32", {5}, nullptr, 20};
+    EXPECT_NO_THROW(loose.bind());
+}
+TEST(Bind, TakesTheMtpModulesCopiesOfEmbeddingAndHead) {
+    for (const char* name :
+         {"model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"}) {
+        Loose loose(tiny_v3(), "BF16");
+        loose.checkpoint.tensors[name] = {"f", "BF16", {31, 24}, nullptr, 31 * 24 * 2};
+        EXPECT_NO_THROW(loose.bind());
+        EXPECT_TRUE(loose.refused(name, [](Tensor& t) { t.shape = {30, 24}; }));
+    }
+}
+TEST(Bind, RefusesAnMtpModuleThatConfigDoesNotMention) {
+    Loose loose(tiny_v3(), "BF16");
+    loose.config.n_mtp = 0;
+    EXPECT_TRUE(refuses([&] { loose.bind(); }, "'model.layers.3."));
+}
+TEST(Bind, TiedModelsHaveOneMatrix) {
+    Keys keys = with(tiny_dense("qwen2"), {{"tie_word_embeddings", "true"}});
+    Model model = random_model("tied", keys);
+    EXPECT_EQ(model.head.data, model.embed.data);
+    EXPECT_EQ(model.checkpoint.tensors.count("lm_head.weight"), 0u);
+}
+TEST(Bind, Fp8NeedsItsScales) {
+    Loose loose(tiny_fp8(), "F8_E4M3");
+    int scaled = 0;
+    for (const FileTensor& t : loose.list) {
+        if (!t.name.ends_with("_scale_inv")) continue;
+        scaled++;
+        EXPECT_TRUE(loose.refused(t.name, [](Tensor& x) { x.dtype = "BF16"; }));
+        float bad[16] = {1, INFINITY, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        std::swap(bad[0], bad[t.data.size() > 4 ? 0 : 1]);
+        EXPECT_TRUE(
+            loose.refused(t.name, [&](Tensor& x) { x.data = reinterpret_cast<const std::byte*>(bad); }));
+    }
+    EXPECT_GT(scaled, 50);
+}
+TEST(Bind, Fp8NeedsItsConfig) {
+    Loose loose(tiny_fp8(), "F8_E4M3");
+    loose.config.fp8 = false;
+    EXPECT_TRUE(refuses([&] { loose.bind(); }, "no quantization_config"));
+}
+TEST(Bind, Fp8EmbeddingsAreRefused) {
+    Loose loose(tiny_fp8(), "F8_E4M3");
+    std::string scales(100, '\0');
+    loose.checkpoint.tensors["model.embed_tokens.weight_scale_inv"] = {
+        "f", "F32", {1, 2}, reinterpret_cast<std::byte*>(scales.data()), 8};
+    loose.checkpoint.tensors["model.embed_tokens.weight"].dtype = "F8_E4M3";
+    EXPECT_TRUE(refuses([&] { loose.bind(); }, "embeddings"));
+}
+TEST(LoadModel, NamesTheFileOfATensorThatIsMissing) {
+    auto tensors = random_tensors(tiny_v3(), "BF16", 1);
+    tensors.pop_back();
+    fs::path folder = write_model("missing", tiny_v3(), tensors);
+    EXPECT_TRUE(refuses([&] { load_model(folder); },
+                        folder.string() + ": no tensor 'model.layers.3.eh_proj.weight'"));
+}
+
+// -- 11.2 one answer --------------------------------------------------------------------------------
+
+static void expect_same(const Answer& a, const Answer& b, const std::string& label) {
+    EXPECT_TRUE(same_bits(a.logits, b.logits)) << label;
+    EXPECT_TRUE(same_bits(a.mtp_logits, b.mtp_logits)) << label;
+    ASSERT_EQ(a.taps.entries.size(), b.taps.entries.size()) << label;
+    for (size_t i = 0; i < a.taps.entries.size(); i++) {
+        const Taps::Entry &x = a.taps.entries[i], &y = b.taps.entries[i];
+        EXPECT_EQ(x.name, y.name) << label;
+        EXPECT_EQ(x.integers, y.integers) << label << " " << x.name;
+        EXPECT_TRUE(same_bits(x.values, y.values)) << label << " " << x.name;
+    }
+}
+
+TEST(Forward, GivesTheSameBitsForEveryChunk) {
+    for (const Variant& v : variants()) {
+        Model model = random_model("chunks", v.keys, v.dtype);
+        std::vector<int> ids = random_ids(70, model.config.V);
+        for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
+            Answer whole = answer(model, ids, {70, 70, form}, true);
+            for (int chunk : {1, 3, 7, 64})
+                expect_same(answer(model, ids, {70, chunk, form}, true), whole,
+                            text_of("%s, chunk %d", v.name, chunk));
+            if (!model.config.mla()) break;
+        }
+    }
+}
+TEST(Forward, GivesTheSameBitsForEveryNumberOfThreads) {
+    for (const Variant& v : variants()) {
+        Model model = random_model("threads", v.keys, v.dtype);
+        std::vector<int> ids = random_ids(9, model.config.V);
+        Answer expected = answer(model, ids, {9, 9, MlaForm::ABSORBED}, true);
+        for (int threads : {2, 3, 8}) {
+            ScopedThreads scoped(threads);
+            expect_same(answer(model, ids, {9, 9, MlaForm::ABSORBED}, true), expected,
+                        text_of("%s, %d threads", v.name, threads));
+        }
+    }
+}
+TEST(Forward, GivesTheSameBitsWithEveryKernel) {
+    for (const Variant& v : variants()) {
+        Model model = random_model("kernels", v.keys, v.dtype);
+        std::vector<int> ids = random_ids(20, model.config.V);
+        Answer expected = answer(model, ids, {20, 20, MlaForm::ABSORBED}, true);
+        for (const Kernels& k : available_kernels()) {
+            ScopedKernels scoped(k);
+            expect_same(answer(model, ids, {20, 20, MlaForm::ABSORBED}, true), expected,
+                        text_of("%s, %s", v.name, k.name));
+        }
+    }
+}
+TEST(Forward, ASmallerPastGivesTheSameBitsInALargerContext) {
+    Model model = random_model("context", tiny_v3());
+    std::vector<int> ids = random_ids(9, 31);
+    EXPECT_TRUE(same_bits(answer(model, ids, {9, 9, MlaForm::ABSORBED}).logits,
+                          answer(model, ids, {300, 128, MlaForm::ABSORBED}).logits));
+}
+TEST(Forward, StartsFromTheRowsOfTheEmbedding) {
+    Model model = random_model("embed", tiny_v3());
+    Answer a = answer(model, {7, 0, 30}, {3, 3, MlaForm::ABSORBED}, true);
+    const Taps::Entry& embed = a.taps.entries.at(0);
+    ASSERT_EQ(embed.name, "embed");
+    Vector row(24);
+    for (auto [t, id] : {std::pair{0, 7}, std::pair{1, 0}, std::pair{2, 30}}) {
+        widen_plain(row.data(), model.embed, id);
+        EXPECT_TRUE(same_bits(embed.values.data() + t * 24, row.data(), 24));
+    }
+}
+// out = (residual + attn_out) + ffn_out; the next layer's norm sees out.
+TEST(Forward, AddsBothBranchesToTheResidual) {
+    Model model = random_model("residual", tiny_v3());
+    Answer a = answer(model, random_ids(5, 31), {5, 5, MlaForm::ABSORBED}, true);
+    auto tap = [&](const std::string& name) { return a.taps.entries[a.taps.index.at(name)].values; };
+    Vector x = tap("embed");
+    for (int l = 0; l < 3; l++) {
+        std::string p = text_of("layers.%d.", l);
+        Vector attention = tap(p + "attn_out"), ffn = tap(p + "ffn_out");
+        for (size_t i = 0; i < x.size(); i++) x[i] = (x[i] + attention[i]) + ffn[i];
+        EXPECT_TRUE(same_bits(x, tap(p + "out"))) << l;
+    }
+}
+TEST(Forward, NamesItsTapsInTheOrderOfTheNetwork) {
+    Model model = random_model("taps", tiny_v3());
+    Answer a = answer(model, random_ids(3, 31), {3, 3, MlaForm::ABSORBED}, true);
+    std::vector<std::string> names, expected = {"embed"};
+    for (const Taps::Entry& e : a.taps.entries) names.push_back(e.name);
+    for (int l = 0; l < 3; l++) {
+        for (const char* name :
+             {"attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "attn_out", "ffn_norm",
+              "router_logits", "expert_idx", "expert_weight", "ffn_out", "out"}) {
+            bool moe_only = std::string(name).starts_with("router") ||
+                            std::string(name).starts_with("expert");
+            if (l > 0 || !moe_only) expected.push_back(text_of("layers.%d.%s", l, name));
+        }
+    }
+    for (const char* name : {"norm", "mtp.in", "mtp.out"}) expected.push_back(name);
+    EXPECT_EQ(names, expected);
+}
+TEST(Prefill, ReportsEachChunk) {
+    Model model = random_model("prefill", tiny_v3());
+    Session s(model, {10, 4, MlaForm::ABSORBED});
+    std::vector<std::pair<int, int>> seen;
+    prefill(s, random_ids(10, 31), 0, [&](int pos, int T) { seen.push_back({pos, T}); });
+    EXPECT_EQ(seen, (std::vector<std::pair<int, int>>{{0, 4}, {4, 4}, {8, 2}}));
+    EXPECT_EQ(s.length, 10);
+}
+TEST(Prefill, StopsWhenInterrupted) {
+    Model model = random_model("prefill", tiny_v3());
+    Session s(model, {10, 4, MlaForm::ABSORBED});
+    prefill(s, random_ids(10, 31), 0, [&](int, int) { interrupted = 1; });
+    interrupted = 0;
+    EXPECT_EQ(s.length, 4);
+}
