@@ -2848,7 +2848,75 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
     return stats;
 }
 
-// -- 12.3  perplexity: how surprised is the model by a text? -------------------------------------
+// -- 12.3  a prompt's cache on disk --------------------------------------------------------------
+//
+// A long prompt that is asked about again need not be read again: its keys and values can be kept. The file is a
+// safetensors file of bytes as they are in memory; it says for which weights and which --kv they were made, and for
+// which tokens. Whatever the next prompt shares with them from the start is reused.
+
+// A number that names a model's weights: names, dtypes and shapes of all tensors, and some bytes of each.
+inline uint64_t fingerprint(const Checkpoint& checkpoint) {
+    uint64_t h = 0xCBF29CE484222325u;                    // FNV-1a
+    auto add = [&](const void* data, size_t n) {
+        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
+    };
+    for (auto& [name, t] : checkpoint.tensors) {
+        size_t n = std::min<size_t>(t.bytes, 256);
+        add(name.data(), name.size()), add(t.dtype.data(), t.dtype.size());
+        for (uint64_t side : t.shape) add(&side, 8);
+        add(t.data, n), add(t.data + t.bytes / 2, std::min(n, size_t(t.bytes - t.bytes / 2)));
+    }
+    return h;
+}
+
+// The filled rows of each of the cache's matrices.
+inline std::vector<OutputTensor> cache_tensors(const Session& s) {
+    std::vector<OutputTensor> out;
+    for (int l = 0; l < s.model.config.n_layers + s.model.config.n_mtp; l++) {
+        for (int part = 0; part < s.cache.parts; part++) {
+            size_t rows = size_t(l < s.model.config.n_layers ? s.length : s.mtp_length);
+            size_t bytes = rows * row_bytes(s.cache.dtype, s.cache.width);
+            out.push_back({text_of("cache.%d.%d", l, part), "U8", {bytes}, s.cache.matrix(l, part).data, bytes});
+        }
+    }
+    return out;
+}
+
+inline void save_cache(const Session& s, const std::string& path) {
+    uint64_t about[] = {fingerprint(s.model.checkpoint), uint64_t(s.cache.dtype), uint64_t(s.length),
+                        uint64_t(s.mtp_length)};
+    std::vector<OutputTensor> out = {{"about", "U64", {4}, about, sizeof about},
+                                     {"tokens", "I32", {size_t(s.length)}, s.tokens.data(), 4 * size_t(s.length)}};
+    for (OutputTensor& t : cache_tensors(s)) out.push_back(t);
+    AtomicFile file(path);
+    write_safetensors(file, out);
+}
+
+// Fills an empty session. The file may be damaged or from elsewhere: names and sizes must be those we would write.
+inline void load_cache(Session& s, const std::string& path) {
+    Mapping mapping(path);
+    TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, path);
+    std::map<std::string, std::span<const std::byte>> found;
+    for (const TensorInfo& t : parsed.tensors)
+        found[t.name] = {mapping.data() + parsed.data_begin + t.begin, size_t(t.end - t.begin)};
+    if (found["about"].size() != 32) fail("%s: not a cache that --save-kv wrote", path.c_str());
+    uint64_t about[4];
+    std::memcpy(about, found["about"].data(), sizeof about);
+    if (about[0] != fingerprint(s.model.checkpoint)) fail("%s: the cache of another model", path.c_str());
+    if (about[1] != uint64_t(s.cache.dtype)) fail("%s: was saved with another --kv", path.c_str());
+    if (about[2] > uint64_t(s.options.context) || about[3] > about[2])
+        fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2], s.options.context);
+    s.length = int(about[2]), s.mtp_length = int(about[3]);
+    s.tokens.resize(size_t(s.length));
+    std::vector<OutputTensor> wanted = cache_tensors(s);
+    wanted.push_back({"tokens", "I32", {}, s.tokens.data(), 4 * s.tokens.size()});
+    for (const OutputTensor& t : wanted) {
+        if (found[t.name].size() != t.bytes) fail("%s: tensor '%s' is missing or cut", path.c_str(), t.name.c_str());
+        std::memcpy(const_cast<void*>(t.data), found[t.name].data(), t.bytes);
+    }
+}
+
+// -- 12.4  perplexity: how surprised is the model by a text? -------------------------------------
 
 //   nll = -ln softmax(logits)[next]
 inline double negative_log_likelihood(const real* logits, int V, int next) {
@@ -3762,7 +3830,7 @@ inline void choose_kernels(const std::string& name, bool exact) {
 
 struct Options {
     std::string model, device = "auto", quant = "none", mla = "absorbed", kv = "f32";
-    std::string prompt, file, dash, system, ids, out;
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
     int threads = 0, context = 0, chunk = 128, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
     std::optional<double> temperature, top_p, min_p;
@@ -3998,6 +4066,7 @@ struct Talk {
         require_memory(config, options);
         model = load_model(folder);
         session = std::make_unique<Session>(model, options);
+        if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
     }
     std::vector<int> encode(const std::string& text, bool add_bos, const Options& o) const {
         std::vector<int> ids = tokenizer.encode(text);
@@ -4049,6 +4118,7 @@ inline void command_run(const Options& o) {
     messages.push_back({"user", prompt, {}});
     std::string text = o.raw ? prompt : talk.tokenizer.render(messages, true);
     talk.answer(talk.encode(text, o.raw && talk.tokenizer.add_bos, o));
+    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
 }
 
 inline void command_chat(const Options& o) {
@@ -4065,6 +4135,7 @@ inline void command_chat(const Options& o) {
         messages.push_back({"assistant", talk.answer(talk.encode(text, false, o)), {}});
         if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
     }
+    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
 }
 
 // -- C.5  tokenize -------------------------------------------------------------------------------
@@ -4370,6 +4441,8 @@ inline void add_generation_options(CLI::App* sub, Options& o) {
     sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
     sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 128)")
         ->check(CLI::Range(1, 65536));
+    sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
+    sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
     sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
     sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
 }
