@@ -55,6 +55,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -196,9 +197,19 @@ struct Arena {
 
 // body(i) for 0 <= i < n, in any order, on all threads. Each i writes its own outputs and no sum crosses
 // an i, so the result does not depend on the number of threads.
+// An exception (memory may run out in a body) may not leave an OpenMP loop, so it is carried out by hand.
 template <class Body> void parallel_for(int64_t n, const Body& body) {
+    std::exception_ptr error;
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < n; i++) body(i);
+    for (int64_t i = 0; i < n; i++) {
+        try {
+            body(i);
+        } catch (...) {
+#pragma omp critical
+            error = std::current_exception();
+        }
+    }
+    if (error) std::rethrow_exception(error);
 }
 
 // -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------
@@ -520,6 +531,8 @@ public:
         simdjson::dom::object object;
         if (json.get(object)) fail("%s: not a JSON object", where.c_str());
         for (auto [key, value] : object) {
+            if (key.find('\0') != key.npos)
+                fail("%s: a NUL in key '%s'", where.c_str(), printable(key).c_str());
             if (!values_.emplace(std::string(key), value).second)
                 fail("%s: duplicate key '%s'", where.c_str(), printable(key).c_str());
         }
@@ -586,14 +599,34 @@ private:
     std::map<std::string, Json> values_;
 };
 
-std::string read_file(const fs::path& path, size_t limit = size_t(1) << 30) {
+constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000;
+
+// All of a stream, which may be a pipe or a device without end.
+std::string read_stream(std::istream& in, const std::string& name, size_t limit) {
+    std::string text, part(size_t(1) << 16, '\0');
+    while (in.read(part.data(), std::streamsize(part.size())), in.gcount() > 0) {
+        text.append(part, 0, size_t(in.gcount()));
+        if (text.size() > limit) fail("%s: larger than %zu bytes", name.c_str(), limit);
+    }
+    if (in.bad()) fail("%s: cannot be read", name.c_str());
+    return text;
+}
+
+std::string read_file(const fs::path& path, size_t limit = TEXT_LIMIT) {
     std::error_code error;
     if (fs::is_directory(path, error)) fail("%s: is a directory", path.c_str());
     std::ifstream in(path, std::ios::binary);
     if (!in) fail("%s: %s", path.c_str(), std::strerror(errno));
-    std::string text(std::istreambuf_iterator<char>(in), {});
-    if (text.size() > limit) fail("%s: larger than %zu bytes", path.c_str(), limit);
-    return text;
+    return read_stream(in, path.string(), limit);
+}
+
+// One of a model's JSON files: a regular file, since opening a pipe could wait for ever.
+std::string read_json_file(const fs::path& path) {
+    std::error_code error;
+    fs::file_status status = fs::status(path, error);
+    if (fs::exists(status) && !fs::is_directory(status) && !fs::is_regular_file(status))
+        fail("%s: not a regular file", path.c_str());
+    return read_file(path, JSON_LIMIT);
 }
 
 // -- 3.2  Config: the shape of the network -------------------------------------------------------
@@ -629,7 +662,11 @@ struct Config {
     int cache_width() const { return mla() ? Rkv + Dr : 2 * G * head_dim; }   // numbers a token and layer
 };
 
-constexpr int MOST = 1 << 24;   // no dimension of a real model is near it, and products of two fit in 64 bits
+// Limits far above every real model, such that no count or size in this file overflows: the largest sums are
+// below 2^64 (parameters, and bytes of a plan with 4,096 threads), strides and expert slots below 2^31.
+constexpr int MOST = 1 << 24;
+constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
+constexpr int MOST_EXPERTS_IN_ALL = 1 << 18;   // layers times experts: each has its entry in the model
 
 RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
     static const std::set<std::string> KNOWN = {
@@ -639,7 +676,7 @@ RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
         if (!KNOWN.count(key))
             fail("%s: unknown field '%s'", f.where().c_str(), Fields::printable(key).c_str());
     }
-    rope.theta = f.number("rope_theta", 1, 1e12, rope.theta);
+    rope.theta = f.number("rope_theta", 1.1, 1e12, rope.theta);
     const char* key = f.has("type") ? "type" : "rope_type";
     int kind = f.choice(key, {"default", "llama3", "yarn"});
     rope.scaling = kind == 0 ? Scaling::NONE : kind == 1 ? Scaling::LLAMA3 : Scaling::YARN;
@@ -657,6 +694,7 @@ RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
     }
     rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
     rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
+    if (rope.beta_fast <= rope.beta_slow) fail("%s: 'beta_fast' is not above 'beta_slow'", f.where().c_str());
     rope.mscale = f.number("mscale", 0, 100, 1);
     rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     return rope;
@@ -668,7 +706,7 @@ RopeConfig parse_rope(const Fields& f, bool mla) {
     const char* key = f.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
     if (f.has("rope_parameters") && f.has("rope_scaling"))
         fail("%s: both 'rope_parameters' and 'rope_scaling'", f.where().c_str());
-    if (!f.has("rope_parameters") || f.has("rope_theta")) rope.theta = f.number("rope_theta", 1, 1e12);
+    if (!f.has("rope_parameters") || f.has("rope_theta")) rope.theta = f.number("rope_theta", 1.1, 1e12);
     if (!f.has(key)) return rope;
     return parse_rope_scaling(Fields(f.get(key), f.where() + ": " + key), rope, mla);
 }
@@ -686,10 +724,14 @@ void parse_mla(Config& c, const Fields& f) {
 }
 
 void parse_moe(Config& c, const Fields& f) {
-    c.E = int(f.integer("n_routed_experts", 1, 1 << 16));
+    c.E = int(f.integer("n_routed_experts", 1, MOST_EXPERTS));
+    if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
+        fail("%s: 'n_routed_experts' times 'num_hidden_layers' is out of range", c.file.c_str());
     c.K = int(f.integer("num_experts_per_tok", 1, c.E));
     c.F = int(f.integer("moe_intermediate_size", 1, MOST));
     c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
+    if (int64_t(c.n_shared) * c.F > MOST)
+        fail("%s: 'n_shared_experts' times 'moe_intermediate_size' is out of range", c.file.c_str());
     c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
     c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
     c.gate = Gate(f.choice("topk_method", {"greedy", "group_limited_greedy", "noaux_tc"}));
@@ -740,14 +782,14 @@ void parse_quantization(Config& c, const Fields& f) {
 }
 
 // One id or a list of ids; absent or null gives none.
-std::vector<int> parse_ids(const Fields& f, const char* key) {
+std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
     std::vector<int> ids;
     if (!f.has(key)) return ids;
     simdjson::dom::array list;
-    if (f.get(key).get(list)) return {int(f.integer(key, 0, MOST))};
+    if (f.get(key).get(list)) return {int(f.integer(key, 0, V - 1))};
     for (Json item : list) {
         int64_t id = -1;
-        if (item.get(id) || id < 0 || id > MOST)
+        if (item.get(id) || id < 0 || id >= V)
             fail("%s: '%s' is not a list of ids", f.where().c_str(), key);
         ids.push_back(int(id));
     }
@@ -763,9 +805,9 @@ Config parse_config(std::string_view json, const std::string& file) {
     c.model_type = f.text("model_type");
     int kind = f.choice("model_type", {"deepseek_v2", "deepseek_v3", "qwen2", "llama"});
     bool mla = kind < 2;
-    c.D = int(f.integer("hidden_size", 1, MOST));
+    c.D = int(f.integer("hidden_size", 1, MOST_WIDTH));
     c.V = int(f.integer("vocab_size", 1, MOST));
-    c.n_layers = int(f.integer("num_hidden_layers", 1, 4096));
+    c.n_layers = int(f.integer("num_hidden_layers", 1, MOST_LAYERS));
     c.H = int(f.integer("num_attention_heads", 1, 1 << 16));
     c.ffn_width = int(f.integer("intermediate_size", 1, MOST));
     c.max_context = int(f.integer("max_position_embeddings", 1, MOST));
@@ -780,9 +822,10 @@ Config parse_config(std::string_view json, const std::string& file) {
     parse_quantization(c, f);
     c.rope = parse_rope(f, mla);
     if (c.rope_dim() % 2) fail("%s: RoPE needs an even head dimension, not %d", file.c_str(), c.rope_dim());
-    if (int64_t(c.H) * (c.q_dim() + c.v_dim() + c.Dn) > MOST || int64_t(c.G) * c.head_dim > MOST)
+    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
+    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
         fail("%s: 'num_attention_heads' times the head dimension is out of range", file.c_str());
-    c.eos = parse_ids(f, "eos_token_id");
+    c.eos = parse_ids(f, "eos_token_id", c.V);
     return c;
 }
 
@@ -794,7 +837,7 @@ struct TensorInfo {
     uint64_t begin = 0, end = 0;   // bytes, from the start of the data
 };
 
-constexpr uint64_t HEADER_LIMIT = 100'000'000;
+constexpr uint64_t HEADER_LIMIT = JSON_LIMIT;
 
 // Bytes of one element, 0 for a dtype that safetensors does not have.
 inline uint64_t dtype_width(const std::string& dtype) {
@@ -875,7 +918,7 @@ std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t
 class Mapping {
 public:
     explicit Mapping(const fs::path& path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // a pipe must not make us wait
         if (fd < 0) fail("%s: %s", path.c_str(), std::strerror(errno));
         struct stat status {};
         bool regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
@@ -975,7 +1018,7 @@ Checkpoint open_checkpoint(const fs::path& folder) {
         add_tensors(checkpoint, folder / "model.safetensors");
         return checkpoint;
     }
-    auto weight_map = parse_index(read_file(index), index.string());
+    auto weight_map = parse_index(read_json_file(index), index.string());
     std::set<std::string> shards;
     for (auto& [name, shard] : weight_map) shards.insert(shard);
     for (const std::string& shard : shards) add_tensors(checkpoint, folder / shard);
@@ -1007,13 +1050,14 @@ public:
     explicit AtomicFile(const std::string& path)
         : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
         if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
-        file_ = std::fopen(temporary_.c_str(), "wb");
+        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
+        file_ = std::fopen(temporary_.c_str(), "wbx");
         if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
     }
     ~AtomicFile() {
         if (!file_) return;
-        std::fclose(file_);
         std::remove(temporary_.c_str());
+        std::fclose(file_);
     }
     AtomicFile(const AtomicFile&) = delete;
     void write(const void* data, size_t bytes) {
@@ -1021,11 +1065,10 @@ public:
             fail("%s: %s", path_.c_str(), std::strerror(errno));
     }
     void commit() {
-        bool flushed = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0;
-        if (!flushed) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
+        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
         std::fclose(std::exchange(file_, nullptr));
-        if (std::rename(temporary_.c_str(), path_.c_str()))
-            fail("%s: %s", path_.c_str(), std::strerror(errno));
     }
 
 private:
@@ -1962,6 +2005,10 @@ public:
             fail("%s: tensor '%s' is F8_E4M3, a vector cannot be", t.file.c_str(), name.c_str());
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
+        for (real v : out) {
+            if (!std::isfinite(v))
+                fail("%s: tensor '%s' holds a number that is not finite", t.file.c_str(), name.c_str());
+        }
         return out;
     }
     // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
@@ -2121,7 +2168,7 @@ inline Config read_config(const fs::path& folder) {
     if (!fs::exists(folder)) fail("%s: no such folder", folder.c_str());
     if (folder.extension() == ".gguf") fail("%s: GGUF files are not supported by this build", folder.c_str());
     if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
-    return parse_config(read_file(file), file.string());
+    return parse_config(read_json_file(file), file.string());
 }
 
 // Opens and checks a Hugging Face folder. Weights are mapped, not read: this takes milliseconds.
@@ -2250,7 +2297,10 @@ inline Distribution distribution(const real* logits, int V, const Sampling& s) {
     if (!std::isfinite(top)) fail("the model computed logits that are no finite numbers (damaged weights?)");
     if (s.temperature == 0) return {{best, 1.0}};
     Distribution d;
-    for (int i = 0; i < V; i++) d.push_back({i, std::exp((double(logits[i]) - top) / s.temperature)});
+    for (int i = 0; i < V; i++) {
+        d.push_back({i, std::exp((double(logits[i]) - top) / s.temperature)});
+        if (std::isnan(d.back().p)) fail("the model computed a logit that is no number (damaged weights?)");
+    }
     if (s.top_k > 0 && s.top_k < V) {
         std::vector<int> idx(static_cast<size_t>(s.top_k));
         top_k(idx.data(), logits, V, s.top_k);
@@ -2789,7 +2839,7 @@ inline void require_memory(const Config& c, const SessionOptions& s) {
 
 // -- C.3  prompts and output ---------------------------------------------------------------------
 
-inline std::string read_stdin() { return std::string(std::istreambuf_iterator<char>(std::cin), {}); }
+inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
 
 inline std::string json_array(std::span<const int> ids) {
     std::string out = "[";
@@ -2888,7 +2938,7 @@ struct GenerationConfig {
 };
 
 // generation_config.json, from its text. `do_sample` false means greedy.
-inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file) {
+inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
     Document document(json, file);
     Fields f(document.root, file);
     GenerationConfig g;
@@ -2897,7 +2947,7 @@ inline GenerationConfig parse_generation_config(std::string_view json, const std
     g.sampling.min_p = f.number("min_p", 0, 1, 0);
     g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
     if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
-    g.eos = parse_ids(f, "eos_token_id");
+    g.eos = parse_ids(f, "eos_token_id", V);
     return g;
 }
 
@@ -2905,7 +2955,7 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
                                   const Tokenizer& t) {
     fs::path file = folder / "generation_config.json";
     GenerationConfig defaults;
-    if (fs::exists(file)) defaults = parse_generation_config(read_file(file), file.string());
+    if (fs::exists(file)) defaults = parse_generation_config(read_json_file(file), file.string(), c.V);
     Generation g;
     g.sampling.temperature = o.temperature.value_or(defaults.sampling.temperature);
     g.sampling.top_p = o.top_p.value_or(defaults.sampling.top_p);
@@ -2981,7 +3031,9 @@ inline std::string prompt_of(const Options& o) {
         fail("run: unexpected argument '%s' (a prompt is given with -p)", o.dash.c_str());
     if (dash + !o.prompt.empty() + !o.file.empty() != 1)
         fail("run: give one prompt: -p TEXT, -f FILE, or - for stdin");
-    return dash ? read_stdin() : o.file.empty() ? o.prompt : read_file(o.file);
+    std::string prompt = dash ? read_stdin() : o.file.empty() ? o.prompt : read_file(o.file);
+    if (prompt.empty()) fail("run: the prompt is empty");
+    return prompt;
 }
 
 inline void command_run(const Options& o) {
@@ -3076,15 +3128,14 @@ inline void command_tokenize(const Options& o) {
 
 inline std::vector<int> parse_id_list(const std::string& text, int V) {
     std::vector<int> ids;
-    std::stringstream in(text);
+    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
     for (std::string item; std::getline(in, item, ',');) {
-        char* end = nullptr;
-        long id = item.empty() || item.size() > 9 ? -1 : std::strtol(item.c_str(), &end, 10);
-        if (id < 0 || *end) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
-        if (id >= V) fail("--ids: %ld is outside the vocabulary of %d", id, V);
-        ids.push_back(int(id));
+        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
+        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
+        int id = std::stoi(item);
+        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
+        ids.push_back(id);
     }
-    if (ids.empty()) fail("--ids: no ids");
     return ids;
 }
 
@@ -3097,7 +3148,7 @@ inline void command_logits(const Options& o) {
     if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
     unlimited.context = T;
     SessionOptions options = session_options(unlimited, c, T);
-    options.chunk = o.chunk > 0 ? o.chunk : T;
+    options.chunk = std::min(o.chunk, T);
     require_memory(c, options);
     Model model = load_model(folder);
     AtomicFile file(o.out);
@@ -3135,6 +3186,7 @@ inline void command_logits(const Options& o) {
 inline void command_perplexity(const Options& o) {
     std::string text = read_file(o.file);
     Talk talk(o);
+    if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
     std::vector<int> ids = talk.tokenizer.encode(text);
     int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
     if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
@@ -3229,7 +3281,7 @@ inline void command_info(const Options& o) {
 // Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
 inline double time_tokens(Session& s, int n, bool one_by_one) {
     std::vector<int> ids;
-    for (int i = 0; i < n; i++) ids.push_back(i * 7919 % s.model.config.V);
+    for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
     double start = seconds();
     auto logits = [&](int, int) { last_logits(s, 1); };
     if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
@@ -3281,16 +3333,29 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
     return sub;
 }
 
+// CLI::Range lets "nan" through, and a seed of -1 or of 30 digits would become another one.
+inline std::string check_number(const std::string& text) {
+    return text.find_first_of("nN") == text.npos ? "" : "not a number: " + text;
+}
+inline std::string check_seed(const std::string& text) {
+    bool natural = !text.empty() && text.size() < 20 && text.find_first_not_of("0123456789") == text.npos;
+    return natural ? "" : "not a natural number below 10^19: " + text;
+}
+
 inline void add_generation_options(CLI::App* sub, Options& o) {
     sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")
         ->check(CLI::Range(0, MOST));
-    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")->check(CLI::Range(0.0, 100.0));
+    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")
+        ->check(CLI::Range(0.0, 100.0))
+        ->check(check_number);
     sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
-        ->check(CLI::Range(1e-9, 1.0));
+        ->check(CLI::Range(1e-9, 1.0))
+        ->check(check_number);
     sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(CLI::Range(0, MOST));
     sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
-        ->check(CLI::Range(0.0, 1.0));
-    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)");
+        ->check(CLI::Range(0.0, 1.0))
+        ->check(check_number);
+    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)")->check(check_seed);
     sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
         ->check(CLI::Range(1, MOST));
     sub->add_option("--system", o.system, "system message");
@@ -3359,10 +3424,31 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
     bench->callback([&o] { prepare(o), command_bench(o); });
 }
 
-int main(int argc, char** argv) {
+// One line on stderr, whatever bytes a file or an argument brought into the message.
+inline int complain(std::string message) {
+    message.resize(std::min(message.size(), size_t(1000)));
+    for (char& c : message) if (uint8_t(c) < 32 || c == 127) c = ' ';
+    std::fflush(stdout);
+    std::fprintf(stderr, "deepseek: %s\n", message.c_str());
+    return 1;
+}
+
+// A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
+inline void on_bus_error(int) {
+    constexpr std::string_view LINE = "deepseek: a weight file was cut short, or cannot be read any more\n";
+    _exit(write(STDERR_FILENO, LINE.data(), LINE.size()) > 0 ? 1 : 3);
+}
+
+inline void set_signals() {
     struct sigaction action {};
     action.sa_handler = [](int) { interrupted = 1; };    // no SA_RESTART: a waiting read ends too
     sigaction(SIGINT, &action, nullptr);
+    action.sa_handler = on_bus_error;
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+int main(int argc, char** argv) {
+    set_signals();
     Options o;
     CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
     app.name("deepseek")
@@ -3374,17 +3460,15 @@ int main(int argc, char** argv) {
         app.parse(argc, argv);
     } catch (const CLI::Success& e) {                    // --help
         return app.exit(e);
-    } catch (const CLI::ParseError& e) {
-        std::fprintf(stderr, "deepseek: %s\n", e.what());
-        return 1;
     } catch (const std::bad_alloc&) {
-        std::fputs("deepseek: out of memory\n", stderr);
-        return 1;
-    } catch (const std::runtime_error& e) {
-        std::fflush(stdout);
-        std::fprintf(stderr, "deepseek: %s\n", e.what());
-        return 1;
+        return complain("out of memory");
+    } catch (const std::length_error&) {                 // an array beyond the address space
+        return complain("out of memory");
+    } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
+        return complain(e.what());
     }
-    return 0;
+    std::cout.flush();
+    bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
+    return written ? 0 : complain("stdout cannot be written");
 }
 #endif

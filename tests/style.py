@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""The budgets of the source text. Prints each violation as FILE:LINE: TEXT.
+
+    tests/style.py               this repository
+    tests/style.py --selftest    shows that each rule sees what it forbids
+
+Functions are measured by clang-tidy (readability-function-size) and, for Python, by its own parser: lines
+from brace to brace, parameters, and depth of blocks in blocks.
+"""
+import ast
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+COLUMNS = 110
+FILE_LINES = {"deepseek.cpp": 6000, "deepseek.cu": 3500, "tokenizer.h": 700}
+CHAPTER_LINES = 500
+FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_MAX = 20, 60, 130
+PARAMETERS = 8
+NESTING = 3
+SOURCES = (".cpp", ".cu", ".h", ".cuh", ".py", ".sh")
+OPEN_ENDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+MACHINE_PATH = re.compile(r"(?<![\w.:/$}-])/(work|tmp|home|root|Users|mnt)/[\w.$-]")
+
+
+class Report:
+    """Collects violations, by rule."""
+    def __init__(self):
+        self.rules = {}
+
+    def rule(self, name):
+        self.rules.setdefault(name, [])
+        return lambda file, line, text: self.rules[name].append(f"{file}:{line}: {text}")
+
+    def violations(self):
+        return [v for found in self.rules.values() for v in found]
+
+
+def tracked(root):
+    """Paths of the files in git, or of all files where there is no repository."""
+    done = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True)
+    if done.returncode == 0:
+        names = [name for name in done.stdout.decode().split("\0") if name]
+    else:
+        names = [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()]
+    return [name for name in sorted(names) if (root / name).is_file()]
+
+
+def is_source(root, name):
+    if name.endswith(SOURCES) or pathlib.Path(name).name == "Makefile":
+        return True
+    with open(root / name, "rb") as f:
+        return f.read(2) == b"#!"
+
+
+def text_lines(root, name):
+    """The lines of a text file; none of a binary one."""
+    data = (root / name).read_bytes()
+    return [] if b"\0" in data else data.decode("utf-8", errors="replace").split("\n")
+
+
+# -- rules for every file --------------------------------------------------------------------------------
+
+def check_lines(report, root):
+    columns, paths, ends = map(report.rule, ("columns", "machine paths", "open ends"))
+    for name in tracked(root):
+        source = is_source(root, name)
+        for number, line in enumerate(text_lines(root, name), 1):
+            if source and len(line) > COLUMNS:
+                columns(name, number, f"{len(line)} columns, at most {COLUMNS}")
+            if match := MACHINE_PATH.search(line):
+                paths(name, number, f"a path of one machine: {match[0]}...")
+            if (source or name.endswith(".md")) and (match := OPEN_ENDS.search(line)):
+                ends(name, number, f"{match[0]}: finish it or leave it out")
+
+
+def check_file_lines(report, root):
+    complain = report.rule("file lines")
+    for name, limit in FILE_LINES.items():
+        if (root / name).exists():
+            lines = len((root / name).read_text().splitlines())
+            if lines > limit:
+                complain(name, lines, f"{lines} lines, at most {limit}")
+
+
+# -- rules for the book ----------------------------------------------------------------------------------
+
+def chapters(lines):
+    """(line, number, title) of each banner: `// Chapter N. Title`, or Appendix, between two lines of `=`."""
+    rule = re.compile(r"// =+$")
+    found = []
+    for i in range(1, len(lines) - 1):
+        match = re.fullmatch(r"// (?:Chapter|Appendix) (\w+)\. (.+)", lines[i])
+        if match and rule.match(lines[i - 1]) and rule.match(lines[i + 1]):
+            found.append((i + 1, match[1], match[2]))
+    return found
+
+
+def check_contents(report, name, lines):
+    """The table in chapter 0 and the banners are the same list."""
+    complain = report.rule("contents")
+    banners = chapters(lines)
+    end = banners[1][0] if len(banners) > 1 else len(lines)
+    table = []
+    for number, line in enumerate(lines[:end], 1):
+        if match := re.fullmatch(r"//   (\d+|[A-Z]) {1,3}(\S.*?) {2,}\S.*", line):
+            table.append((number, match[1], match[2]))
+        elif table:
+            break                         # its first block of lines is the table
+    if not banners:
+        complain(name, 1, "no chapters")
+    for i in range(max(len(table), len(banners))):
+        entry = table[i] if i < len(table) else (end, "nothing", "")
+        banner = banners[i] if i < len(banners) else (len(lines), "nothing", "")
+        if entry[1:] != banner[1:]:
+            complain(name, banner[0], f"chapter '{banner[1]} {banner[2]}' where line {entry[0]}, the table of "
+                     f"contents, has '{entry[1]} {entry[2]}'")
+            break
+
+
+def check_chapter_lines(report, name, lines):
+    complain = report.rule("chapter lines")
+    banners = chapters(lines)
+    ends = [b[0] for b in banners[1:]] + [len(lines)]
+    for (line, number, _), end in zip(banners, ends):
+        if end - line > CHAPTER_LINES:
+            complain(name, line, f"chapter {number} has {end - line} lines, at most {CHAPTER_LINES}")
+
+
+def check_sections(report, name, lines):
+    """`// -- N.M  ...` stands in chapter N, and M counts from 1."""
+    complain = report.rule("sections")
+    starts = {line: number for line, number, _ in chapters(lines)}
+    chapter, last = None, 0
+    for number, line in enumerate(lines, 1):
+        if number in starts:
+            chapter, last = starts[number], 0
+        if match := re.match(r"// -- (\w+)\.(\d+)\b", line):
+            if match[1] != chapter or int(match[2]) != last + 1:
+                complain(name, number, f"section {match[1]}.{match[2]} where {chapter}.{last + 1} belongs")
+            last = int(match[2])
+
+
+# -- rules for functions ---------------------------------------------------------------------------------
+
+def tidy(root, name):
+    """clang-tidy's report on each function of a file and of tokenizer.h."""
+    options = {"LineThreshold": 0, "StatementThreshold": 0, "ParameterThreshold": PARAMETERS,
+               "NestingThreshold": NESTING + 1}      # clang-tidy counts the function's body as the first
+    config = ", ".join(f"{{key: readability-function-size.{k}, value: {v}}}" for k, v in options.items())
+    command = ["clang-tidy", "--quiet", "--checks=-*,readability-function-size",
+               f"--config={{CheckOptions: [{config}]}}", r"--header-filter=tokenizer\.h$", str(root / name),
+               "--", "-std=c++20", "-fopenmp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def percentile(sorted_values, share):
+    return sorted_values[math.ceil(share * len(sorted_values)) - 1]
+
+
+def check_functions(report, root, name):
+    size, spread, parameters, nesting, parse = map(report.rule, (
+        "function lines", "function lines, median and p90", "parameters", "nesting", "clang-tidy"))
+    code, output = tidy(root, name)
+    lengths, current = {}, None
+    for line in output.splitlines():
+        match = re.match(r"(\S+?):(\d+):\d+: (warning|error|note): (.*)", line)
+        if not match:
+            continue
+        file = os.path.relpath(match[1], root)
+        number, kind, text = int(match[2]), match[3], match[4]
+        if kind == "error":
+            parse(file, number, text)
+        elif named := re.match(r"function '(.*)' exceeds", text):
+            current = (file, number, named[1])
+            lengths[current] = 1
+        elif match := re.match(r"(\d+) lines including", text):
+            lengths[current] = int(match[1]) + 1
+        elif match := re.match(r"(\d+) parameters", text):
+            parameters(file, number, f"{current[2]}: {match[1]} parameters, at most {PARAMETERS}")
+        elif text.startswith("nesting level"):
+            nesting(file, number, f"{current[2]}: blocks nested deeper than {NESTING}")
+    if code != 0 or not lengths:
+        parse(name, 1, f"clang-tidy ended with {code} and saw {len(lengths)} functions")
+        return
+    for (file, number, function), lines in lengths.items():
+        if lines > FUNCTION_MAX:
+            size(file, number, f"{function}: {lines} lines, at most {FUNCTION_MAX}")
+    ordered = sorted(lengths.values())
+    for share, what, limit in ((0.5, "the median", FUNCTION_MEDIAN), (0.9, "nine of ten", FUNCTION_P90)):
+        if percentile(ordered, share) > limit:
+            spread(name, 1, f"{what} of {len(ordered)} functions: {percentile(ordered, share)} lines, "
+                   f"at most {limit}")
+
+
+def check_python(report, root):
+    size, parameters, parse = map(report.rule, ("Python function lines", "Python parameters", "Python syntax"))
+    for name in tracked(root):
+        text = "\n".join(text_lines(root, name))
+        if not name.endswith(".py") and not re.match(r"#!.*python", text):
+            continue
+        try:
+            tree = ast.parse(text)
+        except SyntaxError as error:
+            parse(name, error.lineno, error.msg)
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            if lines > FUNCTION_MAX:
+                size(name, node.lineno, f"{node.name}: {lines} lines, at most {FUNCTION_MAX}")
+            if count > PARAMETERS:
+                parameters(name, node.lineno, f"{node.name}: {count} parameters, at most {PARAMETERS}")
+
+
+# -- the whole -------------------------------------------------------------------------------------------
+
+def check(root):
+    report = Report()
+    check_lines(report, root)
+    check_file_lines(report, root)
+    lines = text_lines(root, "deepseek.cpp")
+    check_contents(report, "deepseek.cpp", lines)
+    check_chapter_lines(report, "deepseek.cpp", lines)
+    check_sections(report, "deepseek.cpp", lines)
+    check_functions(report, root, "deepseek.cpp")
+    check_python(report, root)
+    return report
+
+
+GOOD = """// A book.
+// =====
+// Chapter 0. How to read
+// =====
+//
+//   0   How to read            contents
+//   1   Ground rules           errors, memory
+//   A   Fast                   SIMD
+//
+#include "tokenizer.h"
+// =====
+// Chapter 1. Ground rules
+// =====
+// -- 1.1  one
+int one(int a) {
+    if (a) {
+        while (a > 2) { if (a > 3) { a--; } }
+    }
+    return a;
+}
+// -- 1.2  two
+int two(int, int, int, int, int, int, int, int) { return 2; }
+// =====
+// Chapter A. Fast
+// =====
+// -- A.1  three
+int three() { return 3; }
+"""
+
+DEEP = "while (a > 2) { if (a > 3) { if (a > 4) { a--; } } }"
+LONG = "int long_one(int a) {\n" + "    a++;\n" * 130 + "    return a;\n}\n"
+MANY = "".join(f"int many{i}(int a) {{\n" + "    a++;\n" * 60 + "    return a;\n}\n" for i in range(2))
+MEDIUM = "".join(f"int medium{i}(int a) {{\n" + "    a++;\n" * 20 + "    return a;\n}\n" for i in range(6))
+
+# (rule, file, text before, text after, line of the violation or None)
+PLANTED = [
+    ("columns", "deepseek.cpp", "// A book.", "// " + "ä" * (COLUMNS - 2), 1),
+    ("columns", "tests/a.py", "pass", "# " + "x" * COLUMNS, 2),
+    ("columns", "tests/run", "echo", "# " + "x" * COLUMNS, 2),
+    ("machine paths", "README.md", "A readme", "see /ho" + "me/ann/x", 1),
+    ("machine paths", "deepseek.cpp", "// A book.", '// "/tm' + 'p/x"', 1),
+    ("open ends", "tokenizer.h", "inline", "inline /* TO" + "DO */", 1),
+    ("open ends", "README.md", "A readme", "FIX" + "ME", 1),
+    ("file lines", "tokenizer.h", "}\n", "}\n" + "\n" * 700, None),
+    ("contents", "deepseek.cpp", "//   1   Ground rules  ", "//   1   Ground rule  ", 12),
+    ("contents", "deepseek.cpp", "//   A   Fast                   SIMD\n", "", 23),
+    ("contents", "deepseek.cpp", "Chapter 1. Ground", "Chapter 2. Ground", 12),
+    ("contents", "deepseek.cpp", "//\n#include", "//   B   Server                 HTTP\n#include", None),
+    ("chapter lines", "deepseek.cpp", "// -- A.1", "\n" * 500 + "// -- A.1", 24),
+    ("sections", "deepseek.cpp", "// -- 1.2", "// -- 1.1", 21),
+    ("sections", "deepseek.cpp", "// -- A.1", "// -- 1.3", 26),
+    ("sections", "deepseek.cpp", "// -- 1.2", "// -- 1.3", 21),
+    ("function lines", "deepseek.cpp", "// -- 1.2", LONG + "// -- 1.2", 21),
+    ("function lines", "tokenizer.h", "inline", LONG + "inline", 1),
+    ("function lines, median and p90", "deepseek.cpp", "// -- 1.2", MANY + "// -- 1.2", 1),
+    ("function lines, median and p90", "deepseek.cpp", "// -- 1.2", MEDIUM + "// -- 1.2", 1),
+    ("parameters", "deepseek.cpp", "two(int,", "two(int, int,", 22),
+    ("nesting", "deepseek.cpp", "while (a > 2) { if (a > 3) { a--; } }", DEEP, 17),
+    ("clang-tidy", "deepseek.cpp", "return 3;", "return 3", 27),
+    ("Python function lines", "tests/a.py", "    pass\n", "    pass\n" * 130, 1),
+    ("Python parameters", "tests/a.py", "f()", "f(a, b, c, d, e, f, g, h, *, i)", 1),
+    ("Python syntax", "tests/a.py", "f()", "f(", 1),
+]
+
+
+def planted(change):
+    """The rules that a small tree breaks once `change` (file, before, after) is made in it."""
+    files = {"deepseek.cpp": GOOD, "tokenizer.h": "inline int four() {\n    return 4;\n}\n",
+             "README.md": "A readme\n", "tests/a.py": "def f():\n    pass\n", "tests/run": "#!/bin/sh\necho\n"}
+    if change:
+        name, before, after = change
+        assert files[name].count(before) >= 1, change
+        files[name] = files[name].replace(before, after, 1)
+    root = pathlib.Path(tempfile.mkdtemp())
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    report = check(root)
+    shutil.rmtree(root)
+    return {rule: found for rule, found in report.rules.items() if found}
+
+
+def selftest():
+    failed = 0
+    if clean := planted(None):
+        failed += 1
+        print("a clean tree is accused:", clean)
+    for rule, name, before, after, line in PLANTED:
+        found = planted((name, before, after))
+        place = f"{name}:{line}:" if line else f"{name}:"
+        # The planted text may break a second rule too; the one that it was made for must see it.
+        if not any(v.startswith(place) for v in found.get(rule, [])):
+            failed += 1
+            print(f"not seen: {rule}, planted at {place} (seen: {found})")
+    print(f"style-selftest: {len(PLANTED) + 1 - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def main(arguments):
+    if arguments == ["--selftest"]:
+        return selftest()
+    report = check(pathlib.Path(__file__).resolve().parents[1])
+    print(*report.violations(), sep="\n", end="\n" if report.violations() else "")
+    kept = sum(not found for found in report.rules.values())
+    print(f"style: {kept} passed, {len(report.rules) - kept} failed")
+    return 1 if report.violations() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
