@@ -24,6 +24,7 @@
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   A   Fast CPU                   SIMD kernels, equal to chapter 5 to the bit
 //   C   Command line               the commands, then main
+//   D   GGUF                       llama.cpp's files, read as if they were a folder
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -47,6 +48,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -291,7 +293,7 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
 // them. Every widening is exact.
 
-// GGUF files (section 3.6) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+// GGUF files (appendix D) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
 
 enum class Dtype : uint8_t { F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
 
@@ -650,6 +652,7 @@ struct Config {
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
     bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false, fp8 = false;
+    bool pair_order = false;                                // rows of wq and wk: the pairs of RoPE side by side
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
     std::vector<int> eos;
@@ -723,24 +726,12 @@ void parse_mla(Config& c, const Fields& f) {
              c.file.c_str());
 }
 
-void parse_moe(Config& c, const Fields& f) {
-    c.E = int(f.integer("n_routed_experts", 1, MOST_EXPERTS));
+void check_moe(const Config& c) {
     if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
         fail("%s: 'n_routed_experts' times 'num_hidden_layers' is out of range", c.file.c_str());
-    c.K = int(f.integer("num_experts_per_tok", 1, c.E));
-    c.F = int(f.integer("moe_intermediate_size", 1, MOST));
-    c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
     if (int64_t(c.n_shared) * c.F > MOST)
         fail("%s: 'n_shared_experts' times 'moe_intermediate_size' is out of range", c.file.c_str());
-    c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
-    c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
-    c.gate = Gate(f.choice("topk_method", {"greedy", "group_limited_greedy", "noaux_tc"}));
-    c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}) == 1;
-    c.norm_topk = f.boolean("norm_topk_prob");
-    c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6);
     if (c.gate == Gate::GREEDY) return;
-    c.n_group = int(f.integer("n_group", 1, c.E));
-    c.topk_group = int(f.integer("topk_group", 1, c.n_group));
     if (c.E % c.n_group)
         fail("%s: 'n_group' %d does not divide 'n_routed_experts' %d", c.file.c_str(), c.n_group, c.E);
     int group = c.E / c.n_group;
@@ -750,6 +741,24 @@ void parse_moe(Config& c, const Fields& f) {
     if (c.gate == Gate::NOAUX_TC && group < 2)
         fail("%s: 'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.file.c_str(),
              c.n_group);
+}
+
+void parse_moe(Config& c, const Fields& f) {
+    c.E = int(f.integer("n_routed_experts", 1, MOST_EXPERTS));
+    c.K = int(f.integer("num_experts_per_tok", 1, c.E));
+    c.F = int(f.integer("moe_intermediate_size", 1, MOST));
+    c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
+    c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
+    c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
+    c.gate = Gate(f.choice("topk_method", {"greedy", "group_limited_greedy", "noaux_tc"}));
+    c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}) == 1;
+    c.norm_topk = f.boolean("norm_topk_prob");
+    c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6);
+    if (c.gate != Gate::GREEDY) {
+        c.n_group = int(f.integer("n_group", 1, c.E));
+        c.topk_group = int(f.integer("topk_group", 1, c.n_group));
+    }
+    check_moe(c);
 }
 
 void parse_gqa(Config& c, const Fields& f) {
@@ -796,6 +805,13 @@ std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
     return ids;
 }
 
+void check_heads(const Config& c) {
+    if (c.rope_dim() % 2) fail("%s: RoPE needs an even head dimension, not %d", c.file.c_str(), c.rope_dim());
+    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
+    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
+        fail("%s: 'num_attention_heads' times the head dimension is out of range", c.file.c_str());
+}
+
 // config.json, from its text. `file` is for messages.
 Config parse_config(std::string_view json, const std::string& file) {
     Document document(json, file);
@@ -821,10 +837,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     if (kind == 1) c.n_mtp = int(f.integer("num_nextn_predict_layers", 0, 1, 0));
     parse_quantization(c, f);
     c.rope = parse_rope(f, mla);
-    if (c.rope_dim() % 2) fail("%s: RoPE needs an even head dimension, not %d", file.c_str(), c.rope_dim());
-    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
-    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
-        fail("%s: 'num_attention_heads' times the head dimension is out of range", file.c_str());
+    check_heads(c);
     c.eos = parse_ids(f, "eos_token_id", c.V);
     return c;
 }
@@ -969,6 +982,7 @@ struct Tensor {
 struct Checkpoint {
     std::vector<Mapping> files;
     std::map<std::string, Tensor> tensors;
+    bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
 };
 
 // tensor -> file name, from model.safetensors.index.json.
@@ -1457,6 +1471,12 @@ inline void rope_half(real* x, const real* cos_sin, int dim) {
     for (int i = 0; i < dim / 2; i++) rotate(x[i], x[i + dim / 2], cos_sin + 2 * i);
 }
 
+// From (x0 x_d/2 x1 x_d/2+1 ...) to (x0 x1 ...): undoes what llama.cpp does to Llama's W^Q and W^K.
+inline void undo_pair_order(real* x, int dim) {
+    Vector pairs(x, x + dim);
+    for (int i = 0; i < dim; i++) x[i % 2 * (dim / 2) + i / 2] = pairs[size_t(i)];
+}
+
 // =================================================================================================
 // Chapter 7. Attention I: GQA
 // =================================================================================================
@@ -1643,6 +1663,8 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
         real* row = past[pos + t];
         std::copy_n(a.kv + t * half, half, row);
         std::copy_n(a.kv + (T + t) * half, half, row + half);
+        for (int g = 0; c.pair_order && g < c.G; g++) undo_pair_order(row + g * d, d);
+        for (int h = 0; c.pair_order && h < c.H; h++) undo_pair_order(a.q + (t * c.H + h) * d, d);
         for (int g = 0; g < c.G; g++) rope_half(row + g * d, cos_sin, d);
         for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
     });
@@ -1980,6 +2002,8 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 
 // -- 11.1  bind: every tensor in its place -------------------------------------------------------
 
+std::string name_in_gguf(const std::string& name);   // appendix D
+
 // Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
 // of a model can be had from config.json alone.
 class Binder {
@@ -2001,8 +2025,8 @@ public:
         if (!checkpoint_) return {};
         const Tensor& t = find(name, {uint64_t(n)});
         Matrix m{t.data, nullptr, dtype_of(t, name), 1, n, 0};
-        if (m.dtype == Dtype::F8_E4M3)
-            fail("%s: tensor '%s' is F8_E4M3, a vector cannot be", t.file.c_str(), name.c_str());
+        if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
+            fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(), t.dtype.c_str());
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
         for (real v : out) {
@@ -2013,14 +2037,15 @@ public:
     }
     // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
     void ignore(const std::string& name, std::vector<uint64_t> shape) {
-        if (checkpoint_ && checkpoint_->tensors.count(name)) find(name, shape);
+        if (has(name)) find(name, shape);
     }
+    bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
     // Every tensor of the files must have found its place.
     void finish() const {
         for (auto& [name, tensor] : checkpoint_->tensors) {
             if (used_.count(name) || name.ends_with("rotary_emb.inv_freq")) continue;
             fail("%s: tensor '%s' has no place in this model", tensor.file.c_str(),
-                 Fields::printable(name).c_str());
+                 Fields::printable(shown(name)).c_str());
         }
     }
 
@@ -2030,6 +2055,9 @@ private:
     bool fp8_;
     std::set<std::string> used_;
 
+    // A name as the files spell it.
+    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
+    const char* asks() const { return checkpoint_->gguf ? "the file's keys ask" : "config.json asks"; }
     static std::string shape_text(const std::vector<uint64_t>& shape) {
         std::string text;
         for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
@@ -2038,10 +2066,10 @@ private:
     const Tensor& find(const std::string& name, const std::vector<uint64_t>& shape) {
         auto at = checkpoint_->tensors.find(name);
         if (at == checkpoint_->tensors.end())
-            fail("%s: no tensor '%s', which config.json asks for", folder_.c_str(), name.c_str());
+            fail("%s: no tensor '%s', which %s for", folder_.c_str(), shown(name).c_str(), asks());
         if (at->second.shape != shape)
-            fail("%s: tensor '%s' has shape %s, config.json asks for %s", at->second.file.c_str(),
-                 name.c_str(), shape_text(at->second.shape).c_str(), shape_text(shape).c_str());
+            fail("%s: tensor '%s' has shape %s, %s for %s", at->second.file.c_str(), shown(name).c_str(),
+                 shape_text(at->second.shape).c_str(), asks(), shape_text(shape).c_str());
         used_.insert(name);
         return at->second;
     }
@@ -2049,6 +2077,7 @@ private:
         if (t.dtype == "F32") return Dtype::F32;
         if (t.dtype == "BF16") return Dtype::BF16;
         if (t.dtype == "F16") return Dtype::F16;
+        for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++) if (t.dtype == format_of(Dtype(i)).name) return Dtype(i);
         if (t.dtype != "F8_E4M3")
             fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
                  t.dtype.c_str());
@@ -2077,6 +2106,27 @@ inline Mlp bind_mlp(Binder& b, const std::string& p, int D, int width) {
             b.matrix(p + "down_proj.weight", D, width)};
 }
 
+// W^UK and W^UV of the heads: in one tensor, or, as newer GGUF files have it, in two and W^UK transposed.
+// With all three, the two say nothing new.
+inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w) {
+    std::string k_b = p + "k_b_proj.weight", v_b = p + "v_b_proj.weight";
+    if (b.has(k_b) && !b.has(p + "kv_b_proj.weight")) {
+        Matrix k = b.matrix(k_b, c.H * c.Rkv, c.Dn), v = b.matrix(v_b, c.H * c.Dv, c.Rkv);
+        for (int h = 0; h < c.H; h++) {
+            w.wk_b_t.push_back(k.view(h * c.Rkv, c.Rkv));
+            w.wv_b.push_back(v.view(h * c.Dv, c.Dv));
+        }
+        return;
+    }
+    Matrix kv = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);
+    for (int first = 0; kv && first < kv.rows; first += c.Dn + c.Dv) {
+        w.wk_b.push_back(kv.view(first, c.Dn));
+        w.wv_b.push_back(kv.view(first + c.Dn, c.Dv));
+    }
+    b.ignore(k_b, {uint64_t(c.H) * uint64_t(c.Rkv), uint64_t(c.Dn)});
+    b.ignore(v_b, {uint64_t(c.H) * uint64_t(c.Dv), uint64_t(c.Rkv)});
+}
+
 inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
     Mla w;
     int q_rows = c.H * c.q_dim();
@@ -2089,11 +2139,7 @@ inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
     }
     w.wkv_a = b.matrix(p + "kv_a_proj_with_mqa.weight", c.Rkv + c.Dr, c.D);
     w.kv_norm = b.vector(p + "kv_a_layernorm.weight", c.Rkv);
-    Matrix wkv_b = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);   // a head's W^UK, then its W^UV
-    for (int first = 0; wkv_b && first < wkv_b.rows; first += c.Dn + c.Dv) {
-        w.wk_b.push_back(wkv_b.view(first, c.Dn));
-        w.wv_b.push_back(wkv_b.view(first + c.Dn, c.Dv));
-    }
+    bind_heads(b, c, p, w);
     w.wo = b.matrix(p + "o_proj.weight", c.D, c.H * c.Dv);
     return w;
 }
@@ -2163,20 +2209,25 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
+// A model is a folder (chapter 3) or a GGUF file (appendix D).
+inline bool is_gguf(const fs::path& model) { return model.extension() == ".gguf" || fs::is_regular_file(model); }
+Config gguf_config(const fs::path& file);
+Checkpoint gguf_checkpoint(const fs::path& file);
+
 inline Config read_config(const fs::path& folder) {
     fs::path file = folder / "config.json";
-    if (!fs::exists(folder)) fail("%s: no such folder", folder.c_str());
-    if (folder.extension() == ".gguf") fail("%s: GGUF files are not supported by this build", folder.c_str());
+    if (!fs::exists(folder)) fail("%s: no such file or folder", folder.c_str());
+    if (is_gguf(folder)) return gguf_config(folder);
     if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
     return parse_config(read_json_file(file), file.string());
 }
 
-// Opens and checks a Hugging Face folder. Weights are mapped, not read: this takes milliseconds.
+// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
 inline Model load_model(const fs::path& folder) {
     Model m;
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
-    m.checkpoint = open_checkpoint(folder);
+    m.checkpoint = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
     Binder binder(&m.checkpoint, folder.string(), m.config.fp8);
     bind_model(binder, m);
     binder.finish();
@@ -2932,6 +2983,13 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
 
 // -- C.4  run, chat ------------------------------------------------------------------------------
 
+Tokenizer gguf_tokenizer(const fs::path& file);   // appendix D
+Sampling gguf_sampling(const fs::path& file);
+
+inline Tokenizer load_tokenizer(const fs::path& model) {
+    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
+}
+
 struct GenerationConfig {
     Sampling sampling;
     std::vector<int> eos;
@@ -2955,7 +3013,8 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
                                   const Tokenizer& t) {
     fs::path file = folder / "generation_config.json";
     GenerationConfig defaults;
-    if (fs::exists(file)) defaults = parse_generation_config(read_json_file(file), file.string(), c.V);
+    if (is_gguf(folder)) defaults.sampling = gguf_sampling(folder);
+    else if (fs::exists(file)) defaults = parse_generation_config(read_json_file(file), file.string(), c.V);
     Generation g;
     g.sampling.temperature = o.temperature.value_or(defaults.sampling.temperature);
     g.sampling.top_p = o.top_p.value_or(defaults.sampling.top_p);
@@ -2985,7 +3044,7 @@ struct Talk {
     std::unique_ptr<Session> session;
 
     explicit Talk(const Options& o)
-        : folder(model_path(o)), config(read_config(folder)), tokenizer(Tokenizer::load(folder.string())),
+        : folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
           generation(make_generation(o, folder, config, tokenizer)),
           options(session_options(o, config, DEFAULT_CONTEXT)) {
         if (tokenizer.vocab_size() > config.V)
@@ -3107,7 +3166,7 @@ inline std::string tokenize_one(const Options& o, const Tokenizer& t, const std:
 inline void command_tokenize(const Options& o) {
     if (o.decode && o.chat) fail("tokenize: --decode and --chat exclude each other");
     if (o.as_ids && !o.chat) fail("tokenize: --ids goes with --chat");
-    Tokenizer tokenizer = Tokenizer::load(model_path(o).string());
+    Tokenizer tokenizer = load_tokenizer(model_path(o));
     if (!o.lines) {
         std::string out = tokenize_one(o, tokenizer, read_stdin(), false);
         bool text = o.decode || (o.chat && !o.as_ids);   // exactly the text, without a newline of ours
@@ -3219,8 +3278,9 @@ inline Bill make_bill(const Config& c, const fs::path& folder) {
     for (int l = 0; l < c.n_layers; l++) {
         if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
     }
-    if (has_weights(folder)) {
-        for (auto& [name, t] : open_checkpoint(folder).tensors) b.bytes[t.dtype] += t.bytes;
+    if (is_gguf(folder) || has_weights(folder)) {
+        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
+        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
     }
     b.kv = uint64_t(c.n_layers) * uint64_t(c.cache_width()) * sizeof(real);
     b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * uint64_t(c.q_dim() + c.v_dim()) * sizeof(real);
@@ -3323,7 +3383,7 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
                              Options& o) {
     CLI::App* sub = app.add_subcommand(name, what);
     sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model, "Hugging Face folder of the model (default: the one in weights/)");
+    sub->add_option("-m,--model", o.model, "Hugging Face folder or GGUF file (default: the model in weights/)");
     sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
     sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
     sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
@@ -3472,3 +3532,670 @@ int main(int argc, char** argv) {
     return written ? 0 : complain("stdout cannot be written");
 }
 #endif
+
+// =================================================================================================
+// Appendix D. GGUF
+// =================================================================================================
+//
+// What if the model is one file, made for llama.cpp? Then everything is in it: the shape of the network, the
+// vocabulary, the chat template, and the weights, most of them in blocks of small integers (2.3).
+//
+//      "GGUF" | u32 version | u64 tensors | u64 keys
+//      keys      name, u32 type, value                             deepseek2.block_count = 61
+//      tensors   name, u32 axes, axes, u32 format, u64 offset      blk.0.attn_q_a.weight, fastest axis first
+//      data      each tensor begins at a multiple of general.alignment
+//
+// The forward pass does not want to know. So a GGUF file is read into what chapter 3 reads a folder into: a
+// Config, and a Checkpoint whose tensors bear the names of Hugging Face, with the stacks of experts cut into
+// experts. Some things are undone on the way:
+//
+//      numbers   Keys hold f32, so that 1e-6 reads 9.99999997e-7. The shortest decimal that rounds to the same
+//                f32 is what config.json said.
+//      Llama     The rows of W^Q and W^K are in interleaved order, for the other RoPE. They stay where they
+//                are; 6.2 puts q and k in order. Of its scaling only the divisors of the frequencies are kept.
+//      MLA       Newer files hold each head's W^UK transposed, as the absorbed form of chapter 8 wants it.
+//
+// A model may be split over files NAME-00001-of-00003.gguf. Each of them stands for all.
+
+// -- D.1  the container: every length is checked before it is believed ---------------------------
+
+enum class GgufType : uint32_t { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 };
+constexpr uint64_t GGUF_WIDTH[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // bytes; 0: it says itself
+
+// Takes bytes off the front of a file. `what` is what they should be, for messages.
+struct GgufCursor {
+    std::span<const std::byte> bytes;
+    std::string file;
+    uint64_t at = 0;
+
+    const std::byte* take(uint64_t n, const std::string& what) {
+        if (n > bytes.size() - at) fail("%s: cut off in %s", file.c_str(), what.c_str());
+        at += n;
+        return bytes.data() + (at - n);
+    }
+    template <class T> T number(const std::string& what) { return load<T>(take(sizeof(T), what)); }
+    std::string_view text(const std::string& what) {
+        uint64_t n = number<uint64_t>(what);
+        return {reinterpret_cast<const char*>(take(n, what)), size_t(n)};
+    }
+    std::string name(size_t longest, const std::string& what) {
+        std::string_view out = text(what);
+        if (out.empty() || out.size() > longest || out.find('\0') != out.npos)
+            fail("%s: %s has a name of %zu bytes, or one with a NUL", file.c_str(), what.c_str(), out.size());
+        return std::string(out);
+    }
+    GgufType type(const std::string& what) {
+        uint32_t t = number<uint32_t>(what);
+        if (t >= std::size(GGUF_WIDTH)) fail("%s: %s has the unknown type %u", file.c_str(), what.c_str(), t);
+        return GgufType(t);
+    }
+};
+
+// A value where it lies; a single one is an array of one.
+struct GgufValue {
+    GgufType type = GgufType::U8;
+    bool array = false;
+    uint64_t count = 1;
+    std::span<const std::byte> bytes;
+};
+
+GgufValue take_gguf_value(GgufCursor& in, const std::string& what) {
+    GgufValue v{in.type(what), false, 1, {}};
+    if (v.type == GgufType::ARRAY) v = {in.type(what), true, in.number<uint64_t>(what), {}};
+    if (v.type == GgufType::ARRAY) fail("%s: %s is an array of arrays", in.file.c_str(), what.c_str());
+    uint64_t begin = in.at, width = GGUF_WIDTH[size_t(v.type)];
+    if (width && v.count > in.bytes.size() / width) fail("%s: cut off in %s", in.file.c_str(), what.c_str());
+    if (width) in.take(v.count * width, what);
+    else for (uint64_t i = 0; i < v.count; i++) in.text(what);
+    v.bytes = in.bytes.subspan(begin, in.at - begin);
+    if (v.type != GgufType::BOOL) return v;
+    for (std::byte b : v.bytes)
+        if (b > std::byte{1}) fail("%s: %s is neither true nor false", in.file.c_str(), what.c_str());
+    return v;
+}
+
+// Element i of whole numbers; nothing when it is something else or beyond int64.
+inline std::optional<int64_t> gguf_integer(const GgufValue& v, uint64_t i) {
+    const std::byte* p = v.bytes.data() + i * GGUF_WIDTH[size_t(v.type)];
+    switch (v.type) {
+    case GgufType::U8: return load<uint8_t>(p);
+    case GgufType::I8: return load<int8_t>(p);
+    case GgufType::U16: return load<uint16_t>(p);
+    case GgufType::I16: return load<int16_t>(p);
+    case GgufType::U32: return load<uint32_t>(p);
+    case GgufType::I32: return load<int32_t>(p);
+    case GgufType::I64: return load<int64_t>(p);
+    case GgufType::U64: return load<int64_t>(p) < 0 ? std::nullopt : std::optional(load<int64_t>(p));
+    default: return {};
+    }
+}
+
+inline double shortest_decimal(float f) {
+    char text[32] = {};
+    std::to_chars(text, text + sizeof text - 1, f);
+    return std::strtod(text, nullptr);
+}
+
+// The keys of a file, with the getters of `Fields`. A key that begins with a dot is one of the architecture.
+class GgufKeys {
+public:
+    std::string file, architecture;
+    std::map<std::string, GgufValue> values;
+
+    bool has(const std::string& key) const { return values.count(full(key)); }
+    const GgufValue& get(const std::string& key, bool array = false) const {
+        auto at = values.find(full(key));
+        if (at == values.end()) fail("%s: no key '%s'", file.c_str(), full(key).c_str());
+        if (at->second.array && !array) fail("%s: '%s' is an array", file.c_str(), full(key).c_str());
+        return at->second;
+    }
+    // An array is a value for each layer. Here all layers are alike.
+    int64_t integer(const std::string& key, int64_t low, int64_t high,
+                    std::optional<int64_t> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        std::vector<int64_t> all = integers(key, low, high);
+        if (all.empty() || std::count(all.begin(), all.end(), all[0]) != int64_t(all.size()))
+            fail("%s: '%s' is not the same for all layers", file.c_str(), full(key).c_str());
+        return all[0];
+    }
+    std::vector<int64_t> integers(const std::string& key, int64_t low, int64_t high) const {
+        const GgufValue& v = get(key, true);
+        std::vector<int64_t> out;
+        for (uint64_t i = 0; i < v.count; i++) {
+            std::optional<int64_t> n = gguf_integer(v, i);
+            if (!n) fail("%s: '%s' is not an integer", file.c_str(), full(key).c_str());
+            if (*n < low || *n > high)
+                fail("%s: '%s' is %lld, outside %lld to %lld", file.c_str(), full(key).c_str(), (long long)*n,
+                     (long long)low, (long long)high);
+            out.push_back(*n);
+        }
+        return out;
+    }
+    double number(const std::string& key, double low, double high, std::optional<double> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        const GgufValue& v = get(key);
+        bool single = v.type == GgufType::F32;
+        if (!single && v.type != GgufType::F64) return double(integer(key, int64_t(low), int64_t(high)));
+        double n = single ? shortest_decimal(load<float>(v.bytes.data())) : load<double>(v.bytes.data());
+        if (!(n >= low && n <= high))
+            fail("%s: '%s' is %g, outside %g to %g", file.c_str(), full(key).c_str(), n, low, high);
+        return n;
+    }
+    bool boolean(const std::string& key, bool absent) const {
+        if (!has(key)) return absent;
+        if (get(key).type != GgufType::BOOL) fail("%s: '%s' is no bool", file.c_str(), full(key).c_str());
+        return get(key).bytes[0] == std::byte{1};
+    }
+    std::vector<std::string_view> texts(const std::string& key) const {
+        const GgufValue& v = get(key, true);
+        if (v.type != GgufType::STRING) fail("%s: '%s' is no text", file.c_str(), full(key).c_str());
+        GgufCursor in{v.bytes, file};
+        std::vector<std::string_view> out;
+        for (uint64_t i = 0; i < v.count; i++) {
+            out.push_back(in.text(key));
+            if (!simdjson::validate_utf8(out.back().data(), out.back().size()))
+                fail("%s: '%s' is not valid UTF-8", file.c_str(), full(key).c_str());
+        }
+        return out;
+    }
+    std::string text(const std::string& key, std::optional<std::string> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        get(key);
+        return std::string(texts(key)[0]);
+    }
+
+private:
+    std::string full(const std::string& key) const {
+        return Fields::printable(key[0] == '.' ? architecture + key : key);
+    }
+};
+
+struct Gguf {
+    std::vector<Mapping> files;
+    GgufKeys keys;
+    std::map<std::string, Tensor> tensors;      // by their names in the file; shapes slowest axis first
+};
+
+inline std::string ggml_type_name(uint32_t type) {
+    static constexpr const char* OTHERS[] = {
+        "Q8_1", "", "", "", "", "", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S",
+        "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M"};
+    bool known = type >= 9 && type < 9 + std::size(OTHERS);
+    return text_of("%u %s", type, known ? OTHERS[type - 9] : "");
+}
+
+// Bytes of a tensor of `shape`; 0 when there is no such tensor.
+inline uint64_t gguf_bytes(Dtype dtype, const std::vector<uint64_t>& shape) {
+    const Format& f = format_of(dtype);
+    uint64_t bytes = uint64_t(f.bytes);
+    if (shape.back() % uint64_t(f.values)) return 0;
+    for (size_t i = 0; i < shape.size(); i++) {
+        uint64_t n = i + 1 < shape.size() ? shape[i] : shape[i] / uint64_t(f.values);
+        if (__builtin_mul_overflow(bytes, n, &bytes)) return 0;
+    }
+    return bytes;
+}
+
+// One line of the table of tensors. `offset` counts from the start of the data.
+Tensor take_gguf_tensor(GgufCursor& in, const std::string& name, uint64_t& offset) {
+    std::string what = "tensor '" + Fields::printable(name) + "'";
+    const char *file = in.file.c_str(), *tensor = what.c_str();
+    uint32_t axes = in.number<uint32_t>(what);
+    if (axes < 1 || axes > 4) fail("%s: %s has %u axes, 1 to 4 are possible", file, tensor, axes);
+    Tensor t{in.file, "", std::vector<uint64_t>(axes), nullptr, 0};
+    for (uint32_t i = axes; i-- > 0;) t.shape[i] = in.number<uint64_t>(what);
+    uint32_t type = in.number<uint32_t>(what);
+    for (int i = 0; i < N_DTYPES; i++) {
+        if (format_of(Dtype(i)).ggml_type != int64_t(type)) continue;
+        t.dtype = format_of(Dtype(i)).name, t.bytes = gguf_bytes(Dtype(i), t.shape);
+    }
+    if (t.dtype.empty())
+        fail("%s: %s is of type %s, which is not supported", file, tensor, ggml_type_name(type).c_str());
+    if (t.bytes == 0) fail("%s: %s: its axes are impossible for %s", file, tensor, t.dtype.c_str());
+    offset = in.number<uint64_t>(what);
+    return t;
+}
+
+using GgufPlaces = std::vector<std::pair<uint64_t, std::pair<const std::string, Tensor>*>>;
+
+// Gives each tensor its data. Sorted by offset they must lie one after the other, up to the alignment.
+void place_gguf_tensors(GgufPlaces places, std::span<const std::byte> data, uint64_t alignment) {
+    std::sort(places.begin(), places.end());
+    uint64_t at = 0;
+    for (auto& [offset, entry] : places) {
+        Tensor& t = entry->second;
+        std::string name = Fields::printable(entry->first);
+        if (offset != at)
+            fail("%s: tensor '%s' %s", t.file.c_str(), name.c_str(),
+                 offset < at ? "overlaps another one" : "leaves a gap before it");
+        if (offset > data.size() || t.bytes > data.size() - offset)
+            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(), name.c_str());
+        t.data = data.data() + offset;
+        at = (offset + t.bytes + alignment - 1) / alignment * alignment;
+    }
+}
+
+// Adds the file, and returns its keys.
+GgufKeys parse_gguf(Gguf& g, std::span<const std::byte> bytes, const std::string& file) {
+    GgufCursor in{bytes, file};
+    if (bytes.size() < 24 || std::memcmp(in.take(4, ""), "GGUF", 4) != 0)
+        fail("%s: not a GGUF file", file.c_str());
+    if (uint32_t version = in.number<uint32_t>("version"); version != 3)
+        fail("%s: GGUF version %u, only 3 is supported", file.c_str(), version);
+    uint64_t n_tensors = in.number<uint64_t>("header"), n_keys = in.number<uint64_t>("header");
+    GgufKeys keys{file, "", {}};
+    for (uint64_t i = 0; i < n_keys; i++) {
+        std::string key = in.name(65535, text_of("key %llu", (unsigned long long)i));
+        std::string what = "key '" + Fields::printable(key) + "'";
+        if (!keys.values.emplace(key, take_gguf_value(in, what)).second)
+            fail("%s: %s is there twice", file.c_str(), what.c_str());
+    }
+    uint64_t alignment = uint64_t(keys.integer("general.alignment", 1, 1 << 20, 32));
+    if (!std::has_single_bit(alignment)) fail("%s: 'general.alignment' is no power of two", file.c_str());
+    GgufPlaces places;
+    for (uint64_t i = 0; i < n_tensors; i++) {
+        std::string name = in.name(64, text_of("tensor %llu", (unsigned long long)i));
+        uint64_t offset = 0;
+        auto [at, is_new] = g.tensors.emplace(name, take_gguf_tensor(in, name, offset));
+        if (!is_new) fail("%s: tensor '%s' is there twice", file.c_str(), Fields::printable(name).c_str());
+        places.emplace_back(offset, &*at);
+    }
+    uint64_t begin = std::min((in.at + alignment - 1) / alignment * alignment, uint64_t(bytes.size()));
+    place_gguf_tensors(std::move(places), bytes.subspan(begin), alignment);
+    return keys;
+}
+
+// The files that one of them stands for: itself, or NAME-00001-of-0000N.gguf to NAME-0000N-of-0000N.gguf.
+std::vector<fs::path> gguf_files(const fs::path& path) {
+    Gguf one;
+    Mapping mapping(path);
+    GgufKeys keys = parse_gguf(one, {mapping.data(), mapping.size()}, path.string());
+    int n = int(keys.integer("split.count", 0, 99999, 1));
+    if (n <= 1) return {path};
+    std::string name = path.filename().string(), tail = text_of("-of-%05d.gguf", n);
+    if (name.size() < tail.size() + 5 || !name.ends_with(tail))
+        fail("%s: one of %d parts, and not called NAME-00001%s", path.c_str(), n, tail.c_str());
+    name.resize(name.size() - tail.size() - 5);
+    std::vector<fs::path> all;
+    for (int i = 1; i <= n; i++) all.push_back(path.parent_path() / text_of("%s%05d%s", name.c_str(), i, tail.c_str()));
+    return all;
+}
+
+Gguf open_gguf(const fs::path& path) {
+    Gguf g;
+    std::vector<fs::path> files = gguf_files(path);
+    for (size_t i = 0; i < files.size(); i++) {
+        const Mapping& m = g.files.emplace_back(files[i]);
+        GgufKeys keys = parse_gguf(g, {m.data(), m.size()}, files[i].string());
+        if (files.size() > 1 && (keys.integer("split.no", 0, 99999) != int64_t(i) ||
+                                 keys.integer("split.count", 0, 99999) != int64_t(files.size())))
+            fail("%s: not part %zu of %zu, by what it says", files[i].c_str(), i + 1, files.size());
+        if (i == 0) g.keys = keys;
+    }
+    int64_t n = int64_t(g.tensors.size());
+    if (g.keys.integer("split.tensors.count", 0, 1 << 24, n) != n)
+        fail("%s: not as many tensors as 'split.tensors.count' says", path.c_str());
+    g.keys.architecture = g.keys.text("general.architecture");
+    return g;
+}
+
+// -- D.2  names ----------------------------------------------------------------------------------
+
+struct TensorName {
+    const char *gguf, *ours;             // after "blk.N." and "model.layers.N."
+};
+constexpr TensorName MODEL_NAMES[] = {{"token_embd.weight", "model.embed_tokens.weight"},
+                                      {"output_norm.weight", "model.norm.weight"},
+                                      {"output.weight", "lm_head.weight"}};
+constexpr TensorName LAYER_NAMES[] = {
+    {"attn_norm.weight", "input_layernorm.weight"},
+    {"ffn_norm.weight", "post_attention_layernorm.weight"},
+    {"attn_q.weight", "self_attn.q_proj.weight"},
+    {"attn_k.weight", "self_attn.k_proj.weight"},
+    {"attn_v.weight", "self_attn.v_proj.weight"},
+    {"attn_q.bias", "self_attn.q_proj.bias"},
+    {"attn_k.bias", "self_attn.k_proj.bias"},
+    {"attn_v.bias", "self_attn.v_proj.bias"},
+    {"attn_output.weight", "self_attn.o_proj.weight"},
+    {"attn_q_a.weight", "self_attn.q_a_proj.weight"},
+    {"attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"},
+    {"attn_q_b.weight", "self_attn.q_b_proj.weight"},
+    {"attn_kv_a_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight"},
+    {"attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight"},
+    {"attn_kv_b.weight", "self_attn.kv_b_proj.weight"},
+    {"attn_k_b.weight", "self_attn.k_b_proj.weight"},     // (H * Rkv, Dn), not in Hugging Face's files
+    {"attn_v_b.weight", "self_attn.v_b_proj.weight"},     // (H * Dv, Rkv), nor this
+    {"ffn_gate.weight", "mlp.gate_proj.weight"},
+    {"ffn_up.weight", "mlp.up_proj.weight"},
+    {"ffn_down.weight", "mlp.down_proj.weight"},
+    {"ffn_gate_inp.weight", "mlp.gate.weight"},
+    {"exp_probs_b.bias", "mlp.gate.e_score_correction_bias"},
+    {"ffn_gate_exps.weight", "mlp.experts.*.gate_proj.weight"},   // (E, F, D): one tensor for all experts
+    {"ffn_up_exps.weight", "mlp.experts.*.up_proj.weight"},
+    {"ffn_down_exps.weight", "mlp.experts.*.down_proj.weight"},
+    {"ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"},
+    {"ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"},
+    {"ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"},
+    {"nextn.eh_proj.weight", "eh_proj.weight"},
+    {"nextn.embed_tokens.weight", "embed_tokens.weight"},
+    {"nextn.enorm.weight", "enorm.weight"},
+    {"nextn.hnorm.weight", "hnorm.weight"},
+    {"nextn.shared_head_norm.weight", "shared_head.norm.weight"},
+    {"nextn.shared_head_head.weight", "shared_head.head.weight"},
+};
+
+// "blk.7.attn_q.weight" -> 7, "attn_q.weight"; -1 where there is no such prefix.
+inline std::pair<int, std::string> split_layer(const std::string& name, const std::string& prefix) {
+    int layer = -1;
+    if (name.starts_with(prefix)) std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
+    std::string head = prefix + std::to_string(layer) + ".";     // one spelling for each number
+    if (layer < 0 || !name.starts_with(head)) return {-1, name};
+    return {layer, name.substr(head.size())};
+}
+
+// The name in Hugging Face's files; empty where the tables do not have it.
+inline std::string name_from_gguf(const std::string& name) {
+    auto [layer, rest] = split_layer(name, "blk.");
+    for (const TensorName& n : MODEL_NAMES) if (name == n.gguf) return n.ours;
+    for (const TensorName& n : LAYER_NAMES)
+        if (layer >= 0 && rest == n.gguf) return text_of("model.layers.%d.%s", layer, n.ours);
+    return "";
+}
+
+std::string name_in_gguf(const std::string& name) {
+    auto [layer, rest] = split_layer(name, "model.layers.");
+    auto [expert, projection] = split_layer(rest, "mlp.experts.");
+    if (expert >= 0) rest = "mlp.experts.*." + projection;
+    for (const TensorName& n : MODEL_NAMES) if (name == n.ours) return n.gguf;
+    for (const TensorName& n : LAYER_NAMES)
+        if (layer >= 0 && rest == n.ours) return text_of("blk.%d.%s", layer, n.gguf);
+    return name;
+}
+
+// -- D.3  Config and Checkpoint ------------------------------------------------------------------
+
+// Keys of these kinds change what is computed, so one that is not read here must not be passed over.
+inline void refuse_unknown_keys(const GgufKeys& k) {
+    static const std::set<std::string> KNOWN = {
+        "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+        "attention.key_length", "attention.value_length", "attention.key_length_mla",
+        "attention.value_length_mla", "attention.q_lora_rank", "attention.kv_lora_rank", "expert_count",
+        "expert_used_count", "expert_shared_count", "expert_feed_forward_length", "expert_weights_scale",
+        "expert_weights_norm", "expert_gating_func", "expert_group_count", "expert_group_used_count",
+        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+        "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
+        "rope.scaling.attn_factor"};
+    std::string prefix = k.architecture + ".";
+    for (auto& [key, value] : k.values) {
+        if (!key.starts_with(prefix)) continue;
+        std::string rest = key.substr(prefix.size());
+        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") || rest.starts_with("rope.scaling.");
+        if (matters && !KNOWN.count(rest))
+            fail("%s: unknown key '%s'", k.file.c_str(), Fields::printable(key).c_str());
+    }
+}
+
+// YaRN is told by 0.1 mscale_all_dim; mscale is taken to be the same, as it is in every published model.
+inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
+    RopeConfig rope;
+    rope.theta = k.number(".rope.freq_base", 1, 1e12, 10000);
+    for (const char* key : {"yarn_ext_factor", "yarn_attn_factor", "attn_factor"})
+        k.number(std::string(".rope.scaling.") + key, 1, 1, 1);
+    std::string type = k.text(".rope.scaling.type", "none");
+    if (type == "none") return rope;
+    if (type != "yarn" || !mla)
+        fail("%s: '%s.rope.scaling.type' \"%s\" is not used by this architecture", k.file.c_str(),
+             k.architecture.c_str(), Fields::printable(type).c_str());
+    rope.scaling = Scaling::YARN;
+    rope.factor = k.number(".rope.scaling.factor", 1, 1e6);
+    rope.original_context = double(k.integer(".rope.scaling.original_context_length", 1, MOST));
+    rope.beta_fast = k.number(".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
+    rope.beta_slow = k.number(".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
+    double multiplier = k.number(".rope.scaling.yarn_log_multiplier", 0, 10);
+    rope.mscale = rope.mscale_all_dim = std::round(multiplier * 1e10) / 1e9;   // 0.0707 is 0.707
+    return rope;
+}
+
+// Llama 3.1's rule (6.1), found again from the divisors d of the frequencies. The largest is `factor`; one that
+// is between it and 1 tells how often its pair turns over the original context. The published parameters
+// of the other two are 1 and 4. Whatever this rule does not give back is not Llama 3.1's and is refused.
+inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
+    Vector d(size_t(dim / 2));
+    if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{d.size()})
+        fail("%s: tensor 'rope_freqs.weight' is not %d F32", t.file.c_str(), dim / 2);
+    widen_into(d.data(), F32Row{t.data}, dim / 2);
+    constexpr double TWO_PI = 6.28318530717958647692;
+    Rope plain = make_rope(rope, dim);
+    rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4, rope.original_context = 1;
+    rope.factor = double(*std::max_element(d.begin(), d.end()));
+    for (size_t i = 0; i < d.size(); i++) {
+        double blend = (1 / double(d[i]) - 1 / rope.factor) / (1 - 1 / rope.factor);
+        double context = (1 + 3 * blend) * TWO_PI / plain.frequency[i];
+        if (blend > 0) rope.original_context = blend < 1 ? std::round(context) : std::ceil(context);
+    }
+    Rope scaled = make_rope(rope, dim);
+    for (size_t i = 0; i < d.size(); i++) {
+        // The writer's f32: a few roundings of a number up to 4, divided by 3, times the factor.
+        double error = std::abs(plain.frequency[i] / scaled.frequency[i] / double(d[i]) - 1);
+        if (!(error < 16 * rope.factor * 0x1p-24))
+            fail("%s: tensor 'rope_freqs.weight' is not Llama 3.1's scaling", t.file.c_str());
+    }
+    return rope;
+}
+
+inline void gguf_mla(Config& c, const GgufKeys& k) {
+    c.Rq = int(k.integer(".attention.q_lora_rank", 0, MOST, 0));
+    c.Rkv = int(k.integer(".attention.kv_lora_rank", 1, MOST));
+    c.Dr = int(k.integer(".rope.dimension_count", 2, MOST));
+    const char* mla = k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
+    c.Dn = int(k.integer(std::string(".attention.key_length") + mla, c.Dr + 1, MOST)) - c.Dr;
+    c.Dv = int(k.integer(std::string(".attention.value_length") + mla, 1, MOST));
+}
+
+inline void gguf_gqa(Config& c, const GgufKeys& k) {
+    c.G = int(k.integer(".attention.head_count_kv", 1, MOST, c.H));
+    if (c.H % c.G) fail("%s: %d key heads do not divide %d heads", c.file.c_str(), c.G, c.H);
+    c.head_dim = int(k.integer(".attention.key_length", 2, MOST, c.D / c.H));
+    for (const char* key : {".attention.value_length", ".rope.dimension_count"})
+        k.integer(key, c.head_dim, c.head_dim, c.head_dim);
+    c.qkv_bias = c.model_type == "qwen2", c.pair_order = c.model_type == "llama";
+}
+
+// Older files do not say how the experts are grouped. The two models that came with groups are known by
+// their numbers of experts; without groups such a file would be another model than DeepSeek's.
+inline void gguf_groups(Config& c, const GgufKeys& k) {
+    bool v3 = c.E == 256 && c.K == 8 && c.sigmoid_affinity, v2 = c.E == 160 && c.K == 6;
+    c.n_group = int(k.integer(".expert_group_count", 0, c.E, v3 || v2 ? 8 : 1));
+    c.n_group = std::max(c.n_group, 1);
+    c.topk_group = int(k.integer(".expert_group_used_count", 1, c.n_group, v3 ? 4 : v2 ? 3 : c.n_group));
+}
+
+inline void gguf_moe(Config& c, const GgufKeys& k, bool biased) {
+    c.E = int(k.integer(".expert_count", 0, MOST_EXPERTS, 0));
+    if (c.E == 0) return;
+    c.K = int(k.integer(".expert_used_count", 1, c.E));
+    c.F = int(k.integer(".expert_feed_forward_length", 1, MOST));
+    c.n_shared = int(k.integer(".expert_shared_count", 0, 1024, 0));
+    c.first_dense = int(k.integer(".leading_dense_block_count", 0, c.n_layers, 0));
+    c.sigmoid_affinity = k.integer(".expert_gating_func", 1, 2, 1) == 2;
+    c.norm_topk = k.boolean(".expert_weights_norm", false);
+    c.routed_scale = k.number(".expert_weights_scale", 1e-6, 1e6, 1);
+    gguf_groups(c, k);
+    c.gate = biased ? Gate::NOAUX_TC : c.n_group > 1 ? Gate::GROUP_LIMITED_GREEDY : Gate::GREEDY;
+    check_moe(c);
+}
+
+Config parse_gguf_config(const Gguf& g) {
+    const GgufKeys& k = g.keys;
+    Config c;
+    c.file = k.file, c.model_type = k.architecture;
+    if (!std::set<std::string>{"deepseek2", "qwen2", "llama"}.count(c.model_type))
+        fail("%s: 'general.architecture' is \"%s\", which this program does not know", c.file.c_str(),
+             Fields::printable(c.model_type).c_str());
+    refuse_unknown_keys(k);
+    auto tensor = [&](const std::string& name) {
+        auto at = g.tensors.find(name);
+        return at == g.tensors.end() ? nullptr : &at->second;
+    };
+    const Tensor *embed = tensor("token_embd.weight"), *divisors = tensor("rope_freqs.weight");
+    if (!embed || embed->shape.size() != 2 || embed->shape[0] > MOST)
+        fail("%s: no tensor 'token_embd.weight' with two axes", c.file.c_str());
+    bool mla = c.model_type == "deepseek2";
+    c.V = int(embed->shape[0]), c.D = int(k.integer(".embedding_length", 1, MOST_WIDTH));
+    int blocks = int(k.integer(".block_count", 1, MOST_LAYERS));
+    int n_mtp = int(k.integer(".nextn_predict_layers", 0, mla && blocks > 1 ? 1 : 0, 0));
+    c.n_layers = blocks - n_mtp;
+    c.n_mtp = tensor(text_of("blk.%d.nextn.eh_proj.weight", c.n_layers)) ? n_mtp : 0;   // may be left out
+    c.H = int(k.integer(".attention.head_count", 1, 1 << 16));
+    c.ffn_width = int(k.integer(".feed_forward_length", 1, MOST));
+    c.max_context = int(k.integer(".context_length", 1, MOST));
+    c.eps = k.number(".attention.layer_norm_rms_epsilon", 0, 1);
+    c.tied = !tensor("output.weight");
+    if (mla) gguf_mla(c, k), gguf_moe(c, k, tensor(text_of("blk.%d.exp_probs_b.bias", c.n_layers - 1)));
+    else gguf_gqa(c, k), k.integer(".expert_count", 0, 0, 0);
+    c.rope = gguf_rope(k, mla);
+    check_heads(c);
+    if (divisors) c.rope = gguf_llama3(c.rope, *divisors, c.rope_dim());
+    return c;
+}
+
+// One tensor under our names: stacks of experts cut, stacks of heads as one tall matrix.
+inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Tensor t) {
+    std::string ours = name_from_gguf(name);
+    if (ours.empty())
+        fail("%s: tensor '%s' has no place in this model", t.file.c_str(), Fields::printable(name).c_str());
+    size_t star = ours.find('*');
+    if (star == std::string::npos || t.shape.size() != 3 || t.shape[0] > 1 << 16) {
+        bool heads = ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
+        if (heads && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+        checkpoint.tensors.emplace(ours, t);
+        return;
+    }
+    uint64_t n = t.shape[0];
+    t.bytes /= n, t.shape.erase(t.shape.begin());
+    for (uint64_t e = 0; e < n; e++, t.data += t.bytes)
+        checkpoint.tensors.emplace(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1), t);
+}
+
+// rope_freqs.weight has become part of the Config.
+Checkpoint make_gguf_checkpoint(Gguf g) {
+    Checkpoint checkpoint;
+    checkpoint.gguf = true;
+    for (auto& [name, tensor] : g.tensors)
+        if (name != "rope_freqs.weight") add_gguf_tensor(checkpoint, name, tensor);
+    checkpoint.files = std::move(g.files);
+    return checkpoint;
+}
+
+Config gguf_config(const fs::path& file) { return parse_gguf_config(open_gguf(file)); }
+Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_checkpoint(open_gguf(file)); }
+
+// -- D.4  the vocabulary -------------------------------------------------------------------------
+
+struct Vocabulary {
+    std::vector<std::string> tokens, merges;     // as tokenizer.json spells them; "left right"
+    std::vector<int64_t> types;                  // of tokens
+    std::string pre, chat_template;
+    int bos = -1, eos = -1, padding = -1;
+    bool add_bos = false;
+};
+enum TokenType : int64_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
+
+// tokenizer.ggml.pre is a name for what tokenizer.json says: regexes, composed characters, whole words first.
+struct PreTokenizer {
+    const char* name;
+    bool nfc, ignore_merges;
+    std::vector<std::string> regexes;
+};
+
+inline const std::vector<PreTokenizer>& pre_tokenizers() {
+    static const std::string LETTERS =           // cased letters, as Unicode had them
+        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
+        "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
+        CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+        "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|", REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+        V3 = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+             " ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+        PUNCTUATION = "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+";
+    static const std::vector<PreTokenizer> ALL = {
+        {"deepseek-v3", false, false, {"\\p{N}{1,3}", "[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+", V3}},
+        {"deepseek-llm", false, false,
+         {"[\\r\\n]", "\\s?[" + LETTERS + "]+", PUNCTUATION, "\\s+$", CJK, "\\p{N}"}},
+        {"deepseek-coder", false, false, {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", CJK, "\\p{N}"}},
+        {"deepseek-r1-qwen", true, false, {WORDS + "\\p{N}" + REST}},
+        {"qwen2", true, false, {WORDS + "\\p{N}" + REST}},
+        {"llama-bpe", false, true, {WORDS + "\\p{N}{1,3}" + REST}}};
+    return ALL;
+}
+
+inline const PreTokenizer& pre_tokenizer(const std::string& name, const std::string& file) {
+    for (const PreTokenizer& p : pre_tokenizers()) if (name == p.name) return p;
+    fail("%s: 'tokenizer.ggml.pre' is \"%s\", which this program does not know", file.c_str(),
+         Fields::printable(name).c_str());
+}
+
+Vocabulary gguf_vocabulary(const GgufKeys& k) {
+    Vocabulary v;
+    if (k.text("tokenizer.ggml.model") != "gpt2")
+        fail("%s: 'tokenizer.ggml.model' is not \"gpt2\", a byte-level BPE", k.file.c_str());
+    for (std::string_view token : k.texts("tokenizer.ggml.tokens")) v.tokens.emplace_back(token);
+    for (std::string_view merge : k.texts("tokenizer.ggml.merges")) v.merges.emplace_back(merge);
+    v.types = k.integers("tokenizer.ggml.token_type", NORMAL, UNUSED);
+    if (v.types.size() != v.tokens.size())
+        fail("%s: %zu tokens and %zu types of tokens", k.file.c_str(), v.tokens.size(), v.types.size());
+    v.pre = k.text("tokenizer.ggml.pre");
+    int last = int(std::min<size_t>(v.tokens.size(), MOST)) - 1;
+    v.bos = int(k.integer("tokenizer.ggml.bos_token_id", 0, last, -1));
+    v.eos = int(k.integer("tokenizer.ggml.eos_token_id", 0, last, -1));
+    v.add_bos = k.boolean("tokenizer.ggml.add_bos_token", v.pre == "llama-bpe");
+    v.chat_template = k.text("tokenizer.chat_template", "");
+    return v;
+}
+
+// The text of a tokenizer.json that says the same.
+std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
+    std::string vocab, added, merges, splits;
+    auto append = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ",") + item; };
+    for (size_t id = 0; id < v.tokens.size(); id++) {
+        std::string content = json_quote(v.tokens[id]), number = std::to_string(id);
+        if (v.types[id] == NORMAL || v.types[id] == UNKNOWN) append(vocab, content + ":" + number);
+        else if (v.types[id] != UNUSED)
+            append(added, "{\"id\":" + number + ",\"content\":" + content +
+                              ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,"
+                              "\"special\":" + (v.types[id] == CONTROL ? "true}" : "false}"));
+    }
+    for (const std::string& merge : v.merges) append(merges, json_quote(merge));
+    for (const std::string& regex : pre.regexes)
+        append(splits, "{\"type\":\"Split\",\"pattern\":{\"Regex\":" + json_quote(regex) +
+                           "},\"behavior\":\"Isolated\",\"invert\":false}");
+    return "{\"added_tokens\":[" + added + "],\"normalizer\":" + (pre.nfc ? "{\"type\":\"NFC\"}" : "null") +
+           ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
+           ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
+           "\"model\":{\"type\":\"BPE\",\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
+           ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
+}
+
+Tokenizer make_tokenizer(const Vocabulary& v, const std::string& file) {
+    std::string config = std::string("{\"add_bos_token\":") + (v.add_bos ? "true" : "false");
+    if (v.bos >= 0) config += ",\"bos_token\":" + json_quote(v.tokens[size_t(v.bos)]);
+    if (v.eos >= 0) config += ",\"eos_token\":" + json_quote(v.tokens[size_t(v.eos)]);
+    if (!v.chat_template.empty()) config += ",\"chat_template\":" + json_quote(v.chat_template);
+    return Tokenizer::parse(tokenizer_json(v, pre_tokenizer(v.pre, file)), config + "}", file);
+}
+
+Tokenizer gguf_tokenizer(const fs::path& file) {
+    return make_tokenizer(gguf_vocabulary(open_gguf(file).keys), file.string());
+}
+
+// What generation_config.json says elsewhere.
+Sampling gguf_sampling(const fs::path& file) {
+    Gguf g = open_gguf(file);
+    Sampling s;
+    s.temperature = g.keys.number("general.sampling.temp", 0, 100, s.temperature);
+    s.top_p = g.keys.number("general.sampling.top_p", 1e-9, 1, s.top_p);
+    s.min_p = g.keys.number("general.sampling.min_p", 0, 1, s.min_p);
+    s.top_k = int(g.keys.integer("general.sampling.top_k", 0, MOST, s.top_k));
+    return s;
+}
