@@ -57,6 +57,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -202,7 +203,7 @@ struct Arena {
 // An exception (memory may run out in a body) may not leave an OpenMP loop, so it is carried out by hand.
 template <class Body> void parallel_for(int64_t n, const Body& body) {
     std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (n > 1)
     for (int64_t i = 0; i < n; i++) {
         try {
             body(i);
@@ -295,7 +296,10 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 
 // GGUF files (appendix D) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
 
-enum class Dtype : uint8_t { F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+enum class Dtype : uint8_t {
+    F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+};
+constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
 
 // How a dtype is stored: `bytes` hold `values` numbers of a row.
 struct Format {
@@ -306,14 +310,15 @@ struct Format {
 };
 inline const Format& format_of(Dtype dtype) {
     static constexpr Format FORMATS[] = {
-        {"F32", 1, 4, 0, false},      {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
+        {"F64", 1, 8, -1, false},     {"F32", 1, 4, 0, false},
+        {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
         {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
         {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
         {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
         {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
     return FORMATS[size_t(dtype)];
 }
-constexpr int N_DTYPES = 14;
+constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
 inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
 
 constexpr int SCALE_BLOCK = 128;
@@ -365,9 +370,10 @@ struct Matrix {
     const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
     Dtype dtype = Dtype::F32;
     int rows = 0, cols = 0, first_row = 0;
+    size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
 
     explicit operator bool() const { return data != nullptr; }
-    const std::byte* row(int r) const { return data + size_t(r) * row_bytes(dtype, cols); }
+    const std::byte* row(int r) const { return data + size_t(r) * (stride ? stride : row_bytes(dtype, cols)); }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
         return scale +
@@ -379,6 +385,11 @@ struct Matrix {
         return part;
     }
 };
+
+// Numbers of the program's own as a matrix.
+inline Matrix real_matrix(const real* data, int rows, int cols) {
+    return {reinterpret_cast<const std::byte*>(data), nullptr, REAL, rows, cols, 0, 0};
+}
 
 // A norm's weight or a bias: few numbers, widened once.
 using Vector = std::vector<real>;
@@ -426,19 +437,28 @@ inline void unpack_q8_0(Block& b, Bytes p) {
 // 2-bit field of value i in 64 bytes: 32 bytes serve 128 values, four to a byte, 32 apart.
 inline int crumb(Bytes p, int i) { return p[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
 
-inline void unpack_q2_k(Block& b, Bytes p) {
+inline void unpack_q2_k_scales(Block& b, Bytes p) {
     for (int g = 0; g < 16; g++) b.scale[g] = p[g] & 15, b.minimum[g] = p[g] >> 4;
+}
+
+inline void unpack_q2_k(Block& b, Bytes p) {
+    unpack_q2_k_scales(b, p);
     for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(p + 16, i));
     b.d = f16_at(p + 80), b.m = f16_at(p + 82);
 }
 
-inline void unpack_q3_k(Block& b, Bytes p) {
-    Bytes high = p, low = p + 32, s = p + 96;                      // the third bit is stored inverted
-    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(low, i) - (high[i % 32] >> (i / 32) & 1 ? 0 : 4));
+inline void unpack_q3_k_scales(Block& b, Bytes p) {
+    Bytes s = p + 96;
     for (int g = 0; g < 16; g++) {
         int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
         b.scale[g] = int16_t((four | two << 4) - 32), b.minimum[g] = 0;
     }
+}
+
+inline void unpack_q3_k(Block& b, Bytes p) {
+    unpack_q3_k_scales(b, p);
+    Bytes high = p, low = p + 32;                                  // the third bit is stored inverted
+    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(low, i) - (high[i % 32] >> (i / 32) & 1 ? 0 : 4));
     b.d = f16_at(p + 108);
 }
 
@@ -1154,12 +1174,12 @@ inline real sum_lanes(const real* lane) {
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// -- 5.1  dot, axpy: the two inner loops, in plain C++ -------------------------------------------
+// -- 5.1  dot: the inner loop, in plain C++ ------------------------------------------------------
 
 // How a row of each dtype reads as numbers.
-struct RealRow {
-    const real* p;
-    real operator()(int i) const { return p[i]; }
+struct F64Row {
+    const std::byte* p;
+    real operator()(int i) const { return real(load<double>(p + 8 * size_t(i))); }
 };
 struct F32Row {
     const std::byte* p;
@@ -1188,6 +1208,13 @@ template <class Row> real dot_plain(Row w, const real* x, int n) {
     return sum_lanes(lane);
 }
 
+// a . b, both (n)
+inline real dot_real_plain(const real* a, const real* b, int n) {
+    real lane[LANES] = {};
+    for (int i = 0; i < n; i++) lane[i % LANES] = std::fma(a[i], b[i], lane[i % LANES]);
+    return sum_lanes(lane);
+}
+
 inline real dot_scaled_plain(E4m3Row w, const std::byte* scale, const real* x, int n) {
     real lane[LANES] = {};
     for (int begin = 0; begin < n; begin += SCALE_BLOCK, scale += 4) {
@@ -1198,7 +1225,36 @@ inline real dot_scaled_plain(E4m3Row w, const std::byte* scale, const real* x, i
     return sum_lanes(lane);
 }
 
-// T vectors, `stride` numbers apart: activations of T tokens, a head's slice of them, or rows of a cache.
+template <class Row> void widen_into(real* out, Row w, int n) {
+    for (int i = 0; i < n; i++) out[i] = w(i);
+}
+
+// out (w.cols) = row r of a quantised W.
+inline void dequantise_row(real* out, const Matrix& w, int r) {
+    const Format& f = format_of(w.dtype);
+    const std::byte* p = w.row(r);
+    Block block;
+    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
+        unpack(block, p, w.dtype);
+        dequantise(out + i, block, f.values);
+    }
+}
+
+// out (w.cols) = row r of W, exactly; for e4m3 the product with the scale, rounded once.
+inline void widen_plain(real* out, const Matrix& w, int r) {
+    const std::byte *p = w.row(r), *scale = w.scale_row(r);
+    switch (w.dtype) {
+    case Dtype::F64: return widen_into(out, F64Row{p}, w.cols);
+    case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
+    case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
+    case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
+    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
+    default: return dequantise_row(out, w, r);
+    }
+    for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
+}
+
+// T vectors, `stride` numbers apart: activations of T tokens, a head's slice of them, or rows of a buffer.
 struct Rows {
     real* data;
     int64_t stride;
@@ -1212,102 +1268,323 @@ struct ConstRows {
     const real* operator[](int64_t t) const { return data + t * stride; }
 };
 
-// out (w.cols) = row r of a quantised W.
-inline void dequantise_row(real* out, const Matrix& w, int r) {
-    const Format& f = format_of(w.dtype);
+inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
+    uint32_t bits = std::bit_cast<uint32_t>(x);
+    if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_f16(float x) {                  // the same
+    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    float a = std::fabs(x);
+    if (std::isnan(x)) return uint16_t(sign | 0x7E00);
+    if (a >= 65520) return uint16_t(sign | 0x7C00);
+    int exponent = a > 0 ? std::max(std::ilogb(a), -14) : -14;
+    int fraction = int(std::nearbyint(std::ldexp(a, 10 - exponent)));   // 1024 carries into the exponent
+    return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
+}
+
+// 32 numbers to the nearest multiples of the largest / 127.
+inline void quantise_q8_0(std::byte* out, const real* x) {
+    float top = 0;
+    for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(float(x[i])));
+    uint16_t d = float_to_f16(top / 127);
+    float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
+    std::memcpy(out, &d, 2);
+    for (int i = 0; i < 32; i++)
+        out[2 + i] = std::byte(int8_t(std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f)));
+}
+
+// Writes n numbers as a row of REAL, BF16 or Q8_0.
+inline void store_row(std::byte* out, const real* x, int n, Dtype dtype) {
+    if (dtype == REAL) std::memcpy(out, x, size_t(n) * sizeof(real));
+    for (int i = 0; dtype == Dtype::BF16 && i < n; i++) {
+        uint16_t h = float_to_bf16(float(x[i]));
+        std::memcpy(out + 2 * size_t(i), &h, 2);
+    }
+    for (int i = 0; dtype == Dtype::Q8_0 && i < n; i += 32) quantise_q8_0(out + i / 32 * 34, x + i);
+}
+
+inline real dot_row_plain(const Matrix& w, int r, const real* x) {
     const std::byte* p = w.row(r);
-    Block block;
-    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
-        unpack(block, p, w.dtype);
-        dequantise(out + i, block, f.values);
+    switch (w.dtype) {
+    case Dtype::F64: return dot_plain(F64Row{p}, x, w.cols);
+    case Dtype::F32: return dot_plain(F32Row{p}, x, w.cols);
+    case Dtype::BF16: return dot_plain(Bf16Row{p}, x, w.cols);
+    case Dtype::F16: return dot_plain(F16Row{p}, x, w.cols);
+    case Dtype::F8_E4M3: return dot_scaled_plain(E4m3Row{p}, w.scale_row(r), x, w.cols);
+    default: break;
+    }
+    Vector row(size_t(w.cols));
+    dequantise_row(row.data(), w, r);
+    return dot_real_plain(row.data(), x, w.cols);
+}
+
+// out[t][r] = W[r] . x[t] for T tokens and the rows begin <= r < end.
+inline void rows_plain(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    for (int t = 0; t < T; t++) {
+        for (int r = begin; r < end; r++) out[t][r] = dot_row_plain(w, r, x[t]);
     }
 }
 
-inline real dot_dequantised(const Matrix& w, int r, const real* x) {
-    Vector row(size_t(w.cols));
-    dequantise_row(row.data(), w, r);
-    return dot_plain(RealRow{row.data()}, x, w.cols);
-}
-
-// out[t] = W[r] . x[t] for 0 <= t < T.   out: stride `out_stride`
-inline void dots_plain(real* out, int64_t out_stride, const Matrix& w, int r, ConstRows x, int T) {
-    const std::byte* p = w.row(r);
-    for (int t = 0; t < T; t++) {
-        real& y = out[t * out_stride];
-        switch (w.dtype) {
-        case Dtype::F32: y = dot_plain(F32Row{p}, x[t], w.cols); break;
-        case Dtype::BF16: y = dot_plain(Bf16Row{p}, x[t], w.cols); break;
-        case Dtype::F16: y = dot_plain(F16Row{p}, x[t], w.cols); break;
-        case Dtype::F8_E4M3: y = dot_scaled_plain(E4m3Row{p}, w.scale_row(r), x[t], w.cols); break;
-        default: y = dot_dequantised(w, r, x[t]);
+// out[t] (v.cols) += sum_j p[t][j] v[j] over the first n rows of V: each output is one chain of fma, in the
+// order of j.
+inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    Vector row(size_t(v.cols));
+    for (int j = 0; j < n; j++) {
+        widen_plain(row.data(), v, j);
+        for (int t = 0; t < T; t++) {
+            for (int i = 0; i < v.cols; i++) out[t][i] = std::fma(p[t][j], row[size_t(i)], out[t][i]);
         }
     }
 }
 
-template <class Row> void widen_into(real* out, Row w, int n) {
-    for (int i = 0; i < n; i++) out[i] = w(i);
-}
+// -- 5.2  dot in small integers ------------------------------------------------------------------
+//
+// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine adds, and
+// whatever width its registers have, the sum is the same. So the activations are made integers too, q = x / d
+// rounded to 12 bits, with one d for as many numbers as share a scale of the weights (a block b of 32 or 256):
+//
+//      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
+//      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
+//      dot = ((0+4) + (2+6)) + ((1+5) + (3+7))                                             over the 8 lanes
+//
+// Twelve bits because the widest weights, 32 * 128 of Q6_K, times 2047, times 256 stay below 2^31. The error
+// of the activations is then a fraction of that of the weights (README has the measurements); `--exact`
+// leaves x as it is, and dequantises each weight.
 
-// out (w.cols) = row r of W, exactly; for e4m3 the product with the scale, rounded once.
-inline void widen_plain(real* out, const Matrix& w, int r) {
-    const std::byte *p = w.row(r), *scale = w.scale_row(r);
-    switch (w.dtype) {
-    case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
-    case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
-    case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
-    default: return dequantise_row(out, w, r);
+constexpr int X_LIMIT = 2047, GROUP = 16, BLOCK_LANES = 8;
+
+// T vectors of n numbers in small integers: x[t][i] ~ d[t][i / block] * q[t][i].
+struct IntRows {
+    int n = 0, block = 0;
+    int16_t* q = nullptr;      // (T, n)
+    int16_t* sums = nullptr;   // (T, n / GROUP): of 16 q each
+    float* d = nullptr;        // (T, n / block)
+
+    IntRows at(int t) const {
+        return {n, block, q + int64_t(t) * n, sums + int64_t(t) * (n / GROUP), d + int64_t(t) * (n / block)};
     }
-    for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
+    static size_t bytes(int T, int n, int block) {
+        return size_t(T) * (2 * size_t(n) + 2 * size_t(n / GROUP) + 4 * size_t(n / block)) + 192;
+    }
+};
+
+// The bits of |x| order like |x| does; NaN comes out above infinity.
+inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
+
+struct IntScale {
+    float d, inverse;          // q = x * inverse, rounded; x ~ d * q
+};
+inline IntScale int_scale(uint32_t largest) {
+    float top = std::bit_cast<float>(largest);
+    if (!std::isfinite(top)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    if (top < 0x1p-100f) return {0, 0};
+    return {top / X_LIMIT, X_LIMIT / top};
 }
 
-// a . b, both (n)
-inline real dot_real_plain(const real* a, const real* b, int n) { return dot_plain(RealRow{a}, b, n); }
-
-// out[i] += a * v[i] for i < n: each output is its own chain of fma, in the order of the calls.
-inline void axpy_plain(real* out, real a, const real* v, int n) {
-    for (int i = 0; i < n; i++) out[i] = std::fma(a, v[i], out[i]);
+// out, one vector: x (n). Ties go to the even integer.
+inline void quantise_plain(const IntRows& out, const real* x) {
+    constexpr float TO_INTEGER = 0x1.8p23f;
+    for (int begin = 0; begin < out.n; begin += out.block) {
+        uint32_t largest = 0;
+        for (int i = begin; i < begin + out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
+        IntScale s = int_scale(largest);
+        out.d[begin / out.block] = s.d;
+        for (int i = begin; i < begin + out.block; i++)
+            out.q[i] = s.inverse == 0 ? int16_t(0) : int16_t(float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER);
+    }
+    for (int g = 0; g < out.n / GROUP; g++) {
+        int sum = 0;
+        for (int i = 0; i < GROUP; i++) sum += out.q[g * GROUP + i];
+        out.sums[g] = int16_t(sum);
+    }
 }
 
-// The inner loops in use: plain, or the fastest that this processor has (appendix A), with the same bits.
+inline float sum_block_lanes(const float* lane) {
+    float v[4];
+    for (int j = 0; j < 4; j++) v[j] = lane[j] + lane[j + 4];
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
+// W[r] . x for one vector x.
+inline float int_dot_plain(const Matrix& w, int r, const IntRows& x) {
+    const Format& f = format_of(w.dtype);
+    const std::byte* p = w.row(r);
+    float lane[BLOCK_LANES] = {};
+    Block block;
+    for (int b = 0; b < w.cols / f.values; b++, p += f.bytes) {
+        unpack(block, p, w.dtype);
+        int32_t sum = 0, minimum = 0;
+        for (int i = 0; i < f.values; i++) sum += block.scale[i / GROUP] * block.q[i] * x.q[b * f.values + i];
+        for (int g = 0; g < f.values / GROUP; g++)
+            minimum += block.minimum[g] * x.sums[b * f.values / GROUP + g];
+        float& y = lane[b % BLOCK_LANES];
+        y = std::fma(block.d * x.d[b], float(sum), y);
+        if (f.minimums) y = std::fma(-(block.m * x.d[b]), float(minimum), y);
+    }
+    return sum_block_lanes(lane);
+}
+
+inline void int_rows_plain(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for (int t = 0; t < T; t++) {
+        for (int r = begin; r < end; r++) out[t][r] = int_dot_plain(w, r, x.at(t));
+    }
+}
+
+// -- 5.3  exp, sigmoid, silu, softmax ------------------------------------------------------------
+
+// e^x. The C library's expf differs between systems in the last bit. Here: e^x = 2^k e^r, |r| <= ln(2)/2, a
+// polynomial in double (error below 1e-12 of the value), rounded once: the same bits everywhere.
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453, TO_INTEGER_F64 = 0x1.8p52;
+constexpr double EXP_SERIES[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+                                 1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
+
+inline float exp_of(float x) {
+    if (!(x > -104.0f)) return std::isnan(x) ? x : 0.0f;
+    if (x > 88.8f) return std::numeric_limits<float>::infinity();
+    double k = std::fma(double(x), LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64, r = std::fma(k, -LN_2, double(x));
+    double p = EXP_SERIES[0];
+    for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = std::fma(p, r, EXP_SERIES[i]);
+    return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
+}
+inline double exp_of(double x) { return std::exp(x); }   // the yardstick build: as exact as the system can
+
+inline real sigmoid(real z) { return 1 / (1 + exp_of(-z)); }
+
+//   silu(z) = z sigmoid(z);   gate[i] = silu(gate[i]) * up[i], both (n)
+inline void silu_times_plain(real* gate, const real* up, int n) {
+    for (int i = 0; i < n; i++) gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
+}
+
+// z[i] = e^(z[i] - top), (n)
+inline void exp_below_plain(real* z, real top, int n) {
+    for (int i = 0; i < n; i++) z[i] = exp_of(z[i] - top);
+}
+
+// -- 5.4  the kernels in use ---------------------------------------------------------------------
+
+// Plain, or the fastest that this processor has (appendix A), with the same bits.
 struct Kernels {
     const char* name = "plain";
-    void (*dots)(real* out, int64_t out_stride, const Matrix& w, int r, ConstRows x, int T) = dots_plain;
-    real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
-    void (*axpy)(real* out, real a, const real* v, int n) = axpy_plain;
+    bool integers = sizeof(real) == 4;     // quantised weights: in small integers; false: dequantised (--exact)
+    void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) = rows_plain;
+    void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n) = weigh_plain;
     void (*widen)(real* out, const Matrix& w, int r) = widen_plain;
+    real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
+    void (*exp_below)(real* z, real top, int n) = exp_below_plain;
+    void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
+    void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
+    void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
 };
 inline Kernels kernels;
 
-// -- 5.2  matmul: y = W x for T tokens -----------------------------------------------------------
+// In place over n numbers, -inf allowed. The sum has 16 lanes, like a dot.
+inline void softmax(real* z, int n) {
+    kernels.exp_below(z, *std::max_element(z, z + n), n);
+    real lane[LANES] = {};
+    for (int i = 0; i < n; i++) lane[i % LANES] += z[i];
+    real sum = sum_lanes(lane);
+    for (int i = 0; i < n; i++) z[i] /= sum;
+}
 
-constexpr int ROW_BLOCK = 16;    // rows of W that a thread takes at once: they stay in its cache
-constexpr int TOKEN_TILE = 4;    // tokens that share one widening of a weight
+// -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
 
-// out[t][r] = W[r] . x[t] for rows begin <= r < end, on the calling thread.
-inline void matmul_rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    for (int t = 0; t < T; t += TOKEN_TILE) {
-        int n = std::min(TOKEN_TILE, T - t);
-        for (int r = begin; r < end; r++) kernels.dots(out[t] + r, out.stride, w, r, {x[t], x.stride}, n);
+// out[t] = W x[t]   out: (T, w.rows)   x: (T, w.cols)
+struct Product {
+    Rows out;
+    ConstRows x;
+    const Matrix* w;
+    int T;
+};
+
+inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
+
+// The inputs of some products in small integers, where their weights want that; equal inputs once.
+class IntInputs {
+public:
+    const IntRows& add(const Product& p) {
+        int block = format_of(p.w->dtype).values;
+        for (const Entry& e : entries_) {
+            if (e.x == p.x.data && e.T == p.T && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
+        }
+        size_t n = size_t(p.w->cols), T = size_t(p.T);
+        IntRows rows{p.w->cols, block, nullptr, nullptr, nullptr};
+        Buffer& memory = memory_at(entries_.size(), IntRows::bytes(p.T, p.w->cols, block));
+        Arena arena{memory.data(), 0};
+        rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
+        rows.d = arena.take<float>(T * n / size_t(block));
+        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); });
+        entries_.push_back({p.x.data, p.T, rows});
+        return entries_.back().rows;
     }
+    void clear() { entries_.clear(); }
+
+private:
+    using Buffer = std::vector<std::byte>;
+    struct Entry {
+        const real* x;
+        int T;
+        IntRows rows;
+    };
+    std::deque<Entry> entries_;            // references to its elements stay good
+    std::vector<Buffer> memory_;           // grows to what the largest call needed
+
+    Buffer& memory_at(size_t i, size_t bytes) {
+        if (memory_.size() <= i) memory_.resize(i + 1);
+        if (memory_[i].size() < bytes) memory_[i].resize(bytes);
+        return memory_[i];
+    }
+};
+
+// From so many tokens on a kernel unpacks a block of rows once for all of them.
+constexpr int MANY_TOKENS = 4, MANY_ROWS = 48;
+
+// Rows of W that a thread takes at once: few enough for all threads to have work, many enough to be worth it.
+inline int rows_at_once(const Product& p, int threads) {
+    if (p.T >= MANY_TOKENS) return MANY_ROWS;
+    return std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
+}
+
+inline void matmul(std::span<const Product> products) {
+    thread_local IntInputs inputs;
+    inputs.clear();
+    std::vector<const IntRows*> ints;
+    std::vector<int64_t> first = {0};                     // index of each product's first block of rows
+    int threads = omp_get_max_threads();
+    for (const Product& p : products) {
+        int at_once = rows_at_once(p, threads);
+        ints.push_back(in_integers(*p.w) && p.T > 0 ? &inputs.add(p) : nullptr);
+        first.push_back(first.back() + (p.T > 0 ? (p.w->rows + at_once - 1) / at_once : 0));
+    }
+    parallel_for(first.back(), [&](int64_t block) {
+        size_t i = size_t(std::upper_bound(first.begin(), first.end(), block) - first.begin()) - 1;
+        const Product& p = products[i];
+        int at_once = rows_at_once(p, threads), begin = int(block - first[i]) * at_once;
+        int end = std::min(p.w->rows, begin + at_once);
+        if (ints[i]) kernels.int_rows(p.out, *ints[i], *p.w, p.T, begin, end);
+        else kernels.rows(p.out, p.x, *p.w, p.T, begin, end);
+    });
 }
 
 // out: (T, w.rows)   x: (T, w.cols)   dense
 inline void matmul(real* out, const real* x, const Matrix& w, int T) {
-    parallel_for((w.rows + ROW_BLOCK - 1) / ROW_BLOCK, [&](int64_t block) {
-        int begin = int(block) * ROW_BLOCK;
-        matmul_rows({out, w.rows}, {x, w.cols}, w, T, begin, std::min(w.rows, begin + ROW_BLOCK));
-    });
+    Product p{{out, w.rows}, {x, w.cols}, &w, T};
+    matmul({&p, 1});
 }
 
-// out[t] (w.cols) = W^T x[t]: the sum runs over the rows of W, each widened once for all T tokens.
+// The same for all rows of W, on the calling thread alone.
+inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
+    thread_local IntInputs inputs;
+    inputs.clear();
+    if (in_integers(w)) kernels.int_rows(out, inputs.add({out, x, &w, T}), w, T, 0, w.rows);
+    else kernels.rows(out, x, w, T, 0, w.rows);
+}
+
+// out[t] (w.cols) = W^T x[t], on the calling thread: the sum runs over the rows of W.
 inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
-    Vector row(size_t(w.cols));
     for (int t = 0; t < T; t++) std::fill_n(out[t], w.cols, real(0));
-    for (int r = 0; r < w.rows; r++) {
-        kernels.widen(row.data(), w, r);
-        for (int t = 0; t < T; t++) kernels.axpy(out[t], x[t][r], row.data(), w.cols);
-    }
+    kernels.weigh(out, x, w, T, w.rows);
 }
 
 inline void add_bias(real* out, const Vector& bias, int T) {
@@ -1319,34 +1596,7 @@ inline void add(real* out, const real* x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
 }
 
-// -- 5.3  exp, sigmoid, silu, softmax ------------------------------------------------------------
-
-// e^x. The C library's expf differs between systems in the last bit. Here: e^x = 2^k e^r, |r| <= ln(2)/2, a
-// polynomial in double (error below 1e-12 of the value), rounded once. Only +, * and a shift: the same bits
-// everywhere.
-inline float exp_of(float x) {
-    if (!(x > -104.0f)) return std::isnan(x) ? x : 0.0f;
-    if (x > 88.8f) return std::numeric_limits<float>::infinity();
-    constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453, TO_INTEGER = 0x1.8p52;
-    double k = (double(x) * LOG2_E + TO_INTEGER) - TO_INTEGER, r = double(x) - k * LN_2, p = 1.0 / 39916800;
-    for (double inverse : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
-                           1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
-        p = p * r + inverse;
-    return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
-}
-inline double exp_of(double x) { return std::exp(x); }   // the yardstick build: as exact as the system can
-
-inline real sigmoid(real z) { return 1 / (1 + exp_of(-z)); }
-inline real silu(real z) { return z / (1 + exp_of(-z)); }
-
-// In place over n numbers, -inf allowed. The sum runs from the first to the last.
-inline void softmax(real* z, int n) {
-    real top = *std::max_element(z, z + n), sum = 0;
-    for (int i = 0; i < n; i++) sum += z[i] = exp_of(z[i] - top);
-    for (int i = 0; i < n; i++) z[i] /= sum;
-}
-
-// -- 5.4  rmsnorm --------------------------------------------------------------------------------
+// -- 5.6  rmsnorm --------------------------------------------------------------------------------
 
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
 // out, x: (T, n), `x` may be `out`; w: (n)
@@ -1358,7 +1608,7 @@ inline void rmsnorm(Rows out, ConstRows x, const Vector& w, int T, double eps) {
     });
 }
 
-// -- 5.5  top_k: the one place that decides ties -------------------------------------------------
+// -- 5.7  top_k: the one place that decides ties -------------------------------------------------
 
 // idx: the k indices of the largest v, in descending order of v; of equal values the lower index comes first.
 inline void top_k(int* idx, const real* v, int n, int k) {
@@ -1537,18 +1787,28 @@ struct Model {
     std::vector<Mtp> mtp;                  // 0 or 1
 };
 
-// Keys and values of the past. A row is one token's: MLA (Rkv + Dr) [c_kv | k_rope], GQA (2, G, d) [k | v].
+// Keys and values of the past. A layer has a matrix (context, width) for each kv head's keys and one for its values
+// (GQA: k_0, v_0, k_1, v_1, ...), or one for all heads, [c_kv | k_rope] (MLA). They may be stored in fewer bits than
+// they are computed with: Options --kv.
 struct Cache {
-    int width = 0, context = 0;
+    Dtype dtype;
+    int context, parts, width;
     Pages pages;
 
-    static size_t bytes(const Config& c, int context) {
-        return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(c.cache_width()) * sizeof(real);
+    static int parts_of(const Config& c) { return c.mla() ? 1 : 2 * c.G; }
+    static int width_of(const Config& c) { return c.cache_width() / parts_of(c); }
+    static size_t bytes(const Config& c, int context, Dtype dtype) {
+        return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(parts_of(c)) * row_bytes(dtype, width_of(c));
     }
-    Cache(const Config& c, int context)
-        : width(c.cache_width()), context(context), pages(bytes(c, context)) {}
-    Rows layer(int l) const {
-        return {reinterpret_cast<real*>(pages.data()) + size_t(l) * size_t(context) * size_t(width), width};
+    Cache(const Config& c, int context, Dtype dtype)
+        : dtype(dtype), context(context), parts(parts_of(c)), width(width_of(c)), pages(bytes(c, context, dtype)) {}
+    Matrix matrix(int l, int part) const {
+        size_t i = size_t(l) * size_t(parts) + size_t(part);
+        return {pages.data() + i * size_t(context) * row_bytes(dtype, width), nullptr, dtype, context, width, 0, 0};
+    }
+    // x: (width), the row of position `pos`
+    void store(int l, int part, int pos, const real* x) const {
+        store_row(pages.data() + (matrix(l, part).row(pos) - pages.data()), x, width, dtype);
     }
 };
 
@@ -1557,7 +1817,10 @@ enum class MlaForm : uint8_t { ABSORBED, NAIVE };
 struct SessionOptions {
     int context = 0, chunk = 128;          // tokens that fit; tokens that one forward pass takes at most
     MlaForm mla = MlaForm::ABSORBED;
+    Dtype kv = REAL;                       // how the cache is stored
 };
+
+constexpr int QUERY_TILE = 16;             // queries that a thread attends with at once
 
 // Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
 // bill and for the pointers.
@@ -1566,28 +1829,30 @@ struct Activations {
     real *cos_sin;                         // (C, rope_dim / 2, 2)
     real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
     real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
-    real *scores, *expanded;               // (threads, context), naive: (threads, context, Dn + Dr + Dv)
-    real *gate, *up;                       // (C, width of the widest FFN)
+    real *scores, *queries, *outputs;      // (threads, QUERY_TILE, ...) context, q_dim, v_dim
+    real* expanded;                        // naive MLA: (threads, context, Rkv + Dr + Dn + Dr + Dv)
+    real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
     real *router_logits, *affinity, *choice;   // (C, E)
-    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C, D), (C * K, D)
+    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C * K, D), (C * K, D)
     real *mtp_in, *mtp_x, *mtp_h;          // (C, 2 D), (C, D), (C, D)
     int *expert_idx, *slot, *slot_token;   // (C, K), (C, K), (C * K)
 
     Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
         size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
-        size_t context = size_t(o_.context) * size_t(threads);
-        size_t width = std::max({size_t(c.ffn_width), size_t(c.F), size_t(c.F) * size_t(c.n_shared)});
+        size_t context = size_t(o_.context) * size_t(threads), tile = size_t(threads) * QUERY_TILE;
+        size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
         auto reals = [&](size_t n) { return arena.take<real>(n); };
         x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
         cos_sin = reals(C * size_t(c.rope_dim()));
         c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
         kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
         q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
-        scores = reals(context);
-        expanded = reals(c.mla() && o_.mla == MlaForm::NAIVE ? context * size_t(c.q_dim() + c.Dv) : 0);
+        scores = reals(context * QUERY_TILE);
+        queries = reals(tile * size_t(c.q_dim())), outputs = reals(tile * size_t(c.v_dim()));
+        expanded = reals(o_.mla == MlaForm::NAIVE ? context * size_t(c.Rkv + c.Dr + c.q_dim() + c.Dv) : 0);
         gate = reals(C * width), up = reals(C * width);
         router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
-        gate_weight = reals(C * K), expert_in = reals(E ? C * D : 0), expert_out = reals(C * K * D);
+        gate_weight = reals(C * K), expert_in = reals(C * K * D), expert_out = reals(C * K * D);
         mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
         mtp_h = reals(c.n_mtp ? C * D : 0);
         expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
@@ -1615,7 +1880,7 @@ struct Session {
     int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
 
     Session(const Model& m, const SessionOptions& o)
-        : model(m), options(o), cache(m.config, o.context),
+        : model(m), options(o), cache(m.config, o.context, o.kv),
           pages(Activations::bytes(m.config, o, omp_get_max_threads())), arena{pages.data(), 0},
           a(arena, m.config, o, omp_get_max_threads()) {}
 
@@ -1625,54 +1890,80 @@ struct Session {
     }
 };
 
-// -- 7.2  attend: one query, n keys --------------------------------------------------------------
+// -- 7.2  attend: some queries, n keys -----------------------------------------------------------
 
-struct KeysValues {
-    ConstRows k, v;                        // (n, dk), (n, dv)
-    int dk, dv;
+struct Past {
+    Matrix k, v;                           // (context, dk), (context, dv)
     real scale;
 };
 
-// out (dv) = sum_j softmax_j(scale * q . k_j) v_j over n rows.   q: (dk)   scores: (n), scratch
-inline void attend(real* out, const real* q, const KeysValues& kv, int n, real* scores) {
-    for (int j = 0; j < n; j++) scores[j] = kv.scale * kernels.dot_real(q, kv.k[j], kv.dk);
-    softmax(scores, n);
-    std::fill(out, out + kv.dv, real(0));
-    for (int j = 0; j < n; j++) kernels.axpy(out, scores[j], kv.v[j], kv.dv);
-}
+// A thread's share of one of the activations' scratch arrays.
+inline real* own(real* array, size_t size) { return array + size_t(omp_get_thread_num()) * size; }
 
-inline real* thread_scores(const Session& s) {
-    return s.a.scores + size_t(omp_get_thread_num()) * size_t(s.options.context);
+// out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to QUERY_TILE queries
+// with n[0] <= n[1] <= ...   q: (dk) each
+inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, std::span<const int> n) {
+    int Q = int(n.size()), context = s.options.context;
+    Rows scores{own(s.a.scores, size_t(QUERY_TILE) * size_t(context)), context};
+    Matrix k = past.k, later = past.v.view(n[0], n.back() - n[0]);
+    k.rows = n.back();
+    matmul_alone(scores, q, k, Q);
+    for (int i = 0; i < Q; i++) {
+        for (int j = 0; j < n[size_t(i)]; j++) scores[i][j] *= past.scale;
+        softmax(scores[i], n[size_t(i)]);
+        std::fill_n(out[i], past.v.cols, real(0));
+    }
+    kernels.weigh(out, scores, past.v, Q, n[0]);
+    for (int i = 1; i < Q; i++)            // what only the later queries see
+        kernels.weigh({out[i], 0}, {scores[i] + n[0], 0}, later, 1, n[size_t(i)] - n[0]);
 }
 
 // -- 7.3  gqa ------------------------------------------------------------------------------------
+
+// Queries of `heads` heads from h0 on, which share kv head h0 / (H / G), at `tokens` tokens from t0 on.
+inline void gqa_tile(const Session& s, int l, int pos, int t0, int tokens, int h0, int heads) {
+    const Config& c = s.model.config;
+    int d = c.head_dim, g = h0 / (c.H / c.G), Q = tokens * heads, n[QUERY_TILE];
+    Rows q{own(s.a.queries, size_t(QUERY_TILE) * size_t(d)), d}, o{own(s.a.outputs, size_t(QUERY_TILE) * size_t(d)), d};
+    auto place = [&](int i) { return (int64_t(t0 + i / heads) * c.H + h0 + i % heads) * d; };
+    for (int i = 0; i < Q; i++) std::copy_n(s.a.q + place(i), d, q[i]), n[i] = pos + t0 + i / heads + 1;
+    Past past{s.cache.matrix(l, 2 * g), s.cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d))};
+    attend(s, o, q, past, {n, size_t(Q)});
+    for (int i = 0; i < Q; i++) std::copy_n(o[i], d, s.a.o + place(i));
+}
 
 // a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l.
 inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Activations& a = s.a;
-    Rows past = s.cache.layer(l);
-    int d = c.head_dim, half = c.G * d;                       // a cache row is [k (G, d) | v (G, d)]
-    matmul(a.q, a.u, w.wq, T);
-    matmul(a.kv, a.u, w.wk, T);
-    matmul(a.kv + int64_t(T) * half, a.u, w.wv, T);
-    if (c.qkv_bias)
-        add_bias(a.q, w.bq, T), add_bias(a.kv, w.bk, T), add_bias(a.kv + int64_t(T) * half, w.bv, T);
+    int d = c.head_dim, width = c.G * d, group = c.H / c.G;
+    real *k = a.kv, *v = a.kv + int64_t(T) * width;                        // (T, G, d) each
+    ConstRows u{a.u, c.D};
+    Product products[] = {{{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
+    matmul(products);
+    if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
     parallel_for(T, [&](int64_t t) {
         const real* cos_sin = a.cos_sin + t * d;
-        real* row = past[pos + t];
-        std::copy_n(a.kv + t * half, half, row);
-        std::copy_n(a.kv + (T + t) * half, half, row + half);
-        for (int g = 0; c.pair_order && g < c.G; g++) undo_pair_order(row + g * d, d);
-        for (int h = 0; c.pair_order && h < c.H; h++) undo_pair_order(a.q + (t * c.H + h) * d, d);
-        for (int g = 0; g < c.G; g++) rope_half(row + g * d, cos_sin, d);
-        for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
+        for (int g = 0; g < c.G; g++) {
+            real* head = k + t * width + g * d;
+            if (c.pair_order) undo_pair_order(head, d);
+            rope_half(head, cos_sin, d);
+            s.cache.store(l, 2 * g, pos + int(t), head);
+            s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
+        }
+        for (int h = 0; h < c.H; h++) {
+            real* head = a.q + (t * c.H + h) * d;
+            if (c.pair_order) undo_pair_order(head, d);
+            rope_half(head, cos_sin, d);
+        }
     });
-    parallel_for(int64_t(T) * c.H, [&](int64_t i) {
-        int t = int(i / c.H), g = int(i % c.H) / (c.H / c.G);
-        KeysValues kv{{past.data + g * d, past.stride}, {past.data + half + g * d, past.stride}, d, d,
-                      1 / std::sqrt(real(d))};
-        attend(a.o + i * d, a.q + i * d, kv, pos + t + 1, thread_scores(s));
+    int share = (T * c.H + omp_get_max_threads() - 1) / omp_get_max_threads();
+    int heads = std::min({group, QUERY_TILE, share}), tokens = std::max(1, QUERY_TILE / heads);
+    int per_group = (group + heads - 1) / heads, tiles = c.G * per_group;
+    parallel_for(int64_t((T + tokens - 1) / tokens) * tiles, [&](int64_t i) {
+        int t0 = int(i / tiles) * tokens, tile = int(i % tiles), first = tile % per_group * heads;
+        gqa_tile(s, l, pos, t0, std::min(tokens, T - t0), tile / per_group * group + first,
+                 std::min(heads, group - first));
     });
     matmul(a.y, a.o, w.wo, T);
 }
@@ -1716,20 +2007,22 @@ inline real mla_scale(const Model& m) {
 // definition.
 inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
     const Config& c = s.model.config;
-    Rows past = s.cache.layer(l);
-    int width = c.q_dim() + c.Dv;                                             // [k_nope | k_rope | v]
+    Matrix past = s.cache.matrix(l, 0);
+    int latent = c.Rkv + c.Dr, expanded = c.q_dim() + c.Dv, n = pos + T;                // [k_nope | k_rope | v]
     parallel_for(c.H, [&](int64_t h) {
-        int n = pos + T;
-        Rows kv{s.a.expanded + size_t(omp_get_thread_num()) * size_t(s.options.context) * size_t(width),
-                width};
-        if (w.wk_b.empty()) matmul_transposed(kv, past, w.wk_b_t[size_t(h)], n);   // W^UK c
-        else matmul_rows(kv, past, w.wk_b[size_t(h)], n, 0, c.Dn);
-        for (int j = 0; j < n; j++) std::copy_n(past[j] + c.Rkv, c.Dr, kv[j] + c.Dn);
-        matmul_rows({kv.data + c.q_dim(), width}, past, w.wv_b[size_t(h)], n, 0, c.Dv);   // W^UV c
-        KeysValues keys{kv, {kv.data + c.q_dim(), width}, c.q_dim(), c.Dv, mla_scale(s.model)};
+        real* memory = own(s.a.expanded, size_t(s.options.context) * size_t(latent + expanded));
+        Rows row{memory, latent}, k{memory + int64_t(n) * latent, expanded}, v{k[0] + c.q_dim(), expanded};
+        for (int j = 0; j < n; j++) kernels.widen(row[j], past, j);
+        if (w.wk_b.empty()) matmul_transposed(k, row, w.wk_b_t[size_t(h)], n);          // W^UK c
+        else matmul_alone(k, row, w.wk_b[size_t(h)], n);
+        for (int j = 0; j < n; j++) std::copy_n(row[j] + c.Rkv, c.Dr, k[j] + c.Dn);
+        matmul_alone(v, row, w.wv_b[size_t(h)], n);                                     // W^UV c
+        Past keys{real_matrix(k[0], n, c.q_dim()), real_matrix(v[0], n, c.Dv), mla_scale(s.model)};
+        keys.k.stride = keys.v.stride = size_t(expanded) * sizeof(real);
         for (int t = 0; t < T; t++) {
             int64_t i = int64_t(t) * c.H + h;
-            attend(s.a.o + i * c.Dv, s.a.q + i * c.q_dim(), keys, pos + t + 1, thread_scores(s));
+            int seen = pos + t + 1;
+            attend(s, {s.a.o + i * c.Dv, c.Dv}, {s.a.q + i * c.q_dim(), c.q_dim()}, keys, {&seen, 1});
         }
     });
 }
@@ -1738,20 +2031,25 @@ inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
 inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Activations& a = s.a;
-    Rows past = s.cache.layer(l);
     int width = c.Rkv + c.Dr;
     parallel_for(c.H, [&](int64_t h) {
         Rows q{a.q + h * c.q_dim(), c.H * c.q_dim()}, absorbed{a.q_absorbed + h * width, c.H * width};
-        if (w.wk_b.empty()) matmul_rows(absorbed, q, w.wk_b_t[size_t(h)], T, 0, c.Rkv);   // W^UK^T q_nope
+        if (w.wk_b.empty()) matmul_alone(absorbed, q, w.wk_b_t[size_t(h)], T);          // W^UK^T q_nope
         else matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);
         for (int t = 0; t < T; t++) std::copy_n(q[t] + c.Dn, c.Dr, absorbed[t] + c.Rkv);
     });
-    KeysValues latent{past, past, width, c.Rkv, mla_scale(s.model)};
-    parallel_for(int64_t(T) * c.H, [&](int64_t i) {
-        attend(a.z + i * c.Rkv, a.q_absorbed + i * width, latent, pos + int(i / c.H) + 1, thread_scores(s));
+    Past latent{s.cache.matrix(l, 0), s.cache.matrix(l, 0), mla_scale(s.model)};
+    latent.v.cols = c.Rkv, latent.v.stride = row_bytes(s.cache.dtype, width);           // the value: c alone
+    int queries = T * c.H, threads = omp_get_max_threads();
+    int tile = std::min(QUERY_TILE, (queries + threads - 1) / threads);
+    parallel_for((queries + tile - 1) / tile, [&](int64_t i) {
+        int64_t first = i * tile;
+        int n[QUERY_TILE], Q = std::min(tile, queries - int(first));
+        for (int k = 0; k < Q; k++) n[k] = pos + (int(first) + k) / c.H + 1;
+        attend(s, {a.z + first * c.Rkv, c.Rkv}, {a.q_absorbed + first * width, width}, latent, {n, size_t(Q)});
     });
     parallel_for(c.H, [&](int64_t h) {
-        matmul_rows({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, w.wv_b[size_t(h)], T, 0, c.Dv);
+        matmul_alone({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, w.wv_b[size_t(h)], T);   // W^UV z
     });
 }
 
@@ -1762,17 +2060,17 @@ constexpr double LATENT_EPS = 1e-6;   // q_a_layernorm, kv_a_layernorm: their ow
 inline void tap_mla(const Session& s, int l, int T, int pos) {
     if (!s.taps) return;
     const Config& c = s.model.config;
-    Rows past = s.cache.layer(l);
-    Vector q_nope, q_rope, c_kv, k_rope;
+    Matrix past = s.cache.matrix(l, 0);
+    Vector q_nope, q_rope, c_kv, k_rope, row(size_t(past.cols));
     for (int64_t i = 0; i < int64_t(T) * c.H; i++) {
         const real* q = s.a.q + i * c.q_dim();
         q_nope.insert(q_nope.end(), q, q + c.Dn);
         q_rope.insert(q_rope.end(), q + c.Dn, q + c.q_dim());
     }
     for (int t = 0; t < T; t++) {
-        const real* row = past[pos + t];
-        c_kv.insert(c_kv.end(), row, row + c.Rkv);
-        k_rope.insert(k_rope.end(), row + c.Rkv, row + c.Rkv + c.Dr);
+        kernels.widen(row.data(), past, pos + t);
+        c_kv.insert(c_kv.end(), row.begin(), row.begin() + c.Rkv);
+        k_rope.insert(k_rope.end(), row.begin() + c.Rkv, row.end());
     }
     s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
     s.tap(l, "q_rope", q_rope.data(), T, {c.H, c.Dr});
@@ -1786,21 +2084,21 @@ inline void tap_mla(const Session& s, int l, int T, int pos) {
 inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Activations& a = s.a;
-    Rows past = s.cache.layer(l);
     int width = c.Rkv + c.Dr, q_dim = c.q_dim();
+    ConstRows u{a.u, c.D};
+    Product down[] = {{{a.kv, width}, u, &w.wkv_a, T},
+                      {{c.Rq ? a.c_q : a.q, c.Rq ? c.Rq : c.H * q_dim}, u, c.Rq ? &w.wq_a : &w.wq, T}};
+    matmul(down);
     if (c.Rq) {
-        matmul(a.c_q, a.u, w.wq_a, T);
         rmsnorm({a.c_q, c.Rq}, {a.c_q, c.Rq}, w.q_norm, T, LATENT_EPS);
         s.tap(l, "c_q", a.c_q, T, {c.Rq});
+        matmul(a.q, a.c_q, w.wq_b, T);
     }
-    if (c.Rq) matmul(a.q, a.c_q, w.wq_b, T);
-    else matmul(a.q, a.u, w.wq, T);
-    matmul(a.kv, a.u, w.wkv_a, T);
-    rmsnorm({past[pos], width}, {a.kv, width}, w.kv_norm, T, LATENT_EPS);
+    rmsnorm({a.kv, width}, {a.kv, width}, w.kv_norm, T, LATENT_EPS);
     parallel_for(T, [&](int64_t t) {
         const real* cos_sin = a.cos_sin + t * c.Dr;
-        real* k_rope = std::copy_n(a.kv + t * width + c.Rkv, c.Dr, past[pos + t] + c.Rkv) - c.Dr;
-        rope_interleaved(k_rope, cos_sin, c.Dr);
+        rope_interleaved(a.kv + t * width + c.Rkv, cos_sin, c.Dr);
+        s.cache.store(l, 0, pos + int(t), a.kv + t * width);
         for (int h = 0; h < c.H; h++) rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);
     });
     tap_mla(s, l, T, pos);
@@ -1821,15 +2119,18 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
 
 // -- 9.1  swiglu ---------------------------------------------------------------------------------
 
+// gate[t] = silu(gate[t]) * up[t] for T rows of `width` numbers
+inline void gate_rows(real* gate, const real* up, int width, int T) {
+    parallel_for(T, [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); });
+}
+
 // out (T, D) from x (T, D); a.gate, a.up are scratch.
 inline void swiglu(real* out, const real* x, const Mlp& w, int T, Activations& a) {
     int width = w.w_gate.rows;
-    matmul(a.gate, x, w.w_gate, T);
-    matmul(a.up, x, w.w_up, T);
-    parallel_for(T, [&](int64_t t) {
-        real *gate = a.gate + t * width, *up = a.up + t * width;
-        for (int i = 0; i < width; i++) gate[i] = silu(gate[i]) * up[i];
-    });
+    ConstRows in{x, w.w_gate.cols};
+    Product products[] = {{{a.gate, width}, in, &w.w_gate, T}, {{a.up, width}, in, &w.w_up, T}};
+    matmul(products);
+    gate_rows(a.gate, a.up, width, T);
     matmul(out, a.gate, w.w_down, T);
 }
 
@@ -1952,9 +2253,36 @@ inline std::vector<int> dispatch(Activations& a, const Config& c, int T) {
 
 // -- 10.3  moe: route, compute expert by expert, combine -----------------------------------------
 
-// a.y (T, D) = experts' mixture of a.u (T, D). Each expert's weights are read once for all its tokens;
-// the sum over a token's experts runs in the order of its own picks, shared expert last, so company does
-// not change its bits.
+// The chosen experts on their slots: expert_out (C * K, D). Each expert's weights are read once for all its tokens, and
+// all experts work at the same time; the shared one, with all T tokens and the result a.y, is one of them.
+inline void run_experts(Activations& a, const Moe& w, const Config& c, const std::vector<int>& first, int T) {
+    int slots = T * c.K, shared = c.n_shared * c.F;
+    int64_t D = c.D, F = c.F;
+    real *shared_gate = a.gate + slots * F, *shared_up = a.up + slots * F;
+    std::vector<Product> up, down;
+    parallel_for(slots, [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); });
+    for (size_t e = 0; e < size_t(c.E); e++) {
+        int64_t i = first[e];
+        int n = first[e + 1] - first[e];
+        if (n == 0) continue;
+        ConstRows in{T == 1 ? a.u : a.expert_in + i * D, D};
+        up.push_back({{a.gate + i * F, F}, in, &w.experts[e].w_gate, n});
+        up.push_back({{a.up + i * F, F}, in, &w.experts[e].w_up, n});
+        down.push_back({{a.expert_out + i * D, D}, {a.gate + i * F, F}, &w.experts[e].w_down, n});
+    }
+    if (shared) {
+        up.push_back({{shared_gate, shared}, {a.u, D}, &w.shared.w_gate, T});
+        up.push_back({{shared_up, shared}, {a.u, D}, &w.shared.w_up, T});
+        down.push_back({{a.y, D}, {shared_gate, shared}, &w.shared.w_down, T});
+    }
+    matmul(up);
+    gate_rows(a.gate, a.up, c.F, slots);
+    if (shared) gate_rows(shared_gate, shared_up, shared, T);
+    matmul(down);
+}
+
+// a.y (T, D) = experts' mixture of a.u (T, D). The sum over a token's experts runs in the order of its own picks, shared
+// expert last, so company does not change its bits.
 inline void moe(Session& s, const Moe& w, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
@@ -1967,22 +2295,14 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
 
-    std::vector<int> first = dispatch(a, c, T);
-    for (size_t e = 0; e < size_t(c.E); e++) {
-        int n = first[e + 1] - first[e];
-        if (n == 0) continue;
-        for (int i = 0; i < n; i++)
-            std::copy_n(a.u + int64_t(a.slot_token[first[e] + i]) * c.D, c.D, a.expert_in + int64_t(i) * c.D);
-        swiglu(a.expert_out + int64_t(first[e]) * c.D, a.expert_in, w.experts[e], n, a);
-    }
-    if (c.n_shared) swiglu(a.y, a.u, w.shared, T, a);
+    run_experts(a, w, c, dispatch(a, c, T), T);
     parallel_for(T, [&](int64_t t) {
-        real *mix = a.expert_in, *y = a.y + t * c.D;
-        mix += t * c.D;                                   // the experts are done with it
+        real *mix = a.expert_in + t * c.D, *y = a.y + t * c.D;      // the experts are done with their inputs
         std::fill_n(mix, c.D, real(0));
-        for (int k = 0; k < c.K; k++)
-            kernels.axpy(mix, a.gate_weight[t * c.K + k], a.expert_out + int64_t(a.slot[t * c.K + k]) * c.D,
-                         c.D);
+        for (int k = 0; k < c.K; k++) {
+            const real* out = a.expert_out + int64_t(a.slot[t * c.K + k]) * c.D;
+            kernels.weigh({mix, 0}, {a.gate_weight + t * c.K + k, 0}, real_matrix(out, 1, c.D), 1, 1);
+        }
         if (c.n_shared) add(mix, y, size_t(c.D));
         std::copy_n(mix, c.D, y);
     });
@@ -2615,11 +2935,14 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // Appendix A. Fast CPU
 // =================================================================================================
 //
-// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers.
-// Each kernel below does the additions of its plain twin in the same order, so the choice, made once at
-// start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp compares bits). The gain for several
-// tokens at once: a weight is widened once for up to four. DEEPSEEK_SIMD=plain or avx2 in the environment
-// overrides the choice; `--exact` means plain.
+// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers, and their
+// integer sums are exact. Each kernel below does the additions of its plain twin in the same order, so the choice,
+// made once at start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp compares bits).
+//
+// One token needs each weight once: the time is that of reading the weights from memory, and the kernels read them
+// as they are packed. Many tokens need each weight many times: a block of rows is unpacked once into the form that
+// multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay in registers, so that one
+// load serves several multiplications. DEEPSEEK_SIMD=plain or avx2 in the environment overrides the choice.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
@@ -2629,29 +2952,54 @@ namespace avx2 {
 
 // -- A.1  eight weights at a time ----------------------------------------------------------------
 
-AVX2 __m128i load_half(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+AVX2 __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+AVX2 __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+AVX2 void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 AVX2 __m256 widen8(F32Row w, int i) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(w.p + 4 * size_t(i)));
 }
-AVX2 __m256 widen8(RealRow w, int i) { return _mm256_loadu_ps(w.p + i); }
-AVX2 __m256 widen8(F16Row w, int i) { return _mm256_cvtph_ps(load_half(w.p + 2 * size_t(i))); }
+AVX2 __m256 widen8(F16Row w, int i) { return _mm256_cvtph_ps(load128(w.p + 2 * size_t(i))); }
 AVX2 __m256 widen8(Bf16Row w, int i) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(w.p + 2 * size_t(i))), 16));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(w.p + 2 * size_t(i))), 16));
 }
-// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is
-// made up by a multiplication with 2^120, which also does the subnormals. 127 is NaN.
+// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is made up by a
+// multiplication with 2^120, which also does the subnormals. 127 is NaN.
 AVX2 __m256 widen8(E4m3Row w, int i) {
     __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.p + i)));
-    __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(127)),
-            sign = _mm256_slli_epi32(_mm256_srli_epi32(b, 7), 31);
+    __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(127));
+    __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(b, 7), 31);
     __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(127));
-    __m256 value =
-        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
+    __m256 shifted = _mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20));
+    __m256 value = _mm256_mul_ps(shifted, _mm256_set1_ps(0x1p120f));
     return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), nan));
 }
 
-// -- A.2  dots of one row with T vectors ---------------------------------------------------------
+template <class Row> AVX2_ENTRY void widen_row(float* out, Row w, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, widen8(w, i));
+    for (; i < n; i++) out[i] = w(i);
+}
+
+// Columns begin .. begin + n of row r, e4m3 without its scales. `begin` is a multiple of 256.
+inline void widen_part(float* out, const Matrix& w, int r, int begin, int n) {
+    const std::byte* p = w.row(r) + row_bytes(w.dtype, begin);
+    switch (w.dtype) {
+    case Dtype::F32: return widen_row(out, F32Row{p}, n);
+    case Dtype::BF16: return widen_row(out, Bf16Row{p}, n);
+    case Dtype::F16: return widen_row(out, F16Row{p}, n);
+    case Dtype::F8_E4M3: return widen_row(out, E4m3Row{p}, n);
+    default: dequantise_row(out, {p, nullptr, w.dtype, 1, n, 0, 0}, 0);
+    }
+}
+
+inline void widen(float* out, const Matrix& w, int r) {
+    widen_part(out, w, r, 0, w.cols);
+    const std::byte* scale = w.scale_row(r);
+    for (int i = 0; scale && i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
+}
+
+// -- A.2  one row, a few tokens ------------------------------------------------------------------
 
 struct Lanes16 {
     __m256 low, high;
@@ -2689,7 +3037,7 @@ template <class Row, int T> AVX2 void add_products(Lanes16 (&v)[T], Row w, Const
 }
 
 template <class Row, int T>
-AVX2_ENTRY void tile(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n) {
+AVX2_ENTRY void dots_of_row(float* out, int64_t stride, Row w, const std::byte* scale, ConstRows x, int n) {
     Lanes16 v[T];
     for (int t = 0; t < T; t++) v[t] = zero();
     if constexpr (std::is_same_v<Row, E4m3Row>) {
@@ -2698,97 +3046,637 @@ AVX2_ENTRY void tile(float* out, int64_t out_stride, Row w, const std::byte* sca
             for (int t = 0; t < T; t++) block[t] = zero();
             add_products<Row, T>(block, w, x, begin, std::min(n, begin + SCALE_BLOCK));
             __m256 s = _mm256_set1_ps(load<float>(scale));
-            for (int t = 0; t < T; t++)
-                v[t] = {_mm256_fmadd_ps(s, block[t].low, v[t].low),
-                        _mm256_fmadd_ps(s, block[t].high, v[t].high)};
+            for (int t = 0; t < T; t++) {
+                v[t].low = _mm256_fmadd_ps(s, block[t].low, v[t].low);
+                v[t].high = _mm256_fmadd_ps(s, block[t].high, v[t].high);
+            }
         }
     } else {
         add_products<Row, T>(v, w, x, 0, n);
     }
-    for (int t = 0; t < T; t++) out[t * out_stride] = sum(v[t]);
+    for (int t = 0; t < T; t++) out[t * stride] = sum(v[t]);
 }
 
-template <class Row>
-void dots_of(float* out, int64_t out_stride, Row w, const std::byte* scale, ConstRows x, int n, int T) {
-    for (int t = 0; t < T; t += TOKEN_TILE) {
-        float* y = out + t * out_stride;
-        ConstRows rows{x[t], x.stride};
-        switch (std::min(TOKEN_TILE, T - t)) {
-        case 1: tile<Row, 1>(y, out_stride, w, scale, rows, n); break;
-        case 2: tile<Row, 2>(y, out_stride, w, scale, rows, n); break;
-        case 3: tile<Row, 3>(y, out_stride, w, scale, rows, n); break;
-        default: tile<Row, 4>(y, out_stride, w, scale, rows, n); break;
+template <class Row> void few_tokens(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    static_assert(MANY_TOKENS == 4);
+    for (int r = begin; r < end; r++) {
+        Row row{w.row(r)};
+        const std::byte* scale = w.scale_row(r);
+        if (T == 1) dots_of_row<Row, 1>(out[0] + r, out.stride, row, scale, x, w.cols);
+        if (T == 2) dots_of_row<Row, 2>(out[0] + r, out.stride, row, scale, x, w.cols);
+        if (T == 3) dots_of_row<Row, 3>(out[0] + r, out.stride, row, scale, x, w.cols);
+    }
+}
+
+AVX2_ENTRY float dot_real(const float* a, const float* b, int n) {
+    float out;
+    dots_of_row<F32Row, 1>(&out, 1, {reinterpret_cast<const std::byte*>(a)}, nullptr, {b, 0}, n);
+    return out;
+}
+
+// -- A.3  a block of rows, many tokens -----------------------------------------------------------
+
+constexpr int TILE_ROWS = 3, TILE_TOKENS = 4;                       // 12 sums of 8 lanes in 16 registers
+constexpr int BLOCK_ROWS = 12, BLOCK_TOKENS = 128, BLOCK_COLS = 1024;
+
+struct FloatBlock {
+    alignas(64) float w[BLOCK_ROWS][BLOCK_COLS];                    // widened weights
+    alignas(64) float lane[BLOCK_ROWS][BLOCK_TOKENS][LANES];        // sums so far
+};
+
+// lane[r][t] += products of w[r] and x[t] over n columns, n a multiple of 16; first the lower 8 lanes, then the upper.
+template <int R, int T, bool SCALED>
+AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
+    for (int half = 0; half < LANES; half += 8) {
+        __m256 v[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++)
+                v[r][t] = SCALED ? _mm256_setzero_ps() : _mm256_load_ps(b.lane[row + r][token + t] + half);
+        for (int i = half; i < n; i += LANES) {
+            __m256 w[R];
+            for (int r = 0; r < R; r++) w[r] = _mm256_load_ps(b.w[row + r] + col + i);
+            for (int t = 0; t < T; t++) {
+                __m256 xt = _mm256_loadu_ps(x[t] + i);
+                for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(w[r], xt, v[r][t]);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) {
+                float* lane = b.lane[row + r][token + t] + half;
+                if (SCALED) v[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(scale[r]), v[r][t], _mm256_load_ps(lane));
+                _mm256_store_ps(lane, v[r][t]);
+            }
+    }
+}
+
+using Tile = void (*)(FloatBlock&, int row, int token, int col, ConstRows x, int n, const float* scale);
+template <bool SCALED> Tile tile_of(int R, int T) {
+    static constexpr Tile TILES[TILE_ROWS][TILE_TOKENS] = {
+        {tile<1, 1, SCALED>, tile<1, 2, SCALED>, tile<1, 3, SCALED>, tile<1, 4, SCALED>},
+        {tile<2, 1, SCALED>, tile<2, 2, SCALED>, tile<2, 3, SCALED>, tile<2, 4, SCALED>},
+        {tile<3, 1, SCALED>, tile<3, 2, SCALED>, tile<3, 3, SCALED>, tile<3, 4, SCALED>}};
+    return TILES[R - 1][T - 1];
+}
+
+// The columns that do not fill 16 lanes, and the e4m3 block that has them.
+inline void tile_tail(FloatBlock& b, int R, int T, int col, ConstRows x, int n, const float* scale) {
+    for (int r = 0; r < R; r++) {
+        for (int t = 0; t < T; t++) {
+            float sum[LANES] = {}, *lane = b.lane[r][t], *v = scale ? sum : lane;
+            for (int i = 0; i < n; i++) v[i % LANES] = std::fma(b.w[r][col + i], x[t][i], v[i % LANES]);
+            for (int j = 0; scale && j < LANES; j++) lane[j] = std::fma(scale[r], sum[j], lane[j]);
         }
     }
 }
 
-inline void dots(float* out, int64_t out_stride, const Matrix& w, int r, ConstRows x, int T) {
-    const std::byte* p = w.row(r);
-    switch (w.dtype) {
-    case Dtype::F32: return dots_of(out, out_stride, F32Row{p}, nullptr, x, w.cols, T);
-    case Dtype::BF16: return dots_of(out, out_stride, Bf16Row{p}, nullptr, x, w.cols, T);
-    case Dtype::F16: return dots_of(out, out_stride, F16Row{p}, nullptr, x, w.cols, T);
-    case Dtype::F8_E4M3: return dots_of(out, out_stride, E4m3Row{p}, w.scale_row(r), x, w.cols, T);
-    default: for (int t = 0; t < T; t++) out[t * out_stride] = dot_dequantised(w, r, x[t]);
+// Adds the columns col .. col + n of the block; x begins at the first of them. scale: (R), e4m3 only
+template <bool SCALED>
+void add_columns(FloatBlock& b, int R, ConstRows x, int T, int col, int n, const float* scale) {
+    int whole = SCALED && n % LANES ? 0 : n / LANES * LANES;
+    for (int t = 0; whole > 0 && t < T; t += TILE_TOKENS) {
+        for (int r = 0; r < R; r += TILE_ROWS) {
+            Tile f = tile_of<SCALED>(std::min(TILE_ROWS, R - r), std::min(TILE_TOKENS, T - t));
+            f(b, r, t, col, {x[t], x.stride}, whole, scale + r);
+        }
+    }
+    if (whole < n) tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, SCALED ? scale : nullptr);
+}
+
+// The block's R rows from `row` on, for T tokens.
+inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row, int R, int T) {
+    for (int r = 0; r < R; r++) std::fill_n(b.lane[r][0], T * LANES, 0.0f);
+    for (int begin = 0; begin < w.cols; begin += BLOCK_COLS) {
+        int n = std::min(BLOCK_COLS, w.cols - begin);
+        for (int r = 0; r < R; r++) widen_part(b.w[r], w, row + r, begin, n);
+        ConstRows part{x[0] + begin, x.stride};
+        float scale[BLOCK_ROWS] = {};
+        if (w.dtype != Dtype::F8_E4M3) add_columns<false>(b, R, part, T, 0, n, scale);
+        for (int col = 0; w.dtype == Dtype::F8_E4M3 && col < n; col += SCALE_BLOCK) {
+            size_t block = size_t((begin + col) / SCALE_BLOCK);
+            for (int r = 0; r < R; r++) scale[r] = load<float>(w.scale_row(row + r) + 4 * block);
+            add_columns<true>(b, R, {part[0] + col, x.stride}, T, col, std::min(SCALE_BLOCK, n - col), scale);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t][row + r] = sum_lanes(b.lane[r][t]);
+}
+
+inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) {
+        switch (w.dtype) {
+        case Dtype::F32: return few_tokens<F32Row>(out, x, w, T, begin, end);
+        case Dtype::BF16: return few_tokens<Bf16Row>(out, x, w, T, begin, end);
+        case Dtype::F16: return few_tokens<F16Row>(out, x, w, T, begin, end);
+        case Dtype::F8_E4M3: return few_tokens<E4m3Row>(out, x, w, T, begin, end);
+        default: break;
+        }
+    }
+    thread_local FloatBlock block;
+    for (int t = 0; t < T; t += BLOCK_TOKENS) {
+        for (int r = begin; r < end; r += BLOCK_ROWS)
+            float_block(block, {out[t], out.stride}, {x[t], x.stride}, w, r, std::min(BLOCK_ROWS, end - r),
+                        std::min(BLOCK_TOKENS, T - t));
     }
 }
 
-inline float dot_real(const float* a, const float* b, int n) {
-    float out;
-    tile<RealRow, 1>(&out, 1, RealRow{a}, nullptr, {b, 0}, n);
-    return out;
-}
+// -- A.4  weighted sums of rows ------------------------------------------------------------------
 
-// -- A.3  axpy, widen ----------------------------------------------------------------------------
+constexpr int WEIGH_TOKENS = 6, WEIGH_ROWS = 64;                    // sums in registers; rows that stay in cache
 
-AVX2_ENTRY void axpy(float* out, float a, const float* v, int n) {
-    int i = 0;
-    for (__m256 factor = _mm256_set1_ps(a); i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_fmadd_ps(factor, _mm256_loadu_ps(v + i), _mm256_loadu_ps(out + i)));
-    for (; i < n; i++) out[i] = std::fma(a, v[i], out[i]);
-}
-
-template <class Row> AVX2_ENTRY void widen_row(float* out, Row w, int n) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, widen8(w, i));
-    for (; i < n; i++) out[i] = w(i);
-}
-
-inline void widen(float* out, const Matrix& w, int r) {
-    const std::byte *p = w.row(r), *scale = w.scale_row(r);
-    switch (w.dtype) {
-    case Dtype::F32: return widen_row(out, F32Row{p}, w.cols);
-    case Dtype::BF16: return widen_row(out, Bf16Row{p}, w.cols);
-    case Dtype::F16: return widen_row(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_row(out, E4m3Row{p}, w.cols); break;
-    default: return dequantise_row(out, w, r);
+// out[t] (8 N columns from col on) += sum_j p[t][j] v[j]
+template <class Row, int T, int N>
+AVX2_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, int begin, int end) {
+    __m256 y[T][N];
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < N; k++) y[t][k] = _mm256_loadu_ps(out[t] + col + 8 * k);
+    for (int j = begin; j < end; j++) {
+        Row row{v.row(j)};
+        __m256 w[N];
+        for (int k = 0; k < N; k++) w[k] = widen8(row, col + 8 * k);
+        for (int t = 0; t < T; t++) {
+            __m256 factor = _mm256_broadcast_ss(p[t] + j);
+            for (int k = 0; k < N; k++) y[t][k] = _mm256_fmadd_ps(factor, w[k], y[t][k]);
+        }
     }
-    for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < N; k++) _mm256_storeu_ps(out[t] + col + 8 * k, y[t][k]);
+}
+
+template <class Row, int T> void weigh_tokens(Rows out, ConstRows p, const Matrix& v, int begin, int end) {
+    int col = 0;
+    for (; col + 16 <= v.cols; col += 16) weigh_tile<Row, T, 2>(out, p, v, col, begin, end);
+    for (; col + 8 <= v.cols; col += 8) weigh_tile<Row, T, 1>(out, p, v, col, begin, end);
+    for (; col < v.cols; col++)
+        for (int t = 0; t < T; t++)
+            for (int j = begin; j < end; j++) out[t][col] = std::fma(p[t][j], Row{v.row(j)}(col), out[t][col]);
+}
+
+template <class Row> void weigh_rows(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    using F = void (*)(Rows, ConstRows, const Matrix&, int, int);
+    static constexpr F TOKENS[WEIGH_TOKENS] = {weigh_tokens<Row, 1>, weigh_tokens<Row, 2>, weigh_tokens<Row, 3>,
+                                               weigh_tokens<Row, 4>, weigh_tokens<Row, 5>, weigh_tokens<Row, 6>};
+    for (int j = 0; j < n; j += WEIGH_ROWS)
+        for (int t = 0; t < T; t += WEIGH_TOKENS)
+            TOKENS[std::min(WEIGH_TOKENS, T - t) - 1]({out[t], out.stride}, {p[t], p.stride}, v, j,
+                                                      std::min(n, j + WEIGH_ROWS));
+}
+
+inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    if (v.dtype == Dtype::F32) return weigh_rows<F32Row>(out, p, v, T, n);
+    if (v.dtype == Dtype::BF16) return weigh_rows<Bf16Row>(out, p, v, T, n);
+    thread_local std::vector<float> rows;
+    rows.resize(size_t(WEIGH_ROWS) * size_t(v.cols));
+    Matrix part = real_matrix(rows.data(), WEIGH_ROWS, v.cols);
+    for (int begin = 0; begin < n; begin += WEIGH_ROWS) {
+        int count = std::min(WEIGH_ROWS, n - begin);
+        for (int j = 0; j < count; j++) widen(rows.data() + size_t(j) * size_t(v.cols), v, begin + j);
+        weigh_rows<F32Row>(out, {p[0] + begin, p.stride}, part, T, count);
+    }
+}
+
+// -- A.5  unpacking small integers ---------------------------------------------------------------
+//
+// ints<D>(p, m, sink) hands a block's values to sink(i, w): w holds the 16 values of group i, times the group's
+// scale, in 16 bits. m receives the minimums of 16 groups. Chapter 2.3 says what the bits mean.
+
+AVX2 __m256i bytes16(const std::byte* p) { return _mm256_cvtepu8_epi16(load128(p)); }
+AVX2 __m256i all16(int v) { return _mm256_set1_epi16(int16_t(v)); }
+AVX2 __m256i low_nibble(__m256i b) { return _mm256_and_si256(b, all16(15)); }
+AVX2 __m256i high_nibble(__m256i b) { return _mm256_srli_epi16(b, 4); }
+AVX2 __m256i times(__m256i q, int16_t scale) { return _mm256_mullo_epi16(q, all16(scale)); }
+// 16 bits of a mask as 16 numbers: `value` where the bit is 1.
+AVX2 __m256i where_bit(int mask, int value) {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                          int16_t(0x8000));
+    return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(all16(mask), bit), bit), all16(value));
+}
+// 16 where bit k of the number is 1.
+AVX2 __m256i bit_as_16(__m256i b, int k) {
+    __m256i clear = _mm256_cmpeq_epi16(_mm256_and_si256(b, all16(1 << k)), _mm256_setzero_si256());
+    return _mm256_andnot_si256(clear, all16(16));
+}
+
+struct Scales {
+    alignas(32) int16_t scale[16], minimum[16];
+};
+
+AVX2 void six_bit_scales(Scales& s, const std::byte* p) {
+    uint32_t a = load<uint32_t>(p), b = load<uint32_t>(p + 4), c = load<uint32_t>(p + 8);
+    uint32_t scale_high = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030), min_high = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
+    __m128i all = _mm_setr_epi32(int(a & 0x3F3F3F3F), int(scale_high), int(b & 0x3F3F3F3F), int(min_high));
+    store256(s.scale, _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(all, all)));
+    store256(s.minimum, _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(all, all)));
+}
+
+template <Dtype D, class Sink> AVX2 void ints_of_32(const std::byte* p, Sink& sink) {
+    if constexpr (D == Dtype::Q8_0) {
+        sink(0, _mm256_cvtepi8_epi16(load128(p + 2)));
+        sink(1, _mm256_cvtepi8_epi16(load128(p + 18)));
+    } else {
+        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1, MINIMUM = D == Dtype::Q4_1 || D == Dtype::Q5_1;
+        p += MINIMUM ? 4 : 2;
+        uint32_t high = FIVE ? load<uint32_t>(p) : 0;
+        __m256i b = bytes16(p + (FIVE ? 4 : 0)), q[2] = {low_nibble(b), high_nibble(b)};
+        for (int k = 0; k < 2; k++) {
+            if (FIVE) q[k] = _mm256_add_epi16(q[k], where_bit(int(high >> 16 * k & 0xFFFF), 16));
+            sink(k, MINIMUM ? q[k] : _mm256_sub_epi16(q[k], all16(FIVE ? 16 : 8)));
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints_q4_q5_k(const std::byte* p, Scales& s, Sink& sink) {
+    six_bit_scales(s, p + 4);
+    const std::byte *high = p + 16, *low = D == Dtype::Q5_K ? p + 48 : p + 16;
+    for (int h = 0; h < 2; h++) {
+        __m256i bits = D == Dtype::Q5_K ? bytes16(high + 16 * h) : _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++) {
+            __m256i b = bytes16(low + 32 * j + 16 * h), q[2] = {low_nibble(b), high_nibble(b)};
+            for (int k = 0; k < 2; k++) {
+                if (D == Dtype::Q5_K) q[k] = _mm256_add_epi16(q[k], bit_as_16(bits, 2 * j + k));
+                int group = 4 * j + 2 * k + h;
+                sink(group, times(q[k], s.scale[group]));
+            }
+        }
+    }
+}
+
+template <class Sink> AVX2 void ints_q6_k(const std::byte* p, Scales& s, Sink& sink) {
+    store256(s.scale, _mm256_cvtepi8_epi16(load128(p + 192)));
+    for (int n = 0; n < 2; n++) {
+        for (int h = 0; h < 2; h++) {
+            __m256i a = bytes16(p + 64 * n + 16 * h), b = bytes16(p + 64 * n + 32 + 16 * h);
+            __m256i high = bytes16(p + 128 + 32 * n + 16 * h), low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
+            __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high, _mm256_srli_epi16(high, 2)};
+            for (int k = 0; k < 4; k++) {
+                __m256i q = _mm256_or_si256(low[k], _mm256_and_si256(two[k], all16(48)));
+                int group = 8 * n + 2 * k + h;
+                sink(group, times(_mm256_sub_epi16(q, all16(32)), s.scale[group]));
+            }
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints_q2_q3_k(const std::byte* p, Scales& s, Sink& sink) {
+    Block scales;                                                   // few files have these: their scales the plain way
+    if (D == Dtype::Q2_K) unpack_q2_k_scales(scales, reinterpret_cast<Bytes>(p));
+    else unpack_q3_k_scales(scales, reinterpret_cast<Bytes>(p));
+    std::copy_n(scales.scale, 16, s.scale), std::copy_n(scales.minimum, 16, s.minimum);
+    const std::byte* low = p + (D == Dtype::Q2_K ? 16 : 32);
+    for (int h = 0; h < 2; h++) {
+        __m256i high = D == Dtype::Q3_K ? bytes16(p + 16 * h) : _mm256_setzero_si256();
+        for (int n = 0; n < 2; n++) {
+            __m256i b = bytes16(low + 32 * n + 16 * h);
+            __m256i crumbs[4] = {b, _mm256_srli_epi16(b, 2), _mm256_srli_epi16(b, 4), _mm256_srli_epi16(b, 6)};
+            for (int k = 0; k < 4; k++) {
+                __m256i q = _mm256_and_si256(crumbs[k], all16(3));
+                if (D == Dtype::Q3_K)
+                    q = _mm256_sub_epi16(_mm256_add_epi16(q, _mm256_srli_epi16(bit_as_16(high, 4 * n + k), 2)), all16(4));
+                int group = 8 * n + 2 * k + h;
+                sink(group, times(q, s.scale[group]));
+            }
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints(const std::byte* p, Scales& s, Sink& sink) {
+    if constexpr (D < Dtype::Q2_K) ints_of_32<D>(p, sink);
+    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) ints_q4_q5_k<D>(p, s, sink);
+    else if constexpr (D == Dtype::Q6_K) ints_q6_k(p, s, sink);
+    else ints_q2_q3_k<D>(p, s, sink);
+}
+
+// Where the f16 numbers d and m of a block stand.
+constexpr int place_of_d(Dtype d) {
+    return d == Dtype::Q6_K ? 208 : d == Dtype::Q3_K ? 108 : d == Dtype::Q2_K ? 80 : 0;
+}
+constexpr bool has_minimums(Dtype d) {
+    return d == Dtype::Q4_1 || d == Dtype::Q5_1 || d == Dtype::Q2_K || d == Dtype::Q4_K || d == Dtype::Q5_K;
+}
+
+// -- A.6  integers: one row, a few tokens --------------------------------------------------------
+
+template <int T> struct DotSink {
+    __m256i sum[T];
+    const int16_t* x;
+    int64_t stride;
+    AVX2 void operator()(int group, __m256i w) {
+        for (int t = 0; t < T; t++)
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(w, load256(x + t * stride + GROUP * group)));
+    }
+};
+
+// The sums of the eight lanes of eight vectors.
+AVX2 __m256i sum8(const __m256i* v) {
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// Up to eight blocks of a row: their integer sums with T vectors, and their scales.
+template <Dtype D, int T> struct BlockSums {
+    __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
+    alignas(16) uint16_t d[BLOCK_LANES], m[BLOCK_LANES];
+};
+
+template <Dtype D, int T> AVX2 void sum_block(BlockSums<D, T>& out, int k, const std::byte* p, const IntRows& x, int b) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, GROUPS = VALUES / GROUP;
+    Scales s;
+    DotSink<T> sink{{}, x.q + int64_t(b) * VALUES, x.n};
+    for (int t = 0; t < T; t++) sink.sum[t] = _mm256_setzero_si256();
+    ints<D>(p, s, sink);
+    out.d[k] = load<uint16_t>(p + place_of_d(D));
+    if (has_minimums(D)) out.m[k] = load<uint16_t>(p + place_of_d(D) + 2);
+    for (int t = 0; t < T; t++) {
+        out.sum[t][k] = sink.sum[t];
+        const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
+        if (has_minimums(D) && VALUES == 256)
+            out.minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), load256(sums));
+        else if (has_minimums(D)) out.minimum[t][k] = _mm256_setr_epi32(-(sums[0] + sums[1]), 0, 0, 0, 0, 0, 0, 0);
+    }
+}
+
+template <Dtype D, int T>
+AVX2 void add_blocks(__m256 (&lane)[T], const BlockSums<D, T>& s, const float* dx, int64_t stride, int count) {
+    __m256 d = _mm256_cvtph_ps(load128(s.d)), m = _mm256_cvtph_ps(load128(s.m));
+    for (int t = 0; t < T; t++) {
+        alignas(32) float part[BLOCK_LANES] = {};
+        if (count < BLOCK_LANES) std::copy_n(dx + t * stride, count, part);
+        __m256 x = _mm256_loadu_ps(count < BLOCK_LANES ? part : dx + t * stride);
+        lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(d, x), _mm256_cvtepi32_ps(sum8(s.sum[t])), lane[t]);
+        if (has_minimums(D))
+            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(m, x), _mm256_cvtepi32_ps(sum8(s.minimum[t])), lane[t]);
+    }
+}
+
+template <Dtype D, int T> AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+    int blocks = x.n / x.block, bytes = format_of(D).bytes;
+    __m256 lane[T];
+    for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
+    for (int b = 0; b < blocks; b += BLOCK_LANES) {
+        int count = std::min(BLOCK_LANES, blocks - b);
+        BlockSums<D, T> sums;
+        if (count < BLOCK_LANES) std::memset(static_cast<void*>(&sums), 0, sizeof sums);
+        for (int k = 0; k < count; k++, p += bytes) sum_block<D, T>(sums, k, p, x, b + k);
+        add_blocks<D, T>(lane, sums, x.d + b, x.n / x.block, count);
+    }
+    for (int t = 0; t < T; t++) {
+        alignas(32) float lanes[BLOCK_LANES];
+        _mm256_store_ps(lanes, lane[t]);
+        out[t * stride] = sum_block_lanes(lanes);
+    }
+}
+
+template <Dtype D> void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for (int r = begin; r < end; r++) {
+        if (T == 1) int_row<D, 1>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 2) int_row<D, 2>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 3) int_row<D, 3>(out[0] + r, out.stride, x, w.row(r));
+    }
+}
+
+// -- A.7  integers: a block of rows, many tokens -------------------------------------------------
+
+constexpr int INT_ROWS = 16, INT_COLS = 1024, INT_PAIRS = INT_COLS / 2;
+
+struct IntBlock {
+    alignas(64) int16_t row[INT_ROWS][INT_COLS];                      // scaled weights, row by row
+    alignas(64) int32_t pair[INT_PAIRS][INT_ROWS];                    // two columns of 16 rows
+    alignas(64) float d[INT_COLS / 32][INT_ROWS], m[INT_COLS / 32][INT_ROWS];
+    alignas(64) int16_t minimum[INT_COLS / 256][GROUP / 2][INT_ROWS][2];   // two groups of 16 rows
+    alignas(64) float lane[BLOCK_TOKENS][BLOCK_LANES][INT_ROWS];
+};
+
+struct StoreSink {
+    int16_t* out;
+    AVX2 void operator()(int group, __m256i w) { store256(out + GROUP * group, w); }
+};
+
+// Rows of 8 pairs to columns.
+AVX2_ENTRY void transpose8(int32_t* out, int64_t out_stride, const int16_t* in, int64_t in_stride) {
+    __m256i r[8], a[8], b[8];
+    for (int i = 0; i < 8; i++) r[i] = load256(in + i * in_stride);
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        store256(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+        store256(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+    }
+}
+
+template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& b, int r, const std::byte* p, int n) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
+        Scales s;
+        StoreSink sink{b.row[r] + k * VALUES};
+        ints<D>(p, s, sink);
+        b.d[k][r] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
+        b.m[k][r] = has_minimums(D) ? f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2)) : 0;
+        for (int g = 0; has_minimums(D) && VALUES == 256 && g < GROUP; g++) b.minimum[k][g / 2][r][g % 2] = s.minimum[g];
+    }
+}
+
+// n columns from `begin` on of R rows; missing rows become 0.
+template <Dtype D> void pack(IntBlock& b, const Matrix& w, int row, int R, int begin, int n) {
+    if (R < INT_ROWS) std::memset(&b, 0, offsetof(IntBlock, lane));
+    for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
+    for (int col = 0; col < n; col += 16)
+        for (int r = 0; r < INT_ROWS; r += 8) transpose8(&b.pair[col / 2][r], INT_ROWS, b.row[r] + col, INT_COLS);
+}
+
+template <int T> struct IntSums {
+    __m256i v[T][2];                                                // of 16 rows
+};
+
+// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
+template <int T> AVX2 void add_pairs(IntSums<T>& s, const int32_t* w, const int16_t* x, int64_t stride, int n) {
+    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
+        __m256i low = load256(w), high = load256(w + 8);
+        for (int t = 0; t < T; t++) {
+            __m256i two = _mm256_set1_epi32(load<int32_t>(x + t * stride));
+            s.v[t][0] = _mm256_add_epi32(s.v[t][0], _mm256_madd_epi16(low, two));
+            s.v[t][1] = _mm256_add_epi32(s.v[t][1], _mm256_madd_epi16(high, two));
+        }
+    }
+}
+
+template <int T> AVX2 IntSums<T> no_sums() {
+    IntSums<T> s;
+    for (int t = 0; t < T; t++) s.v[t][0] = s.v[t][1] = _mm256_setzero_si256();
+    return s;
+}
+
+// lane += (d dx) v, or lane -= (m dx) v
+template <bool MINUS> AVX2 void add_scaled(float* lane, const float* d, float dx, const __m256i* v) {
+    for (int half = 0; half < 2; half++) {
+        __m256 scale = _mm256_mul_ps(_mm256_load_ps(d + 8 * half), _mm256_set1_ps(dx)), y = _mm256_load_ps(lane + 8 * half);
+        __m256 sum = _mm256_cvtepi32_ps(v[half]);
+        _mm256_store_ps(lane + 8 * half, MINUS ? _mm256_fnmadd_ps(scale, sum, y) : _mm256_fmadd_ps(scale, sum, y));
+    }
+}
+
+// The block's columns, which begin at `begin` of the matrix, for T tokens; x: the first of them.
+template <int VALUES, bool MINIMUMS, int T>
+AVX2_ENTRY void int_tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
+    for (int k = 0; k < n / VALUES; k++) {
+        int block = begin / VALUES + k;
+        IntSums<T> s = no_sums<T>();
+        add_pairs<T>(s, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
+        for (int t = 0; t < T; t++)
+            add_scaled<false>(b.lane[token + t][block % BLOCK_LANES], b.d[k], x.at(t).d[block], s.v[t]);
+        if (!MINIMUMS) continue;
+        s = no_sums<T>();
+        if (VALUES == 256)
+            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), x.sums + block * GROUP, x.n / GROUP, GROUP / 2);
+        for (int t = 0; t < T; t++) {
+            const int16_t* sums = x.at(t).sums + block * 2;
+            if (VALUES == 32) s.v[t][0] = s.v[t][1] = _mm256_set1_epi32(-(sums[0] + sums[1]));
+            add_scaled<true>(b.lane[token + t][block % BLOCK_LANES], b.m[k], x.at(t).d[block], s.v[t]);
+        }
+    }
+}
+
+template <Dtype D> void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    constexpr bool MINIMUMS = has_minimums(D);
+    std::fill_n(b.lane[0][0], T * BLOCK_LANES * INT_ROWS, 0.0f);
+    for (int begin = 0; begin < w.cols; begin += INT_COLS) {
+        int n = std::min(INT_COLS, w.cols - begin);
+        pack<D>(b, w, row, R, begin, n);
+        int t = 0;
+        for (; t + 4 <= T; t += 4) int_tile<VALUES, MINIMUMS, 4>(b, t, x.at(t), begin, n);
+        for (; t < T; t++) int_tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
+    }
+    for (int t = 0; t < T; t++) {
+        for (int r = 0; r < R; r++) {
+            float lane[BLOCK_LANES];
+            for (int j = 0; j < BLOCK_LANES; j++) lane[j] = b.lane[t][j][r];
+            out[t][row + r] = sum_block_lanes(lane);
+        }
+    }
+}
+
+template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) return few_tokens_int<D>(out, x, w, T, begin, end);
+    thread_local IntBlock block;
+    for (int t = 0; t < T; t += BLOCK_TOKENS)
+        for (int r = begin; r < end; r += INT_ROWS)
+            int_block<D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
+                         std::min(BLOCK_TOKENS, T - t));
+}
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    switch (w.dtype) {
+    case Dtype::Q4_0: return int_rows_of<Dtype::Q4_0>(out, x, w, T, begin, end);
+    case Dtype::Q4_1: return int_rows_of<Dtype::Q4_1>(out, x, w, T, begin, end);
+    case Dtype::Q5_0: return int_rows_of<Dtype::Q5_0>(out, x, w, T, begin, end);
+    case Dtype::Q5_1: return int_rows_of<Dtype::Q5_1>(out, x, w, T, begin, end);
+    case Dtype::Q8_0: return int_rows_of<Dtype::Q8_0>(out, x, w, T, begin, end);
+    case Dtype::Q2_K: return int_rows_of<Dtype::Q2_K>(out, x, w, T, begin, end);
+    case Dtype::Q3_K: return int_rows_of<Dtype::Q3_K>(out, x, w, T, begin, end);
+    case Dtype::Q4_K: return int_rows_of<Dtype::Q4_K>(out, x, w, T, begin, end);
+    case Dtype::Q5_K: return int_rows_of<Dtype::Q5_K>(out, x, w, T, begin, end);
+    case Dtype::Q6_K: return int_rows_of<Dtype::Q6_K>(out, x, w, T, begin, end);
+    default: CHECK(false, "dtype %d is not quantised", int(w.dtype));
+    }
+}
+
+AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
+    __m256i top = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 8) top = _mm256_max_epi32(top, _mm256_and_si256(load256(x + i), _mm256_set1_epi32(0x7FFFFFFF)));
+    alignas(32) uint32_t lane[8];
+    store256(lane, top);
+    return *std::max_element(lane, lane + 8);
+}
+
+AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
+    for (int begin = 0; begin < out.n; begin += out.block) {
+        IntScale s = int_scale(largest_magnitude(x + begin, out.block));
+        out.d[begin / out.block] = s.d;
+        for (int i = begin; i < begin + out.block; i += GROUP) {
+            __m256i q[2];
+            for (int half = 0; half < 2; half++)
+                q[half] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * half), _mm256_set1_ps(s.inverse)));
+            if (s.inverse == 0) q[0] = q[1] = _mm256_setzero_si256();
+            store256(out.q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8));
+            alignas(32) int32_t lane[8];
+            store256(lane, _mm256_add_epi32(q[0], q[1]));
+            out.sums[i / GROUP] = int16_t(lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7]);
+        }
+    }
+}
+
+// -- A.8  exp ------------------------------------------------------------------------------------
+
+AVX2 __m128 exp4(__m128 x) {
+    __m256d wide = _mm256_cvtps_pd(x), magic = _mm256_set1_pd(TO_INTEGER_F64);
+    __m256d shifted = _mm256_fmadd_pd(wide, _mm256_set1_pd(LOG2_E), magic), k = _mm256_sub_pd(shifted, magic);
+    __m256d r = _mm256_fmadd_pd(k, _mm256_set1_pd(-LN_2), wide), p = _mm256_set1_pd(EXP_SERIES[0]);
+    for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = _mm256_fmadd_pd(p, r, _mm256_set1_pd(EXP_SERIES[i]));
+    __m256i exponent = _mm256_add_epi64(_mm256_castpd_si256(shifted), _mm256_set1_epi64x(1023));   // k in the low bits
+    return _mm256_cvtpd_ps(_mm256_mul_pd(p, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52))));
+}
+
+// exp_of of eight numbers.
+AVX2 __m256 exp8(__m256 x) {
+    __m256 clamped = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-104.0f)), _mm256_set1_ps(88.8f));
+    __m256 y = _mm256_set_m128(exp4(_mm256_extractf128_ps(clamped, 1)), exp4(_mm256_castps256_ps128(clamped)));
+    __m256 inf = _mm256_set1_ps(std::numeric_limits<float>::infinity());
+    y = _mm256_blendv_ps(y, inf, _mm256_cmp_ps(x, _mm256_set1_ps(88.8f), _CMP_GT_OQ));
+    y = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-104.0f), _CMP_LE_OQ), y);
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
+AVX2_ENTRY void exp_below(float* z, float top, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(z + i, exp8(_mm256_sub_ps(_mm256_loadu_ps(z + i), _mm256_set1_ps(top))));
+    exp_below_plain(z + i, top, n - i);
+}
+
+AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 z = _mm256_loadu_ps(gate + i), e = exp8(_mm256_xor_ps(z, _mm256_set1_ps(-0.0f)));
+        __m256 y = _mm256_div_ps(z, _mm256_add_ps(_mm256_set1_ps(1), e));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(y, _mm256_loadu_ps(up + i)));
+    }
+    silu_times_plain(gate + i, up + i, n - i);
 }
 
 }  // namespace avx2
 #endif
 
-// -- A.4  choose_kernels: once, at start ---------------------------------------------------------
+// -- A.9  choose_kernels: once, at start ---------------------------------------------------------
 
 inline std::vector<Kernels> available_kernels() {
     std::vector<Kernels> all = {Kernels{}};
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        all.push_back({"avx2", avx2::dots, avx2::dot_real, avx2::axpy, avx2::widen});
+        all.push_back({"avx2", true, avx2::rows, avx2::weigh, avx2::widen, avx2::dot_real, avx2::exp_below,
+                       avx2::silu_times, avx2::quantise, avx2::int_rows});
 #endif
     return all;
 }
 
-// The fastest, or the one called `name` (empty: no wish).
-inline void choose_kernels(const std::string& name) {
+// The fastest, or the one called `name` (empty: no wish). exact: quantised weights are dequantised, not
+// multiplied in integers.
+inline void choose_kernels(const std::string& name, bool exact) {
     std::string names;
+    kernels.name = nullptr;
     for (const Kernels& k : available_kernels()) {
         names += (names.empty() ? "" : ", ") + std::string(k.name);
         if (name.empty() || name == k.name) kernels = k;
     }
-    if (!name.empty() && kernels.name != name)
+    if (!kernels.name)
         fail("DEEPSEEK_SIMD=%s: this processor and build have %s", name.c_str(), names.c_str());
+    if (exact) kernels.integers = false;
 }
 
 // =================================================================================================
@@ -2842,7 +3730,7 @@ inline void prepare(const Options& o) {
         fail("--quant %s: this build runs the weights as they are in the file", o.quant.c_str());
     omp_set_num_threads(o.threads > 0 ? o.threads : omp_get_num_procs());
     const char* wish = std::getenv("DEEPSEEK_SIMD");
-    choose_kernels(o.exact ? "plain" : wish ? wish : "");
+    choose_kernels(wish ? wish : "", o.exact);
 }
 
 // -- C.2  the memory plan ------------------------------------------------------------------------
@@ -2864,7 +3752,7 @@ struct MemoryPlan {
 };
 
 inline MemoryPlan memory_plan(const Config& c, const SessionOptions& s) {
-    return {Cache::bytes(c, s.context), Activations::bytes(c, s, omp_get_max_threads()), available_memory()};
+    return {Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, omp_get_max_threads()), available_memory()};
 }
 
 inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
