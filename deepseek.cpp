@@ -25,6 +25,7 @@
 //   A   Fast CPU                   SIMD kernels, equal to chapter 5 to the bit
 //   C   Command line               the commands, then main
 //   D   GGUF                       llama.cpp's files, read as if they were a folder
+//   E   Quantising                 weights in fewer bits, while loading or into a GGUF file
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -1781,6 +1782,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
+    Pages quantised;                       // weights that were made smaller while loading
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
     std::vector<Layer> layers;
@@ -2324,21 +2326,33 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 
 std::string name_in_gguf(const std::string& name);   // appendix D
 
+// Makes weights smaller as they are bound: appendix E. An arena without memory only counts.
+struct FileType;
+struct Quantiser {
+    const FileType* type;
+    const Config* config;
+    Arena arena;
+    std::function<void(size_t)> progress;               // bytes made so far
+    Matrix apply(const std::string& name, const Matrix& w);
+};
+
 // Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
 // of a model can be had from config.json alone.
 class Binder {
 public:
-    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8)
-        : checkpoint_(checkpoint), folder_(folder), fp8_(fp8) {}
+    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8, Quantiser* quantiser = nullptr)
+        : checkpoint_(checkpoint), folder_(folder), fp8_(fp8), quantiser_(quantiser) {}
     uint64_t parameters = 0;             // numbers asked for, scales not counted
 
     Matrix matrix(const std::string& name, int rows, int cols) {
         parameters += uint64_t(rows) * uint64_t(cols);
-        if (!checkpoint_) return {};
-        const Tensor& t = find(name, {uint64_t(rows), uint64_t(cols)});
-        Matrix m{t.data, nullptr, dtype_of(t, name), rows, cols, 0};
-        if (m.dtype == Dtype::F8_E4M3) m.scale = scales(t, name, rows, cols);
-        return m;
+        Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
+        if (checkpoint_) {
+            const Tensor& t = find(name, {uint64_t(rows), uint64_t(cols)});
+            m.data = t.data, m.dtype = dtype_of(t, name);
+            if (m.dtype == Dtype::F8_E4M3) m.scale = scales(t, name, rows, cols);
+        }
+        return quantiser_ ? quantiser_->apply(name, m) : m;
     }
     Vector vector(const std::string& name, int n) {
         parameters += uint64_t(n);
@@ -2373,6 +2387,7 @@ private:
     const Checkpoint* checkpoint_;
     std::string folder_;
     bool fp8_;
+    Quantiser* quantiser_;
     std::set<std::string> used_;
 
     // A name as the files spell it.
@@ -2542,13 +2557,43 @@ inline Config read_config(const fs::path& folder) {
     return parse_config(read_json_file(file), file.string());
 }
 
-// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
-inline Model load_model(const fs::path& folder) {
+const FileType& file_type(const std::string& name);   // appendix E
+
+// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
+inline size_t quantised_bytes(const Config& c, const std::string& quant) {
+    if (quant == "none") return 0;
+    Quantiser quantiser{&file_type(quant), &c, {}, {}};
+    Binder binder(nullptr, "", false, &quantiser);
+    Model counted;
+    counted.config = c;
+    bind_model(binder, counted);
+    return quantiser.arena.used;
+}
+
+struct Loading {
+    std::string quant = "none";                                  // or q8_0, q4_k, fp8
+    std::function<void(size_t, size_t)> progress = [](size_t, size_t) {};
+};
+
+// Opens and checks a model. Weights are mapped, not read: this takes milliseconds, unless they are quantised.
+inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
     Model m;
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
     m.checkpoint = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
-    Binder binder(&m.checkpoint, folder.string(), m.config.fp8);
+    bool quantise = loading.quant != "none";
+    Quantiser quantiser{quantise ? &file_type(loading.quant) : nullptr, &m.config, {}, {}};
+    if (quantise) {                                              // once for the bill, once for the weights
+        Model counted;
+        counted.config = m.config;
+        Binder binder(&m.checkpoint, folder.string(), m.config.fp8, &quantiser);
+        bind_model(binder, counted);
+        size_t total = quantiser.arena.used;
+        m.quantised = Pages(total);
+        quantiser.arena = {m.quantised.data(), 0};
+        quantiser.progress = [&loading, total](size_t done) { loading.progress(done, total); };
+    }
+    Binder binder(&m.checkpoint, folder.string(), m.config.fp8, quantise ? &quantiser : nullptr);
     bind_model(binder, m);
     binder.finish();
     return m;
@@ -3689,6 +3734,7 @@ inline void choose_kernels(const std::string& name, bool exact) {
 //      echo '["hello"]' | deepseek tokenize --lines
 //      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
 //      deepseek perplexity -f text.txt      deepseek info      deepseek bench
+//      deepseek quantize -m M -o M.gguf --type q4_k_m
 //
 // Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
 // check failed.
@@ -3699,7 +3745,7 @@ inline void choose_kernels(const std::string& name, bool exact) {
 // -- C.1  options --------------------------------------------------------------------------------
 
 struct Options {
-    std::string model, device = "auto", quant = "none", mla = "absorbed", prompt, file, dash, system, ids,
+    std::string model, device = "auto", quant = "none", type, mla = "absorbed", prompt, file, dash, system, ids,
                        out;
     int threads = 0, context = 0, chunk = 128, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
@@ -3726,8 +3772,6 @@ inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_
 // Common checks; sets the number of threads and the kernels.
 inline void prepare(const Options& o) {
     if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
-    if (o.quant != "none")
-        fail("--quant %s: this build runs the weights as they are in the file", o.quant.c_str());
     omp_set_num_threads(o.threads > 0 ? o.threads : omp_get_num_procs());
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(wish ? wish : "", o.exact);
@@ -3746,13 +3790,14 @@ inline uint64_t available_memory() {
 }
 
 struct MemoryPlan {
-    uint64_t cache, activations, available;
-    uint64_t needed() const { return cache + activations; }
+    uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
+    uint64_t needed() const { return weights + cache + activations; }
     bool fits() const { return available == 0 || needed() <= available; }
 };
 
-inline MemoryPlan memory_plan(const Config& c, const SessionOptions& s) {
-    return {Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, omp_get_max_threads()), available_memory()};
+inline MemoryPlan memory_plan(const Options& o, const Config& c, const SessionOptions& s) {
+    return {quantised_bytes(c, o.quant), Cache::bytes(c, s.context, s.kv),
+            Activations::bytes(c, s, omp_get_max_threads()), available_memory()};
 }
 
 inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
@@ -3767,12 +3812,13 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     return s;
 }
 
-inline void require_memory(const Config& c, const SessionOptions& s) {
-    MemoryPlan plan = memory_plan(c, s);
+inline void require_memory(const Options& o, const Config& c, const SessionOptions& s) {
+    MemoryPlan plan = memory_plan(o, c, s);
     if (!plan.fits())
-        fail("not enough memory for --ctx %d: cache %.2f GB and activations %.2f GB need %.2f GB more than "
+        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
              "the %.2f GB available",
-             s.context, gigabytes(plan.cache), gigabytes(plan.activations),
+             s.context, plan.weights ? text_of("weights %.2f GB, ", gigabytes(plan.weights)).c_str() : "",
+             gigabytes(plan.cache), gigabytes(plan.activations),
              gigabytes(plan.needed() - plan.available), gigabytes(plan.available));
 }
 
@@ -3839,22 +3885,27 @@ private:
 // A bar on a terminal, nothing elsewhere.
 class Progress {
 public:
-    Progress(const char* what, size_t total) : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
+    Progress(const std::string& what, size_t total) : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
     ~Progress() { if (drawn_) std::fputs("\r\033[K", stderr); }
     Progress(const Progress&) = delete;
     void at(size_t n) {
         if (!shown_ || seconds() - start_ < 0.5) return;
         std::string bar(n * 30 / std::max<size_t>(total_, 1), '#');
-        std::fprintf(stderr, "\r%s [%-30s] %zu / %zu", what_, bar.c_str(), n, total_);
+        std::fprintf(stderr, "\r%s [%-30s] %zu / %zu", what_.c_str(), bar.c_str(), n, total_);
         drawn_ = true;
     }
 
 private:
-    const char* what_;
+    std::string what_;
     size_t total_;
     bool shown_, drawn_ = false;
     double start_ = seconds();
 };
+
+inline Model load_with_progress(const Options& o, const fs::path& model) {
+    Progress progress(text_of("quantising to %s, bytes", o.quant.c_str()), quantised_bytes(read_config(model), o.quant));
+    return load_model(model, {o.quant, [&](size_t done, size_t) { progress.at(done); }});
+}
 
 inline void print_statistics(const Statistics& s, const Generation& g) {
     auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
@@ -3938,8 +3989,8 @@ struct Talk {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
-        require_memory(config, options);
-        model = load_model(folder);
+        require_memory(o, config, options);
+        model = load_with_progress(o, folder);
         session = std::make_unique<Session>(model, options);
     }
     std::vector<int> encode(const std::string& text, bool add_bos, const Options& o) const {
@@ -4096,8 +4147,8 @@ inline void command_logits(const Options& o) {
     unlimited.context = T;
     SessionOptions options = session_options(unlimited, c, T);
     options.chunk = std::min(o.chunk, T);
-    require_memory(c, options);
-    Model model = load_model(folder);
+    require_memory(o, c, options);
+    Model model = load_with_progress(o, folder);
     AtomicFile file(o.out);
     Session s(model, options);
     Taps taps;
@@ -4196,7 +4247,7 @@ inline void command_info(const Options& o) {
     Config c = read_config(folder);
     SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
     Bill b = make_bill(c, folder);
-    MemoryPlan plan = memory_plan(c, s);
+    MemoryPlan plan = memory_plan(o, c, s);
     if (o.json) return print_info_json(c, b, s, plan);
     uint64_t weights = 0;
     for (auto& [dtype, n] : b.bytes) weights += n;
@@ -4214,8 +4265,9 @@ inline void command_info(const Options& o) {
     std::printf(
         "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
         (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
-    std::printf("memory plan    --ctx %d: cache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
-                s.context, gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
+    std::string made = plan.weights ? text_of("--quant %s: weights %.3f GB + ", o.quant.c_str(), gigabytes(plan.weights)) : "";
+    std::printf("memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
+                s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
                 gigabytes(plan.available));
     std::printf("               weights are mapped from the files and need no memory of their own%s\n",
                 plan.fits() && plan.needed() + weights > plan.available && plan.available
@@ -4247,8 +4299,8 @@ inline void command_bench(const Options& o) {
     Options fitted = o;
     fitted.context = std::max(longest, 1);
     SessionOptions options = session_options(fitted, c, longest);
-    require_memory(c, options);
-    Model model = load_model(folder);
+    require_memory(o, c, options);
+    Model model = load_with_progress(o, folder);
     Session s(model, options);
     for (bool decode : {false, true}) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
@@ -4265,7 +4317,21 @@ inline void command_bench(const Options& o) {
     }
 }
 
-// -- C.8  main -----------------------------------------------------------------------------------
+// -- C.8  quantize -------------------------------------------------------------------------------
+
+void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
+                const std::function<void(uint64_t, uint64_t)>& progress);   // appendix E
+
+inline void command_quantize(const Options& o) {
+    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
+    fs::path source = model_path(o);
+    Model model = load_model(source);
+    Progress progress("writing", 100);
+    write_gguf(model, source, o.out, file_type(o.type),
+               [&](uint64_t done, uint64_t total) { progress.at(size_t(100 * done / std::max<uint64_t>(total, 1))); });
+}
+
+// -- C.9  main -----------------------------------------------------------------------------------
 
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
                              Options& o) {
@@ -4363,6 +4429,13 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
                                  "deepseek info --ctx 4096", o);
     info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
     info->callback([&o] { prepare(o), command_info(o); });
+
+    CLI::App* quantize = add_command(app, "quantize", "write the model as one GGUF file",
+                                     "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o);
+    quantize->add_option("-o,--out", o.out, "the file to write")->required();
+    quantize->add_option("--type", o.type, "format of the weights")->required()
+        ->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
+    quantize->callback([&o] { prepare(o), command_quantize(o); });
 
     CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
                                   "deepseek bench -p 128 -n 32 -r 3", o);
@@ -5086,4 +5159,773 @@ Sampling gguf_sampling(const fs::path& file) {
     s.min_p = g.keys.number("general.sampling.min_p", 0, 1, s.min_p);
     s.top_k = int(g.keys.integer("general.sampling.top_k", 0, MOST, s.top_k));
     return s;
+}
+
+// =================================================================================================
+// Appendix E. Quantising
+// =================================================================================================
+//
+// How few bits can hold a weight? A model of 8 billion weights in bf16 does not fit into 8 GB and reads 16 GB
+// for each token it says; with 4.5 bits a weight it does and reads 4.5. What is lost is the distance of each
+// weight to the nearest of the values that its block can say (2.3):
+//
+//      x ~ d scale_g q - m minimum_g       q: 4 bits;  scale, minimum: 6 bits for 32 weights;  d, m: f16 for 256
+//
+// So a block is chosen by least squares: the least sum of (x - value)^2. For given integers q the best scale
+// and minimum are a formula; for a given scale and minimum the best q is the nearest. Doing one after the
+// other never increases the error, and ends in a minimum that depends on where it began. Hence the three steps:
+// for each group a few beginnings, from a range that holds all of its weights to narrower ones that clip the
+// outermost; then integers for scale and minimum, and their neighbours, for the d and m they lead to; then the
+// best d and m for these integers.
+//
+// Not all matrices suffer alike. The usual mixture of the 4-bit formats gives six bits to the head, and, in
+// half of the layers, to what is added to the residual stream in the end: W^V and W_down.
+
+// -- E.1  e4m3: the nearest value, ties to even --------------------------------------------------
+
+// |f| beyond 448 becomes 448.
+inline uint8_t float_to_e4m3(float f) {
+    uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
+    bits &= 0x7FFFFFFF;
+    if (std::isnan(f)) return uint8_t(sign | 127);
+    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));        // below 2^-6
+    uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return uint8_t(sign | std::min(rounded, 126u));
+}
+
+// -- E.2  fit: what a group of weights is worth --------------------------------------------------
+
+struct Scheme {
+    int group, low, high;                // values that share scale and minimum; range of q
+    int scale_low, scale_high;           // range of the integer scales; 0: there are none
+};
+inline Scheme scheme_of(Dtype dtype) {
+    switch (dtype) {
+    case Dtype::Q4_0: return {32, -8, 7, 0, 0};
+    case Dtype::Q4_1: return {32, 0, 15, 0, 0};
+    case Dtype::Q5_0: return {32, -16, 15, 0, 0};
+    case Dtype::Q5_1: return {32, 0, 31, 0, 0};
+    case Dtype::Q8_0: return {32, -127, 127, 0, 0};
+    case Dtype::Q4_K: return {32, 0, 15, 0, 63};
+    case Dtype::Q5_K: return {32, 0, 31, 0, 63};
+    case Dtype::Q6_K: return {16, -32, 31, -128, 127};
+    default: CHECK(false, "%s cannot be written", format_of(dtype).name);
+    }
+}
+
+// x ~ scale q - minimum
+struct Fit {
+    float scale = 0, minimum = 0, error = std::numeric_limits<float>::infinity();
+};
+
+constexpr float TINY = std::numeric_limits<float>::min();
+
+// a . b over N numbers in eight lanes, each a chain of its own: one order, whatever the compiler does.
+template <int N> float dot_group(const float* a, const float* b) {
+    float lane[8] = {};
+    for (int i = 0; i < N; i += 8)
+#pragma omp simd
+        for (int j = 0; j < 8; j++) lane[j] += a[i + j] * b[i + j];
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+// The sum of (x - value)^2 with the nearest q, which are left in q.
+template <int N> float round_group(float* q, const float* x, float scale, float minimum, const Scheme& s) {
+    constexpr float TO_INTEGER = 0x1.8p23f;                              // adding it rounds, ties to even
+    float inverse = std::abs(scale) < TINY ? 0 : 1 / scale, low = float(s.low), high = float(s.high), e[N];
+#pragma omp simd
+    for (int i = 0; i < N; i++) {
+        float v = (x[i] + minimum) * inverse;
+        v = v < low ? low : v;
+        v = v > high ? high : v;
+        q[i] = (v + TO_INTEGER) - TO_INTEGER;
+        e[i] = x[i] - (scale * q[i] - minimum);
+    }
+    return dot_group<N>(e, e);
+}
+
+// The best scale and minimum for given q, of which the minimum may have to be positive.
+template <int N> Fit solve_group(const float* q, const float* x, bool minimums, bool positive) {
+    float ones[N], qq = dot_group<N>(q, q), xq = dot_group<N>(x, q);
+    Fit f;
+    f.scale = qq > 0 ? xq / qq : 0;
+    if (!minimums) return f;
+    std::fill_n(ones, N, 1.0f);
+    float q1 = dot_group<N>(q, ones), x1 = dot_group<N>(x, ones), determinant = N * qq - q1 * q1;
+    if (!(determinant > 0)) return f;
+    float scale = (N * xq - x1 * q1) / determinant, minimum = (scale * q1 - x1) / N;
+    if (minimum >= 0 || !positive) f.scale = scale, f.minimum = minimum;
+    return f;
+}
+
+constexpr int BEGINNINGS = 6, ROUNDS = 3;
+
+template <int N> Fit fit_group(const float* x, const Scheme& s, bool minimums) {
+    bool positive = minimums && s.scale_high > 0;
+    float top = *std::max_element(x, x + N), bottom = *std::min_element(x, x + N), q[N];
+    if (!minimums || positive) top = std::max(top, 0.0f), bottom = std::min(bottom, 0.0f);
+    float extreme = top > -bottom ? top : bottom;
+    Fit best;
+    for (int k = 0; k < BEGINNINGS; k++) {
+        float narrow = 1 - 0.025f * float(k);
+        Fit f{extreme * narrow / float(s.low), 0, 0};
+        if (minimums) f = {(top - bottom) * narrow / float(s.high), -bottom * narrow, 0};
+        for (int round = 0; round < ROUNDS; round++) {
+            f.error = round_group<N>(q, x, f.scale, f.minimum, s);
+            if (f.error < best.error) best = f;
+            f = solve_group<N>(q, x, minimums, positive);
+        }
+    }
+    return best;
+}
+
+// -- E.3  blocks ---------------------------------------------------------------------------------
+
+// A block as it is being chosen: its values as float, and how far they are from x.
+struct Draft {
+    float q[256] = {};
+    Block b{};                                   // d, m and the integer scales
+    double error = 0;
+};
+
+inline float f16_value(float f) { return f16_to_float(float_to_f16(f)); }
+
+// 32 weights with one scale.
+inline Draft draft_plain(const float* x, const Scheme& s, bool minimums) {
+    Draft z;
+    Fit f = fit_group<32>(x, s, minimums);
+    z.b.d = f16_value(f.scale), z.b.m = f16_value(-f.minimum);
+    std::fill_n(z.b.scale, 2, int16_t(1)), std::fill_n(z.b.minimum, 2, int16_t(minimums ? -1 : 0));
+    z.error = double(round_group<32>(z.q, x, z.b.d, -z.b.m, s));
+    return z;
+}
+
+// For given d and m: in each group the best of the integers next to what was fitted.
+template <int N> Draft draft_groups(const float* x, const Scheme& s, const Fit* fits, float d, float m) {
+    Draft z;
+    z.b.d = d, z.b.m = m;
+    auto near = [](float value, float unit) {
+        return unit == 0 ? 0 : int(std::nearbyint(std::clamp(value / unit, -1000.0f, 1000.0f)));
+    };
+    for (int g = 0; g < 256 / N; g++) {
+        float best = std::numeric_limits<float>::infinity(), q[N];
+        int tries = m == 0 ? 3 : 9;
+        for (int k = 0; k < tries; k++) {
+            int scale = std::clamp(near(fits[g].scale, d) + k % 3 - 1, s.scale_low, s.scale_high);
+            int minimum = m == 0 ? 0 : std::clamp(near(fits[g].minimum, m) + k / 3 - 1, 0, s.scale_high);
+            float error = round_group<N>(q, x + g * N, d * float(scale), m * float(minimum), s);
+            if (!(error < best)) continue;
+            best = error;
+            std::copy_n(q, N, z.q + g * N);
+            std::fill_n(z.b.scale + g * N / 16, N / 16, int16_t(scale));
+            std::fill_n(z.b.minimum + g * N / 16, N / 16, int16_t(minimum));
+        }
+        z.error += double(best);
+    }
+    return z;
+}
+
+// The best d and m for the integers of a block.
+inline Fit solve_block(const Draft& z, const float* x) {
+    double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
+    for (int i = 0; i < 256; i++) {
+        double a = double(z.b.scale[i / 16]) * double(z.q[i]), b = -double(z.b.minimum[i / 16]), v = double(x[i]);
+        aa += a * a, ab += a * b, bb += b * b, xa += v * a, xb += v * b;
+    }
+    double determinant = aa * bb - ab * ab;
+    Fit f;
+    f.scale = aa > 0 ? float(xa / aa) : 0;
+    if (!(determinant > 0)) return f;
+    double d = (xa * bb - xb * ab) / determinant, m = (xb * aa - xa * ab) / determinant;
+    if (m >= 0) f.scale = float(d), f.minimum = float(m);
+    return f;
+}
+
+template <int N> Draft draft_super(const float* x, const Scheme& s, bool minimums) {
+    Fit fits[256 / N], most;
+    for (int g = 0; g < 256 / N; g++) {
+        fits[g] = fit_group<N>(x + g * N, s, minimums);
+        if (std::abs(fits[g].scale) > std::abs(most.scale)) most.scale = fits[g].scale;
+        most.minimum = std::max(most.minimum, fits[g].minimum);
+    }
+    int widest = s.scale_low < 0 ? s.scale_low : s.scale_high;
+    Draft best = draft_groups<N>(x, s, fits, f16_value(most.scale / float(widest)),
+                                 f16_value(most.minimum / float(s.scale_high)));
+    for (int round = 0; round < 2; round++) {
+        Fit f = solve_block(best, x);
+        Draft next = draft_groups<N>(x, s, fits, f16_value(f.scale), f16_value(f.minimum));
+        if (!(next.error < best.error)) break;
+        best = next;
+    }
+    return best;
+}
+
+// The inverse of `unpack` in 2.3.
+inline void pack_plain(uint8_t* p, const Block& b, Dtype dtype) {
+    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimums = format_of(dtype).minimums;
+    int zero = minimums ? 0 : five ? 16 : 8;
+    uint16_t d = float_to_f16(b.d), m = float_to_f16(b.m);
+    uint32_t high = 0;
+    std::memcpy(p, &d, 2), p += 2;
+    if (dtype == Dtype::Q8_0) return void(std::memcpy(p, b.q, 32));
+    if (minimums) std::memcpy(p, &m, 2), p += 2;
+    for (int i = 0; i < 32; i++) high |= uint32_t((b.q[i] + zero) >> 4 & 1) << i;
+    if (five) std::memcpy(p, &high, 4), p += 4;
+    for (int i = 0; i < 16; i++) p[i] = uint8_t(((b.q[i] + zero) & 15) | ((b.q[i + 16] + zero) & 15) << 4);
+}
+
+inline void pack_q4_q5_k(uint8_t* p, const Block& b, bool five) {
+    uint16_t d[2] = {float_to_f16(b.d), float_to_f16(b.m)};
+    uint8_t *s = p + 4, *high = p + 16, *low = five ? p + 48 : p + 16;
+    std::memcpy(p, d, 4);
+    for (int j = 0; j < 4; j++) {
+        int scale = b.scale[2 * j], minimum = b.minimum[2 * j], scale4 = b.scale[2 * j + 8], minimum4 = b.minimum[2 * j + 8];
+        s[j] = uint8_t(scale | (scale4 >> 4) << 6), s[j + 4] = uint8_t(minimum | (minimum4 >> 4) << 6);
+        s[j + 8] = uint8_t((scale4 & 15) | (minimum4 & 15) << 4);
+    }
+    if (five) std::fill_n(high, 32, uint8_t(0));
+    for (int i = 0; i < 256; i++) {
+        uint8_t& byte = low[i / 64 * 32 + i % 32];
+        byte = uint8_t(i % 64 < 32 ? b.q[i] & 15 : byte | (b.q[i] & 15) << 4);
+        if (five) high[i % 32] = uint8_t(high[i % 32] | (b.q[i] >> 4 & 1) << (i / 32));
+    }
+}
+
+inline void pack_q6_k(uint8_t* p, const Block& b) {
+    uint16_t d = float_to_f16(b.d);
+    std::fill_n(p, 192, uint8_t(0));
+    for (int i = 0; i < 256; i++) {
+        int q = b.q[i] + 32;
+        uint8_t &low = p[i / 128 * 64 + i % 64], &high = p[128 + i / 128 * 32 + i % 32];
+        low = uint8_t(low | (q & 15) << (i % 128 / 64 * 4)), high = uint8_t(high | (q >> 4) << (i % 128 / 32 * 2));
+    }
+    for (int g = 0; g < 16; g++) p[192 + g] = uint8_t(b.scale[g]);
+    std::memcpy(p + 208, &d, 2);
+}
+
+// One block of x in a quantised dtype; false when that cannot say it. (No format reaches 1e9.)
+inline bool quantise_block(std::byte* out, const float* x, Dtype dtype) {
+    Scheme s = scheme_of(dtype);
+    int n = format_of(dtype).values;
+    bool minimums = format_of(dtype).minimums;
+    if (!std::all_of(x, x + n, [](float v) { return std::abs(v) < 1e9f; })) return false;
+    Draft z = s.scale_high == 0 ? draft_plain(x, s, minimums)
+              : s.group == 16   ? draft_super<16>(x, s, minimums) : draft_super<32>(x, s, minimums);
+    std::transform(z.q, z.q + n, z.b.q, [](float q) { return int8_t(q); });
+    uint8_t* p = reinterpret_cast<uint8_t*>(out);
+    if (s.scale_high == 0) pack_plain(p, z.b, dtype);
+    else if (dtype == Dtype::Q6_K) pack_q6_k(p, z.b);
+    else pack_q4_q5_k(p, z.b, dtype == Dtype::Q5_K);
+    return std::isfinite(z.b.d) && std::isfinite(z.b.m);
+}
+
+// -- E.4  matrices -------------------------------------------------------------------------------
+
+// x (n) in another dtype; false when that cannot say it.
+inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
+    const Format& f = format_of(dtype);
+    bool good = true;
+    for (int i = 0; i < n; i += f.values, out += f.bytes) {
+        if (quantised(dtype)) {
+            good &= quantise_block(out, x + i, dtype);
+            continue;
+        }
+        uint16_t half = dtype == Dtype::F32 ? 0 : dtype == Dtype::F16 ? float_to_f16(x[i]) : float_to_bf16(x[i]);
+        std::memcpy(out, dtype == Dtype::F32 ? static_cast<const void*>(x + i) : &half, size_t(f.bytes));
+        good &= std::isfinite(dtype == Dtype::F16 ? f16_to_float(half) : x[i]);
+    }
+    return good;
+}
+
+// Rows begin, begin + 1, ... of W as float.   out: (count, w.cols)
+inline std::vector<float> float_rows(const Matrix& w, int begin, int count) {
+    std::vector<float> out(size_t(count) * size_t(w.cols));
+    parallel_for(count, [&](int64_t i) {
+        Vector row(size_t(w.cols));
+        kernels.widen(row.data(), w, begin + int(i));
+        std::copy(row.begin(), row.end(), out.begin() + i * w.cols);
+    });
+    return out;
+}
+
+// out: the rows of x in `dtype`, on all cores.   x: (rows, cols)
+inline void narrow_rows(std::byte* out, const std::vector<float>& x, int cols, Dtype dtype,
+                        const std::string& name) {
+    size_t bytes = row_bytes(dtype, cols);
+    parallel_for(int64_t(x.size()) / cols, [&](int64_t r) {
+        if (!narrow_row(out + size_t(r) * bytes, x.data() + r * cols, cols, dtype))
+            fail("tensor '%s' holds values that %s cannot say", name.c_str(), format_of(dtype).name);
+    });
+}
+
+// One row of blocks of 128 x 128, each with the scale that makes its largest weight 448.   x: (128, cols)
+inline void narrow_e4m3(std::byte* out, std::byte* scale, const std::vector<float>& x, int cols) {
+    int rows = int(x.size() / size_t(cols));
+    parallel_for((cols + SCALE_BLOCK - 1) / SCALE_BLOCK, [&](int64_t block) {
+        int begin = int(block) * SCALE_BLOCK, end = std::min(cols, begin + SCALE_BLOCK);
+        auto at = [&](int r, int i) { return size_t(r) * size_t(cols) + size_t(i); };
+        float most = 0;
+        for (int r = 0; r < rows; r++)
+            for (int i = begin; i < end; i++) most = std::max(most, std::abs(x[at(r, i)]));
+        float s = most > 0 ? most / 448 : 1;
+        std::memcpy(scale + 4 * block, &s, 4);
+        for (int r = 0; r < rows; r++)
+            for (int i = begin; i < end; i++) out[at(r, i)] = std::byte(float_to_e4m3(x[at(r, i)] / s));
+    });
+}
+
+// -- E.5  which format for which matrix ----------------------------------------------------------
+
+struct FileType {
+    const char* name;
+    int number;                          // general.file_type; -1: not for GGUF files
+    Dtype dtype;
+    bool mixed;                          // six bits where it matters
+};
+inline constexpr FileType FILE_TYPES[] = {
+    {"f32", 0, Dtype::F32, false},     {"f16", 1, Dtype::F16, false},    {"bf16", 32, Dtype::BF16, false},
+    {"q8_0", 7, Dtype::Q8_0, false},   {"q6_k", 18, Dtype::Q6_K, false}, {"q5_k_m", 17, Dtype::Q5_K, true},
+    {"q4_k_m", 15, Dtype::Q4_K, true}, {"q5_1", 9, Dtype::Q5_1, false},  {"q5_0", 8, Dtype::Q5_0, false},
+    {"q4_1", 3, Dtype::Q4_1, false},   {"q4_0", 2, Dtype::Q4_0, false},  {"q4_k", -1, Dtype::Q4_K, true},
+    {"fp8", -1, Dtype::F8_E4M3, false}};
+
+const FileType& file_type(const std::string& name) {
+    for (const FileType& t : FILE_TYPES) if (name == t.name) return t;
+    fail("'%s' is no type of weights", Fields::printable(name).c_str());
+}
+
+// Layers at both ends, and every third between them.
+inline bool matters(int layer, int n) {
+    return layer < n / 8 || layer >= 7 * n / 8 || (layer - n / 8) % 3 == 2;
+}
+
+// `name` as in GGUF. Nothing for matrices that stay as they are: a gate decides by small differences.
+inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& name, int cols, const Config& c) {
+    auto [layer, rest] = split_layer(name, "blk.");
+    bool embedding = name == "token_embd.weight", head = name == "output.weight" || (c.tied && embedding);
+    if (rest == "ffn_gate_inp.weight") return {};
+    if (t.dtype == Dtype::F8_E4M3 && (embedding || head || rest == "nextn.eh_proj.weight")) return {};
+    bool last = rest == "attn_v.weight" || rest == "attn_kv_b.weight" || rest.starts_with("ffn_down");
+    bool six = head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
+    Dtype d = six ? Dtype::Q6_K : t.dtype;
+    auto fits = [&] { return cols % format_of(d).values == 0; };
+    if (!fits()) d = d == Dtype::Q4_K ? Dtype::Q5_0 : d == Dtype::Q5_K ? Dtype::Q5_1 : Dtype::Q8_0;
+    return fits() ? d : Dtype::F32;
+}
+
+// The file's pages of a matrix that is not needed again.
+inline void forget_pages(const Matrix& w) {
+    uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(w.data);
+    uintptr_t end = (begin + size_t(w.rows) * row_bytes(w.dtype, w.cols)) / page * page;
+    begin = (begin + page - 1) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+// W in the format that suits it. Without memory it only counts.
+Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
+    std::string name = name_in_gguf(ours);
+    std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
+    if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
+    size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * size_t((w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK);
+    size_t scale_rows = *dtype == Dtype::F8_E4M3 ? size_t((w.rows + SCALE_BLOCK - 1) / SCALE_BLOCK) : 0;
+    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes), *scale = arena.take<std::byte>(scale_rows * scales);
+    for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
+        Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
+        std::vector<float> x = float_rows(part, 0, part.rows);
+        std::byte* out = data + size_t(r) * bytes;
+        if (scale_rows) narrow_e4m3(out, scale + size_t(r / SCALE_BLOCK) * scales, x, w.cols);
+        else narrow_rows(out, x, w.cols, *dtype, name);
+        forget_pages(part);
+    }
+    if (data) progress(arena.used);
+    return {data, scale_rows ? scale : nullptr, *dtype, w.rows, w.cols, 0};
+}
+
+// -- E.6  a GGUF file from any model -------------------------------------------------------------
+
+// The keys of a file as they are written.
+struct GgufHead {
+    std::string bytes;
+    uint64_t count = 0;
+
+    template <class T> void raw(T value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); }
+    void string(std::string_view text) { raw(uint64_t(text.size())), bytes += text; }
+    void key(const std::string& name, GgufType type) { string(name), raw(type), count++; }
+    void u32(const std::string& name, int64_t v) { key(name, GgufType::U32), raw(uint32_t(v)); }
+    void f32(const std::string& name, double v) { key(name, GgufType::F32), raw(float(v)); }
+    void boolean(const std::string& name, bool v) { key(name, GgufType::BOOL), raw(uint8_t(v)); }
+    void text(const std::string& name, std::string_view v) { key(name, GgufType::STRING), string(v); }
+    void array(const std::string& name, GgufType type, size_t n) {
+        key(name, GgufType::ARRAY), raw(type), raw(uint64_t(n));
+    }
+    void texts(const std::string& name, const std::vector<std::string>& list) {
+        array(name, GgufType::STRING, list.size());
+        for (const std::string& item : list) string(item);
+    }
+};
+
+// What the keys cannot say must not be lost on the way.
+inline void require_tellable(const Config& c) {
+    const RopeConfig& r = c.rope;
+    if (c.moe_freq != 1) fail("%s: 'moe_layer_freq' has no place in a GGUF file", c.file.c_str());
+    if (r.scaling == Scaling::YARN && r.mscale != r.mscale_all_dim)
+        fail("%s: 'mscale' that is not 'mscale_all_dim' has no place in a GGUF file", c.file.c_str());
+    if (r.scaling == Scaling::LLAMA3 && (r.low_freq_factor != 1 || r.high_freq_factor != 4))
+        fail("%s: only Llama 3.1's 'low_freq_factor' 1 and 'high_freq_factor' 4 are supported in a GGUF file",
+             c.file.c_str());
+}
+
+inline void put_rope_keys(GgufHead& h, const std::string& p, const RopeConfig& r) {
+    h.f32(p + "rope.freq_base", r.theta);
+    if (r.scaling != Scaling::YARN) return;
+    h.text(p + "rope.scaling.type", "yarn");
+    h.f32(p + "rope.scaling.factor", r.factor);
+    h.u32(p + "rope.scaling.original_context_length", int64_t(r.original_context));
+    h.f32(p + "rope.scaling.yarn_beta_fast", r.beta_fast);
+    h.f32(p + "rope.scaling.yarn_beta_slow", r.beta_slow);
+    h.f32(p + "rope.scaling.yarn_log_multiplier", 0.1 * r.mscale_all_dim);
+}
+
+// The MLA keys speak of the absorbed form: one key head, as wide as a row of the cache.
+inline void put_mla_keys(GgufHead& h, const std::string& p, const Config& c) {
+    if (c.Rq) h.u32(p + "attention.q_lora_rank", c.Rq);
+    h.u32(p + "attention.kv_lora_rank", c.Rkv);
+    h.u32(p + "attention.head_count_kv", 1);
+    h.u32(p + "attention.key_length", c.Rkv + c.Dr);
+    h.u32(p + "attention.value_length", c.Rkv);
+    h.u32(p + "attention.key_length_mla", c.Dn + c.Dr);
+    h.u32(p + "attention.value_length_mla", c.Dv);
+    h.u32(p + "rope.dimension_count", c.Dr);
+    h.u32(p + "leading_dense_block_count", c.E ? c.first_dense : c.n_layers);
+    h.u32(p + "expert_feed_forward_length", c.E ? c.F : c.ffn_width);
+    h.u32(p + "expert_shared_count", c.n_shared);
+    if (c.E == 0) return;
+    bool grouped = c.gate != Gate::GREEDY && c.topk_group < c.n_group;   // else all groups are the best ones
+    h.u32(p + "expert_count", c.E);
+    h.u32(p + "expert_used_count", c.K);
+    h.u32(p + "expert_gating_func", c.sigmoid_affinity ? 2 : 1);
+    h.f32(p + "expert_weights_scale", c.routed_scale);
+    h.boolean(p + "expert_weights_norm", c.norm_topk);
+    h.u32(p + "expert_group_count", grouped ? c.n_group : 1);
+    h.u32(p + "expert_group_used_count", grouped ? c.topk_group : 1);
+}
+
+inline std::string gguf_architecture(const Config& c) { return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama"; }
+
+inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) {
+    std::string arch = gguf_architecture(c), p = arch + ".";
+    h.text("general.architecture", arch);
+    h.text("general.type", "model");
+    h.u32("general.file_type", type.number);
+    h.u32("general.quantization_version", 2);
+    h.u32(p + "block_count", c.n_layers + c.n_mtp);
+    if (c.n_mtp) h.u32(p + "nextn_predict_layers", c.n_mtp);
+    h.u32(p + "context_length", c.max_context);
+    h.u32(p + "embedding_length", c.D);
+    h.u32(p + "feed_forward_length", c.ffn_width);
+    h.u32(p + "vocab_size", c.V);
+    h.u32(p + "attention.head_count", c.H);
+    h.f32(p + "attention.layer_norm_rms_epsilon", c.eps);
+    put_rope_keys(h, p, c.rope);
+    if (c.mla()) return put_mla_keys(h, p, c);
+    h.u32(p + "attention.head_count_kv", c.G);
+    h.u32(p + "attention.key_length", c.head_dim);
+    h.u32(p + "attention.value_length", c.head_dim);
+    h.u32(p + "rope.dimension_count", c.head_dim);
+}
+
+// -- E.7  the vocabulary of a folder -------------------------------------------------------------
+
+// A regex without the backslashes that change nothing, so that two spellings of it compare equal.
+inline std::string plain_regex(std::string_view regex) {
+    std::string out;
+    for (size_t i = 0; i < regex.size(); i++) {
+        char c = regex[i], next = i + 1 < regex.size() ? regex[i + 1] : 'x';
+        if (c != '\\') out += c;
+        else if (next == 'r' || next == 'n') out += next == 'r' ? '\r' : '\n', i++;
+        else if (!std::ispunct(uint8_t(next))) out += c;
+    }
+    return out;
+}
+
+inline void collect_regexes(const Fields& step, std::vector<std::string>& out) {
+    std::string type = step.text("type");
+    simdjson::dom::array steps;
+    if (type == "Split") out.push_back(plain_regex(Fields(step.get("pattern"), step.where()).text("Regex")));
+    if (type == "Digits") out.push_back("\\p{N}");
+    if (type != "Sequence") return;
+    if (step.get("pretokenizers").get(steps)) fail("%s: 'pretokenizers' is not a list", step.where().c_str());
+    for (Json s : steps) collect_regexes(Fields(s, step.where()), out);
+}
+
+// The name under which llama.cpp knows what tokenizer.json asks for.
+inline std::string name_pre_tokenizer(const Fields& root, bool ignore_merges) {
+    std::vector<std::string> found, known;
+    collect_regexes(Fields(root.get("pre_tokenizer"), root.where() + ": pre_tokenizer"), found);
+    bool nfc = root.has("normalizer") && simdjson::minify(root.get("normalizer")).find("\"NFC\"") != std::string::npos;
+    for (const PreTokenizer& p : pre_tokenizers()) {
+        known.clear();
+        for (const std::string& regex : p.regexes) known.push_back(plain_regex(regex));
+        if (found == known && nfc == p.nfc && ignore_merges == p.ignore_merges) return p.name;
+    }
+    fail("%s: its pre_tokenizer has no name in GGUF files", root.where().c_str());
+}
+
+inline void put_added_tokens(Vocabulary& v, const Fields& root) {
+    simdjson::dom::array added;
+    if (!root.has("added_tokens")) return;
+    if (root.get("added_tokens").get(added)) fail("%s: 'added_tokens' is not a list", root.where().c_str());
+    for (Json item : added) {
+        Fields f(item, root.where() + ": added_tokens");
+        std::string token = f.text("content");
+        bool mark = (token.starts_with("<｜") && token.ends_with("｜>")) || (token.starts_with("<|") && token.ends_with("|>"));
+        size_t id = size_t(f.integer("id", 0, int64_t(v.tokens.size()) - 1));
+        v.tokens[id] = token, v.types[id] = mark || f.boolean("special", false) ? CONTROL : USER_DEFINED;
+    }
+}
+
+inline void put_merges(Vocabulary& v, const Fields& model) {
+    simdjson::dom::array merges, pair;
+    if (model.get("merges").get(merges)) fail("%s: 'merges' is not a list", model.where().c_str());
+    for (Json item : merges) {
+        std::string_view left, right;
+        if (!item.get(left)) v.merges.emplace_back(left);              // "left right"
+        else if (!item.get(pair) && pair.size() == 2 && !pair.at(0).get(left) && !pair.at(1).get(right))
+            v.merges.push_back(std::string(left) + " " + std::string(right));
+        else fail("%s: 'merges' holds something that is no pair", model.where().c_str());
+    }
+}
+
+inline std::string folder_template(const fs::path& folder) {
+    fs::path jinja = folder / "chat_template.jinja", config = folder / "tokenizer_config.json";
+    if (fs::exists(jinja)) return read_file(jinja);
+    if (!fs::exists(config)) return "";
+    tokenizer_detail::Document document(read_file(config), config.string());   // knows odd numbers
+    Fields f(document.root.value, config.string());
+    return f.has("chat_template") && f.get("chat_template").is_string() ? f.text("chat_template") : "";
+}
+
+Vocabulary folder_vocabulary(const fs::path& folder, int V) {
+    std::string file = (folder / "tokenizer.json").string();
+    Document document(read_json_file(file), file);
+    Fields root(document.root, file), model(root.get("model"), file + ": model");
+    Fields vocab(model.get("vocab"), file + ": vocab");
+    Tokenizer tokenizer = Tokenizer::load(folder.string());
+    Vocabulary v;
+    v.types.assign(size_t(V), UNUSED);
+    for (int id = 0; id < V; id++) v.tokens.push_back("[PAD" + std::to_string(id) + "]");
+    for (auto& [token, value] : vocab.all()) {
+        size_t id = size_t(vocab.integer(token.c_str(), 0, V - 1));
+        v.tokens[id] = token, v.types[id] = NORMAL;
+    }
+    put_added_tokens(v, root);
+    put_merges(v, model);
+    v.pre = name_pre_tokenizer(root, model.boolean("ignore_merges", false));
+    v.bos = tokenizer.bos, v.eos = tokenizer.eos, v.add_bos = tokenizer.add_bos;
+    v.chat_template = folder_template(folder);
+    return v;
+}
+
+// A folder without a tokenizer gives a file without one.
+inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
+    if (!is_gguf(model) && !fs::exists(model / "tokenizer.json")) return h.text("tokenizer.ggml.model", "none");
+    Vocabulary v = is_gguf(model) ? gguf_vocabulary(open_gguf(model).keys) : folder_vocabulary(model, V);
+    h.text("tokenizer.ggml.model", "gpt2");
+    h.text("tokenizer.ggml.pre", v.pre);
+    h.texts("tokenizer.ggml.tokens", v.tokens);
+    h.array("tokenizer.ggml.token_type", GgufType::I32, v.types.size());
+    for (int64_t type : v.types) h.raw(int32_t(type));
+    h.texts("tokenizer.ggml.merges", v.merges);
+    if (v.bos >= 0) h.u32("tokenizer.ggml.bos_token_id", v.bos);
+    if (v.eos >= 0) h.u32("tokenizer.ggml.eos_token_id", v.eos);
+    h.boolean("tokenizer.ggml.add_bos_token", v.add_bos);
+    if (!v.chat_template.empty()) h.text("tokenizer.chat_template", v.chat_template);
+}
+
+// -- E.8  the tensors of a model -----------------------------------------------------------------
+
+enum class Order : uint8_t { PLAIN, PAIRS, TRANSPOSED };
+
+// One tensor of the file: a vector, a matrix, or a stack of matrices (experts, heads).
+struct GgufTensor {
+    std::string name;
+    Dtype dtype;
+    std::vector<Matrix> parts;
+    int axes;                            // 1: a vector, 2: a matrix, 3: a stack
+    Order order = Order::PLAIN;
+    int head = 0;                        // PAIRS: rows of a head
+
+    int rows() const { return order == Order::TRANSPOSED ? parts[0].cols : parts[0].rows; }
+    int cols() const { return order == Order::TRANSPOSED ? parts[0].rows : parts[0].cols; }
+    uint64_t bytes() const { return uint64_t(parts.size()) * uint64_t(rows()) * row_bytes(dtype, cols()); }
+};
+
+class GgufTensors {
+public:
+    GgufTensors(const Model& m, const FileType& type) : m_(m), c_(m.config), type_(type) {
+        matrix("token_embd.weight", m.embed);
+        vector("output_norm.weight", m.norm);
+        if (!c_.tied) matrix("output.weight", m.head);
+        if (c_.rope.scaling == Scaling::LLAMA3) divisors();
+        for (int l = 0; l < c_.n_layers; l++) layer(l, m.layers[size_t(l)]);
+        if (c_.n_mtp) mtp(m.mtp[0]);
+    }
+    std::vector<GgufTensor> list;
+
+private:
+    const Model& m_;
+    const Config& c_;
+    const FileType& type_;
+    Vector divisors_;
+
+    void stack(const std::string& name, std::vector<Matrix> parts, Order order, int head = 0) {
+        GgufTensor t{name, Dtype::F32, std::move(parts), 3, order, head};
+        t.dtype = target_dtype(type_, name, t.cols(), c_).value_or(Dtype::F32);
+        list.push_back(std::move(t));
+    }
+    void matrix(const std::string& name, const Matrix& w, Order order = Order::PLAIN, int head = 0) {
+        stack(name, {w}, order, head);
+        list.back().axes = 2;
+    }
+    void vector(const std::string& name, const Vector& v) {
+        list.push_back({name, Dtype::F32, {real_matrix(v.data(), 1, int(v.size()))}, 1});
+    }
+    // Of Llama 3.1's scaling only its effect is kept: by what to divide each frequency.
+    void divisors() {
+        RopeConfig plain = c_.rope;
+        plain.scaling = Scaling::NONE;
+        Rope without = make_rope(plain, c_.rope_dim());
+        for (size_t i = 0; i < without.frequency.size(); i++)
+            divisors_.push_back(real(without.frequency[i] / m_.rope.frequency[i]));
+        vector("rope_freqs.weight", divisors_);
+    }
+    void mlp(const std::string& p, const char* suffix, const Mlp& w) {
+        matrix(p + "ffn_gate" + suffix, w.w_gate);
+        matrix(p + "ffn_up" + suffix, w.w_up);
+        matrix(p + "ffn_down" + suffix, w.w_down);
+    }
+    void gqa(const std::string& p, const Gqa& w) {
+        Order order = c_.qkv_bias || c_.pair_order ? Order::PLAIN : Order::PAIRS;
+        matrix(p + "attn_q.weight", w.wq, order, c_.head_dim);
+        matrix(p + "attn_k.weight", w.wk, order, c_.head_dim);
+        matrix(p + "attn_v.weight", w.wv);
+        matrix(p + "attn_output.weight", w.wo);
+        if (!c_.qkv_bias) return;
+        vector(p + "attn_q.bias", w.bq), vector(p + "attn_k.bias", w.bk), vector(p + "attn_v.bias", w.bv);
+    }
+    void mla(const std::string& p, const Mla& w) {
+        if (c_.Rq) {
+            matrix(p + "attn_q_a.weight", w.wq_a);
+            vector(p + "attn_q_a_norm.weight", w.q_norm);
+            matrix(p + "attn_q_b.weight", w.wq_b);
+        } else {
+            matrix(p + "attn_q.weight", w.wq);
+        }
+        matrix(p + "attn_kv_a_mqa.weight", w.wkv_a);
+        vector(p + "attn_kv_a_norm.weight", w.kv_norm);
+        bool flip = w.wk_b_t.empty();
+        stack(p + "attn_k_b.weight", flip ? w.wk_b : w.wk_b_t, flip ? Order::TRANSPOSED : Order::PLAIN);
+        stack(p + "attn_v_b.weight", w.wv_b, Order::PLAIN);
+        matrix(p + "attn_output.weight", w.wo);
+    }
+    void moe(const std::string& p, const Moe& w) {
+        std::vector<Matrix> gate, up, down;
+        for (const Mlp& e : w.experts) gate.push_back(e.w_gate), up.push_back(e.w_up), down.push_back(e.w_down);
+        matrix(p + "ffn_gate_inp.weight", w.gate_w);
+        if (!w.gate_bias.empty()) vector(p + "exp_probs_b.bias", w.gate_bias);
+        stack(p + "ffn_gate_exps.weight", gate, Order::PLAIN);
+        stack(p + "ffn_up_exps.weight", up, Order::PLAIN);
+        stack(p + "ffn_down_exps.weight", down, Order::PLAIN);
+        if (c_.n_shared) mlp(p, "_shexp.weight", w.shared);
+    }
+    void layer(int l, const Layer& w) {
+        std::string p = text_of("blk.%d.", l);
+        vector(p + "attn_norm.weight", w.attn_norm);
+        if (c_.mla()) mla(p, w.mla);
+        else gqa(p, w.gqa);
+        vector(p + "ffn_norm.weight", w.ffn_norm);
+        if (c_.is_moe(l)) moe(p, w.moe);
+        else mlp(p, ".weight", w.mlp);
+    }
+    void mtp(const Mtp& w) {
+        std::string p = text_of("blk.%d.nextn.", c_.n_layers);
+        layer(c_.n_layers, w.layer);
+        vector(p + "enorm.weight", w.enorm), vector(p + "hnorm.weight", w.hnorm);
+        vector(p + "shared_head_norm.weight", w.norm);
+        matrix(p + "eh_proj.weight", w.proj);
+    }
+};
+
+// -- E.9  write_gguf -----------------------------------------------------------------------------
+
+// Rows begin, begin + 1, ... of a part, in the order of the file. PAIRS: whole heads.
+inline std::vector<float> ordered_rows(const GgufTensor& t, const Matrix& part, int begin, int count) {
+    size_t cols = size_t(t.cols());
+    if (t.order == Order::PLAIN) return float_rows(part, begin, count);
+    std::vector<float> x = float_rows(part, t.order == Order::PAIRS ? begin : 0,
+                                      t.order == Order::PAIRS ? count : part.rows);
+    std::vector<float> out(size_t(count) * cols);
+    parallel_for(count, [&](int64_t r) {
+        int64_t i = r % std::max(t.head, 1), from = r - i + i % 2 * (t.head / 2) + i / 2;   // x0 x_d/2 x1 ...
+        for (size_t c = 0; c < cols; c++)
+            out[size_t(r) * cols + c] = t.order == Order::PAIRS ? x[size_t(from) * cols + c]
+                                                                : x[c * size_t(part.cols) + size_t(begin + r)];
+    });
+    return out;
+}
+
+inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part) {
+    constexpr int AT_ONCE = 1024;
+    int step = t.order == Order::PLAIN ? AT_ONCE : t.order == Order::PAIRS ? t.head : t.rows();
+    for (int begin = 0; begin < t.rows() && !interrupted; begin += step) {
+        int count = std::min(step, t.rows() - begin);
+        std::vector<std::byte> out(size_t(count) * row_bytes(t.dtype, t.cols()));
+        if (part.dtype == t.dtype && t.order == Order::PLAIN && !part.stride)
+            std::memcpy(out.data(), part.row(begin), out.size());            // what is there is not rounded again
+        else narrow_rows(out.data(), ordered_rows(t, part, begin, count), t.cols(), t.dtype, t.name);
+        file.write(out.data(), out.size());
+        if (t.order == Order::PLAIN && t.axes > 1) forget_pages(part.view(begin, count));
+    }
+}
+
+constexpr uint64_t GGUF_ALIGNMENT = 32;
+
+inline std::string gguf_padding(uint64_t bytes) { return std::string(size_t(-bytes % GGUF_ALIGNMENT), '\0'); }
+
+// Everything before the data. Returns the bytes of the data.
+inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys, const std::vector<GgufTensor>& tensors) {
+    GgufHead h;
+    uint64_t total = 0;
+    h.bytes = "GGUF", h.raw(uint32_t(3)), h.raw(uint64_t(tensors.size())), h.raw(keys.count);
+    h.bytes += keys.bytes;
+    for (const GgufTensor& t : tensors) {
+        uint64_t axes[] = {uint64_t(t.cols()), uint64_t(t.rows()), uint64_t(t.parts.size())};
+        h.string(t.name), h.raw(uint32_t(t.axes));
+        for (int i = 0; i < t.axes; i++) h.raw(axes[i]);
+        h.raw(uint32_t(format_of(t.dtype).ggml_type)), h.raw(total);
+        total += t.bytes() + gguf_padding(t.bytes()).size();
+    }
+    h.bytes += gguf_padding(h.bytes.size());
+    file.write(h.bytes.data(), h.bytes.size());
+    return total;
+}
+
+// `source` is where the model came from, for its vocabulary.
+void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
+                const std::function<void(uint64_t, uint64_t)>& progress) {
+    require_tellable(m.config);
+    AtomicFile file(out);
+    GgufHead keys;
+    put_config_keys(keys, m.config, type);
+    put_vocabulary_keys(keys, source, m.config.V);
+    GgufTensors tensors(m, type);
+    uint64_t total = write_gguf_head(file, keys, tensors.list), done = 0;
+    for (const GgufTensor& t : tensors.list) {
+        for (const Matrix& part : t.parts) write_part(file, t, part);
+        std::string padding = gguf_padding(t.bytes());
+        file.write(padding.data(), padding.size());
+        if (interrupted) fail("interrupted; %s not written", out.c_str());
+        progress(done += t.bytes(), total);
+    }
+    file.commit();
 }
