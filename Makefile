@@ -12,7 +12,6 @@ CXXFLAGS ?= -O2
 STRICT   := -std=c++20 -ffp-contract=off -fopenmp -Wall -Wextra -Wpedantic -Werror
 LIBS     := -lsimdjson -lpcre2-8 -lutf8proc
 GTEST    := -lgtest -lgtest_main -pthread
-SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 JOBS      := $(shell nproc 2>/dev/null || echo 2)
 ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
@@ -57,7 +56,7 @@ define packages
 @mkdir -p $(@D)
 @if ! { $(3) ; } >$@.log 2>&1; then \
 	if ! command -v apt-get >/dev/null; then \
-		echo "$(1) needs $(4)."; \
+		echo "$(1) needs $(strip $(4))."; \
 		echo "There is no apt-get here to install it with: install it in this system's way, then run make again."; \
 		exit 1; \
 	fi; \
@@ -66,7 +65,7 @@ define packages
 	if ! { $(APT) update && $(APT) install -y --no-install-recommends $$missing; } >$@.log 2>&1; then \
 		cat $@.log; echo "They could not be installed."; exit 1; \
 	fi; \
-	if ! { $(3) ; } >$@.log 2>&1; then cat $@.log; echo "$(1) needs $(4)."; exit 1; fi; \
+	if ! { $(3) ; } >$@.log 2>&1; then cat $@.log; echo "$(1) needs $(strip $(4))."; exit 1; fi; \
 fi
 @touch $@
 endef
@@ -112,26 +111,68 @@ build/flags: always
 deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
 
-build/deepseek-clang: deepseek.cpp build/flags | build/have-test
+TEST_FLAGS     := $(CXXFLAGS) -I.
+SANITIZE       := -O1 -g -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_TARGETS   := safetensors index config tokenizer_json messages
+SECONDS_EACH   ?= 300
+FUZZING         = -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048 -dict=tests/fuzz/words.dict \
+	-max_len=$$([ $$target = tokenizer_json ] && echo 16384 || echo 4096) -print_final_stats=1
+
+build/compilers/deepseek-clang: deepseek.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)
+build/compilers/deepseek-gcc: deepseek
+	@mkdir -p $(@D); cp $< $@
 build/unit: tests/unit/unit.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
 build/golden: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
 build/golden-double: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+build/replay: tests/fuzz/replay.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(TEST_FLAGS),$<)
+
+build/asan/deepseek: deepseek.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<)
+build/asan/unit: tests/unit/unit.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
+build/asan/golden: tests/golden/golden.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
+build/asan/replay: tests/fuzz/replay.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<)
+
+$(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
+	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer,$<)
 
 -include $(wildcard build/deps/*.d)
 
 # -- tests -----------------------------------------------------------------------------------------------
+#
+# The programs are built side by side, then tests/run runs the suites of its list one after the other.
 
-TEST_PROGRAMS := deepseek build/deepseek-clang
+TEST_PROGRAMS := deepseek $(addprefix build/,unit golden golden-double replay compilers/deepseek-clang \
+	compilers/deepseek-gcc)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
+asan: $(addprefix build/asan/,deepseek unit golden replay) build/golden-double
+	@tests/run --asan
+
+fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)
+	@for target in $(FUZZ_TARGETS); do \
+		echo "fuzzing $$target for $(SECONDS_EACH) seconds"; \
+		mkdir -p build/fuzz/corpus/$$target; \
+		build/fuzz/$$target $(FUZZING) -artifact_prefix=build/fuzz/find-$$target- \
+			build/fuzz/corpus/$$target tests/fuzz/corpus/$$target >build/fuzz/$$target.log 2>&1 || \
+			{ tail -40 build/fuzz/$$target.log; exit 1; }; \
+		grep "number_of_executed_units" build/fuzz/$$target.log; \
+	done
+
 style: | build/have-style
 	@tests/style.py
+
+golden:
+	python3 tests/golden/make_golden.py
 
 bench: deepseek
 	./deepseek bench
