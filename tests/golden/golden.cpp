@@ -314,15 +314,12 @@ fs::path yardstick_file(const std::string& name, MlaForm form) {
     return build_folder() / "golden-yardstick" / (name + "." + form_name(form) + ".safetensors");
 }
 
-bool yardsticks_are_fresh() {
+bool is_fresh(const fs::path& yardstick, const std::string& name) {
+    if (!fs::exists(yardstick)) return false;
     fs::path program = build_folder() / "golden-double";
-    for (const std::string& name : all_names()) {
-        fs::path file = yardstick_file(name, MlaForm::ABSORBED);
-        if (!fs::exists(file) || fs::last_write_time(file) < fs::last_write_time(golden_file(name)) ||
-            (fs::exists(program) && fs::last_write_time(file) < fs::last_write_time(program)))
-            return false;
-    }
-    return true;
+    auto made = fs::last_write_time(yardstick);
+    return made >= fs::last_write_time(golden_file(name)) &&
+           (!fs::exists(program) || made >= fs::last_write_time(program));
 }
 
 // Once, with the other program.
@@ -351,8 +348,9 @@ void check_double(const std::string& name, const Golden& golden, const Results& 
 }
 
 void check_float(const std::string& name, const Golden& golden, const Results& ours, MlaForm form) {
-    if (!yardsticks_are_fresh()) make_yardsticks();
-    Results yardstick = read_results(yardstick_file(name, form));
+    fs::path file = yardstick_file(name, form);
+    if (!is_fresh(file, name)) make_yardsticks();
+    Results yardstick = read_results(file);
     auto limit_of = [&](const Values& v, const Values& g) -> Limit {
         const Values* d = find(yardstick, g.name);
         double R = error_of(golden, g);
