@@ -47,7 +47,8 @@ run: deepseek
 # -- packages --------------------------------------------------------------------------------------------
 #
 # $(call packages,PURPOSE,DEBIAN PACKAGES,PROBE,NAMES): if the shell command PROBE fails, installs what is
-# missing of DEBIAN PACKAGES, or, where there is no apt-get, says what to install. The target is a stamp.
+# missing of DEBIAN PACKAGES, one target at a time, or, where there is no apt-get, says what to install. The
+# target is a stamp.
 
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 APT  := $(ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
@@ -60,6 +61,7 @@ define packages
 		echo "There is no apt-get here to install it with: install it in this system's way, then run make again."; \
 		exit 1; \
 	fi; \
+	exec 9>build/apt.lock; flock 9; \
 	missing=$$(for p in $(2); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	echo "Installing Debian packages, as $(1) needs them:" $$missing; \
 	if ! { $(APT) update && $(APT) install -y --no-install-recommends $$missing; } >$@.log 2>&1; then \
