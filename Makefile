@@ -174,6 +174,7 @@ style: | build/have-style
 	@tests/style.py
 
 golden:
+	@python3 -c "import numpy" || { echo "make golden needs Python with numpy; make test does not."; exit 1; }
 	python3 tests/golden/make_golden.py
 
 bench: deepseek
