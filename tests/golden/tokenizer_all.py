@@ -9,9 +9,9 @@ A FOLDER holds a model folder for each tokenizer (of several, the first that has
     NAME.decode.jsonl   {"tag", "ids", "text"}        decoding, special tokens kept
     templates.jsonl     {"template": NAME, "messages", "tools", "add_generation_prompt", "text", "ids"}
 
-Run by hand, as the tokenizers are too big to ship; tests/golden/tokenizer has cut ones. Lines tagged unicode16
-have characters that Unicode 15.0 to 16.0 assigned. PCRE2's tables may be older: then it takes such a character
-for unassigned, neither a letter nor a sign, and cuts differently. Those answers are counted apart.
+Run by hand, as whole tokenizers are too big to ship; tests/golden/tokenizer has cut ones. Lines tagged
+unicode16 have characters that Unicode 15.0 to 16.0 assigned. PCRE2's tables may be older: then it takes such
+a character for unassigned, neither a letter nor a sign, and cuts differently. These are counted apart.
 """
 import collections
 import json
@@ -59,8 +59,8 @@ class Counts:
 
     def show(self):
         for what in sorted(self.right | self.wrong | self.apart):
-            apart = f", {self.apart[what]} with characters newer than PCRE2's tables" if self.apart[what] else ""
-            print(f"{what:32} {self.right[what]:4} right, {self.wrong[what]} wrong{apart}")
+            print(f"{what:32} {self.right[what]:4} right, {self.wrong[what]} wrong", end="")
+            print(f", {self.apart[what]} newer than PCRE2's Unicode tables" if self.apart[what] else "")
 
 
 def check_tokenizer(counts, deepseek, folder, name, golden):
