@@ -9,10 +9,11 @@
 CXX      ?= g++
 CLANGXX  ?= clang++
 CXXFLAGS ?= -O2
-STRICT   := -std=c++20 -ffp-contract=off -fopenmp -Wall -Wextra -Wpedantic -Werror
+STRICT   := -std=c++20 -ffp-contract=off -fopenmp-simd -pthread -Wall -Wextra -Wpedantic -Werror
+# The kernels' small loops over registers must be unrolled: clang does it at -O2, g++ with this.
+TUNE      = $(if $(findstring clang,$(1)),,-fpeel-loops)
 LIBS     := -lsimdjson -lpcre2-8 -lutf8proc
 GTEST    := -lgtest -lgtest_main -pthread
-SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 JOBS      := $(shell nproc 2>/dev/null || echo 2)
 ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
@@ -48,7 +49,8 @@ run: deepseek
 # -- packages --------------------------------------------------------------------------------------------
 #
 # $(call packages,PURPOSE,DEBIAN PACKAGES,PROBE,NAMES): if the shell command PROBE fails, installs what is
-# missing of DEBIAN PACKAGES, or, where there is no apt-get, says what to install. The target is a stamp.
+# missing of DEBIAN PACKAGES, one target at a time, or, where there is no apt-get, says what to install. The
+# target is a stamp.
 
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 APT  := $(ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
@@ -57,36 +59,37 @@ define packages
 @mkdir -p $(@D)
 @if ! { $(3) ; } >$@.log 2>&1; then \
 	if ! command -v apt-get >/dev/null; then \
-		echo "$(1) needs $(4)."; \
+		echo "$(1) needs $(strip $(4))."; \
 		echo "There is no apt-get here to install it with: install it in this system's way, then run make again."; \
 		exit 1; \
 	fi; \
+	exec 9>build/apt.lock; flock 9; \
 	missing=$$(for p in $(2); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	echo "Installing Debian packages, as $(1) needs them:" $$missing; \
 	if ! { $(APT) update && $(APT) install -y --no-install-recommends $$missing; } >$@.log 2>&1; then \
 		cat $@.log; echo "They could not be installed."; exit 1; \
 	fi; \
-	if ! { $(3) ; } >$@.log 2>&1; then cat $@.log; echo "$(1) needs $(4)."; exit 1; fi; \
+	if ! { $(3) ; } >$@.log 2>&1; then cat $@.log; echo "$(1) needs $(strip $(4))."; exit 1; fi; \
 fi
 @touch $@
 endef
 
-includes = printf '\#include <%s>\n' $(1) | $(CXX) -std=c++20 -fopenmp -E -x c++ - -o /dev/null
+includes = printf '\#include <%s>\n' $(1) | $(CXX) -std=c++20 -E -x c++ - -o /dev/null
 
 build/have-run:
 	$(call packages,the program,g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev,\
-		$(call includes,omp.h simdjson.h utf8proc.h CLI/CLI.hpp) && \
+		$(call includes,simdjson.h utf8proc.h CLI/CLI.hpp) && \
 		printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <pcre2.h>\n' | $(CXX) -E -x c++ - -o /dev/null,\
-		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
+		a C++20 compiler$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
 
 build/have-test: | build/have-run
-	$(call packages,make test,libgtest-dev clang libomp-dev libclang-rt-dev python3 curl,\
+	$(call packages,make test,libgtest-dev clang libclang-rt-dev python3 curl,\
 		$(call includes,gtest/gtest.h) && python3 --version && curl --version && \
-		echo 'int main() {}' | $(CLANGXX) -fopenmp -fsanitize=address -x c++ - -o /dev/null,\
-		GoogleTest$(comma) clang++ with OpenMP and its sanitizers$(comma) Python 3 and curl)
+		echo 'int main() {}' | $(CLANGXX) -fsanitize=address -x c++ - -o /dev/null,\
+		GoogleTest$(comma) clang++ with its sanitizers$(comma) Python 3 and curl)
 
 build/have-style: | build/have-run
-	$(call packages,make style,clang-tidy libomp-dev python3 git,\
+	$(call packages,make style,clang-tidy python3 git,\
 		clang-tidy --version && python3 --version && git --version,clang-tidy$(comma) Python 3 and git)
 
 build/have-fetch:
@@ -103,7 +106,7 @@ compile = @echo "compiling $@"; mkdir -p $(@D) build/deps;
 else
 compile = mkdir -p $(@D) build/deps;
 endif
-compile += $(1) $(STRICT) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@ $(LIBS) $(4)
+compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@ $(LIBS) $(4)
 
 FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT)
 build/flags: always
@@ -112,26 +115,69 @@ build/flags: always
 deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
 
-build/deepseek-clang: deepseek.cpp build/flags | build/have-test
+TEST_FLAGS     := $(CXXFLAGS) -I.
+SANITIZE       := -O1 -g -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_TARGETS   := safetensors index config tokenizer_json messages
+SECONDS_EACH   ?= 300
+FUZZING         = -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048 -dict=tests/fuzz/words.dict \
+	-max_len=$$([ $$target = tokenizer_json ] && echo 16384 || echo 4096) -print_final_stats=1
+
+build/compilers/deepseek-clang: deepseek.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)
+build/compilers/deepseek-gcc: deepseek
+	@mkdir -p $(@D); cp $< $@
 build/unit: tests/unit/unit.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
 build/golden: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS),$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
 build/golden-double: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(CXXFLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+	$(call compile,$(CXX),$(TEST_FLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+build/replay: tests/fuzz/replay.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(TEST_FLAGS),$<)
+
+build/asan/deepseek: deepseek.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<)
+build/asan/unit: tests/unit/unit.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
+build/asan/golden: tests/golden/golden.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
+build/asan/replay: tests/fuzz/replay.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE),$<)
+
+$(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
+	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer,$<)
 
 -include $(wildcard build/deps/*.d)
 
 # -- tests -----------------------------------------------------------------------------------------------
+#
+# The programs are built side by side, then tests/run runs the suites of its list one after the other.
 
-TEST_PROGRAMS := deepseek build/deepseek-clang
+TEST_PROGRAMS := deepseek $(addprefix build/,unit golden golden-double replay compilers/deepseek-clang \
+	compilers/deepseek-gcc)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
+asan: $(addprefix build/asan/,deepseek unit golden replay) build/golden-double
+	@tests/run --asan
+
+fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)
+	@for target in $(FUZZ_TARGETS); do \
+		echo "fuzzing $$target for $(SECONDS_EACH) seconds"; \
+		mkdir -p build/fuzz/corpus/$$target; \
+		build/fuzz/$$target $(FUZZING) -artifact_prefix=build/fuzz/find-$$target- \
+			build/fuzz/corpus/$$target tests/fuzz/corpus/$$target >build/fuzz/$$target.log 2>&1 || \
+			{ tail -40 build/fuzz/$$target.log; exit 1; }; \
+		grep "number_of_executed_units" build/fuzz/$$target.log; \
+	done
+
 style: | build/have-style
 	@tests/style.py
+
+golden:
+	@python3 -c "import numpy" || { echo "make golden needs Python with numpy; make test does not."; exit 1; }
+	python3 tests/golden/make_golden.py
 
 bench: deepseek
 	./deepseek bench

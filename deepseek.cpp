@@ -4524,11 +4524,15 @@ inline void command_quantize(const Options& o) {
 
 // -- C.9  main -----------------------------------------------------------------------------------
 
+// An empty path is a shell variable that was not set; it must not mean the default.
+inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
+
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
                              Options& o) {
     CLI::App* sub = app.add_subcommand(name, what);
     sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model, "Hugging Face folder or GGUF file (default: the model in weights/)");
+    sub->add_option("-m,--model", o.model, "Hugging Face folder or GGUF file (default: the model in weights/)")
+        ->check(check_path);
     sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
     sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
     sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
@@ -4606,7 +4610,7 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
     CLI::App* logits = add_command(app, "logits", "logits of every position, and every intermediate",
                                    "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o);
     logits->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
-    logits->add_option("--out", o.out, "safetensors file to write")->required();
+    logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
     logits->add_flag("--taps", o.taps, "every named intermediate too");
     logits->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
     logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 128)")

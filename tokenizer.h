@@ -9,63 +9,106 @@
 //
 // How does a network that knows only numbers read? A tokenizer cuts text into pieces of a fixed list, the
 // vocabulary, and names each by its place there. DeepSeek's tokenizers, Qwen's and Llama's are all byte-level
-// byte-pair encoders (BPE; Sennrich et al. 2016, Radford et al. 2019), and the model's own tokenizer.json says
-// everything in which they differ. So this file holds no list of models: it runs what that file says, and refuses
-// a file that says something it does not know. A wrong guess here gives fluent nonsense, an error does not.
+// byte-pair encoders (BPE; Sennrich et al. 2016, Radford et al. 2019). The model's own tokenizer.json says in
+// what they differ, and is run here as it stands. What this file does not know it refuses, as a wrong guess
+// would give fluent nonsense.
 //
 // One example on its way, with DeepSeek-V3's file, from "<｜User｜>don't 1234":
 //
-//     chapter 6   added tokens     [<｜User｜>] "don't 1234"           text that spells such a token becomes it
-//     chapter 6   normaliser       none here; the Qwen distills ask for Unicode's composed form, NFC
-//     chapter 4   Split regexes    "don" "'t" " " "123" "4"          each regex cuts inside every piece so far
-//     chapter 3   bytes            a token is a string of bytes, no longer of characters
-//     chapter 5   merges           d o n -> do n -> don               the pair with the lowest rank joins first
-//     chapter 6   ids              128803, 20385, 1664, 223, 6895, 22
+//     chapter 5   added tokens     [<｜User｜>] "don't 1234"        then NFC, in the files that ask for it
+//     chapter 3   Split regexes    "don" "'t" " " "123" "4"       each regex cuts inside every piece so far
+//     chapter 4   bytes            a token is a string of bytes, no longer of characters
+//     chapter 4   merges           d o n -> do n -> don            the pair with the lowest rank joins first
+//     chapter 7   ids              128803, 20385, 1664, 223, 6895, 22
 //
 // Going back is simple: put the bytes of the ids side by side. Only there do characters matter again, as one
 // may be split over two tokens; a stream must hold back the first half (Utf8Stream).
 //
-// Contents: 1 errors and JSON, 2 UTF-8, 3 bytes as characters, 4 cutting, 5 merging, 6 the tokenizer, 7 chat.
+// Contents: 1 errors, regexes, JSON; 2 UTF-8; 3 cutting; 4 bytes and merges; 5 added tokens, NFC;
+//           6 chat templates; 7 the tokenizer.
 #pragma once
-
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
+#include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <queue>
-#include <span>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
 #include <pcre2.h>
 #include <simdjson.h>
 #include <utf8proc.h>
 
-// =================================================================================================
-// 1. Errors and JSON
-// =================================================================================================
+// == 1. Errors, regexes, JSON =====================================================================
+struct TokenizerError : std::runtime_error { using std::runtime_error::runtime_error; };
 
-struct TokenizerError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
+// A JSON string, quotes included. utf8: valid UTF-8, which stays as it is.
+inline std::string json_quote(std::string_view utf8) {
+    const char* hex = "0123456789abcdef";
+    std::string out = "\"";
+    for (unsigned char c : utf8) {
+        if (c == '"' || c == '\\') out.append(1, '\\').append(1, char(c));
+        else if (c == '\n') out += "\\n";
+        else if (c < 0x20) out.append("\\u00").append(1, hex[c >> 4]).append(1, hex[c & 15]);
+        else out += char(c);
+    }
+    return out + '"';
+}
 
 namespace tokenizer_detail {
+// A regex of PCRE2, bounded in time and memory as it may come from a hostile file.
+struct Regex {
+    std::unique_ptr<pcre2_code, decltype(&pcre2_code_free)> code{nullptr, pcre2_code_free};
+    std::string where;                           // for errors
+    Regex(const std::string& pattern, uint32_t options, std::string_view place = "regex") : where(place) {
+        std::string text = "(*LF)(*LIMIT_MATCH=100000000)(*LIMIT_HEAP=65536)" + pattern;
+        int error;
+        size_t at;
+        code.reset(pcre2_compile(bytes(text), text.size(), options, &error, &at, nullptr));
+        if (!code) throw TokenizerError(where + ": the regex does not compile");
+        uint32_t may_be_empty = 0;
+        pcre2_pattern_info(code.get(), PCRE2_INFO_MATCHEMPTY, &may_be_empty);
+        if (may_be_empty) throw TokenizerError(where + ": the regex matches the empty text");
+        pcre2_jit_compile(code.get(), PCRE2_JIT_COMPLETE);          // without a JIT the same, slower
+    }
+    // The first match that begins there or later. text: valid UTF-8, if the options say UTF.
+    std::optional<std::string_view> find(std::string_view text, size_t from) const {
+        thread_local const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(
+            pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
+        int count = PCRE2_ERROR_JIT_STACKLIMIT;
+        for (uint32_t way : {PCRE2_NO_UTF_CHECK, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT})
+            if (count == PCRE2_ERROR_JIT_STACKLIMIT)
+                count = pcre2_match(code.get(), bytes(text), text.size(), from, way, data.get(), nullptr);
+        if (count == PCRE2_ERROR_NOMATCH) return std::nullopt;
+        if (count < 0) throw TokenizerError(where + ": the regex gave up on this text");
+        const size_t* ends = pcre2_get_ovector_pointer(data.get());
+        return text.substr(ends[0], ends[1] - ends[0]);
+    }
+    static PCRE2_SPTR bytes(std::string_view s) { return reinterpret_cast<PCRE2_SPTR>(s.data()); }
+};
 
-constexpr size_t MAX_FILE = size_t(1) << 30;     // bytes; the largest published tokenizer.json has 17 MB
-constexpr size_t MAX_DEPTH = 64;                 // of nested JSON
-constexpr int MAX_ID = 1 << 20;                  // the largest published vocabulary has 256 k tokens
+// Calls match(part) for each match that the finder finds and gap(part) for all between, in order.
+template <class Finder, class OnMatch, class OnGap>
+void cut(std::string_view text, const Finder& finder, OnMatch match, OnGap gap) {
+    size_t done = 0;
+    while (std::optional<std::string_view> part = finder.find(text, done)) {
+        size_t begin = size_t(part->data() - text.data());
+        if (begin > done) gap(text.substr(done, begin - done));
+        match(*part);
+        done = begin + part->size();
+    }
+    if (done < text.size()) gap(text.substr(done));
+}
 
 // A JSON value that knows where it stands, so that each complaint names the file and the field.
 struct Json {
@@ -73,892 +116,584 @@ struct Json {
     std::string where;
 
     [[noreturn]] void fail(const std::string& what) const { throw TokenizerError(where + ": " + what); }
-
-    // The member `key`, or nothing. A member that is there twice has no meaning that two readers agree on.
+    template <class T>
+    T as(const std::string& what) const {
+        T out;
+        if (value.get(out)) fail("must be " + what);
+        return out;
+    }
+    bool boolean() const { return as<bool>("true or false"); }
+    std::string string() const { return std::string(as<std::string_view>("a string")); }       // valid UTF-8
+    int id() const {
+        auto i = as<int64_t>("an integer");      // the largest published vocabulary has 256 k tokens
+        if (i < 0 || i >= 1 << 20) fail("token id " + std::to_string(i) + " is out of range");
+        return int(i);
+    }
+    std::vector<Json> items() const {
+        std::vector<Json> out;
+        for (simdjson::dom::element e : as<simdjson::dom::array>("an array"))
+            out.push_back({e, where + "[" + std::to_string(out.size()) + "]"});
+        return out;
+    }
+    // The member `key`, unless it is absent or null. Two of that name have no meaning all readers agree on.
     std::optional<Json> find(std::string_view key) const {
-        simdjson::dom::object object;
-        if (value.get(object)) fail("must be an object");
         std::optional<Json> found;
-        for (auto [name, member] : object) {
+        for (auto [name, member] : as<simdjson::dom::object>("an object")) {
             if (name != key) continue;
-            if (found) fail("'" + std::string(key) + "' is given twice");
+            if (found) found->fail("is given twice");
             found = Json{member, where + "." + std::string(key)};
         }
-        return found;
-    }
-    // The same, with null counted as absent.
-    std::optional<Json> given(std::string_view key) const {
-        std::optional<Json> member = find(key);
-        return member && member->value.is_null() ? std::nullopt : member;
+        return found && !found->value.is_null() ? found : std::nullopt;
     }
     Json at(std::string_view key) const {
         if (std::optional<Json> member = find(key)) return *member;
         fail("'" + std::string(key) + "' is missing");
     }
-    std::string_view string() const {
-        std::string_view s;
-        if (value.get(s)) fail("must be a string");
-        if (!simdjson::validate_utf8(s.data(), s.size())) fail("is not valid Unicode");     // a lone surrogate
-        return s;
-    }
-    bool boolean() const {
-        bool b;
-        if (value.get(b)) fail("must be true or false");
-        return b;
-    }
-    int id() const {
-        int64_t i;
-        if (value.get(i)) fail("must be an integer");
-        if (i < 0 || i >= MAX_ID) fail("token id " + std::to_string(i) + " is out of range");
-        return int(i);
-    }
-    std::vector<Json> items() const {
-        simdjson::dom::array array;
-        if (value.get(array)) fail("must be an array");
-        std::vector<Json> out;
-        for (simdjson::dom::element e : array) out.push_back({e, where + "[" + std::to_string(out.size()) + "]"});
-        return out;
-    }
-    std::string_view type() const { return at("type").string(); }
-    // Fields that must have one value because nothing else is implemented.
-    void only(std::string_view key, bool wanted) const {
-        if (at(key).boolean() != wanted) at(key).fail(wanted ? "false is not supported" : "true is not supported");
-    }
-    void absent(std::string_view key) const {
-        if (std::optional<Json> m = given(key); m && !(m->value.is_string() && m->string().empty()))
-            m->fail("is not supported");
+    void only(std::string_view key, const std::string& wanted) const {         // wanted: as JSON
+        if (Json m = at(key); simdjson::minify(m.value) != wanted) m.fail("must be " + wanted);
     }
 };
 
-// "model_max_length": 1000000000000000019884624838656 is in many files; the parser takes such a number with an
-// exponent only. Integers of more than 18 digits get one.
+// "model_max_length": 1000000000000000019884624838656 is in many files; the parser takes such a number with
+// an exponent only. So integers of more than 18 digits, outside of strings, get one.
 inline std::string with_exponents(std::string_view json) {
+    static const Regex big(R"("(?:[^"\\]++|\\.)*+"(*SKIP)(*FAIL)|(?<![\d.eE+])\d{19,}(?![\d.eE]))", 0);
     std::string out;
-    bool quoted = false;
-    for (size_t i = 0, n; i < json.size(); i += n) {
-        n = std::min(json.find_first_not_of("0123456789", i), json.size()) - i;
-        bool whole = n > 18 && !quoted && (i == 0 || std::string_view(".eE+").find(json[i - 1]) == std::string_view::npos) &&
-                     (i + n == json.size() || std::string_view(".eE").find(json[i + n]) == std::string_view::npos);
-        if (n == 0) n = quoted && json[i] == '\\' ? std::min<size_t>(2, json.size() - i) : 1;
-        if (json[i] == '"') quoted = !quoted;
-        out.append(json.substr(i, n)).append(whole ? "e0" : "");
-    }
+    cut(json, big, [&](auto number) { out.append(number).append("e0"); }, [&](auto rest) { out += rest; });
     return out;
 }
 
 struct Document {
     simdjson::dom::parser parser;
     Json root;
-    Document(std::string_view text, const std::string& name) {
-        root.where = name;
-        if (text.size() > MAX_FILE) root.fail("too large");
-        if (parser.allocate(text.size() + 1, MAX_DEPTH)) root.fail("out of memory");
+    Document(std::string_view text, const std::string& name) : root{{}, name} {
+        if (parser.allocate(text.size() + 1, 64)) root.fail("too large");      // 64: depth of nesting
         simdjson::error_code error = parser.parse(text.data(), text.size()).get(root.value);
         if (error == simdjson::NUMBER_ERROR) error = parser.parse(with_exponents(text)).get(root.value);
         if (error) root.fail(std::string("not valid JSON: ") + simdjson::error_message(error));
     }
 };
 
-// The whole file, or nothing when it cannot be opened.
+// The whole file, or nothing where there is none.
 inline std::optional<std::string> read_file(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    if (!in) return std::nullopt;
-    std::string text(std::istreambuf_iterator<char>(in), {});
-    if (in.bad()) throw TokenizerError(path + ": cannot read");
-    return text;
+    std::error_code error;
+    std::filesystem::file_status status = std::filesystem::status(path, error);
+    if (status.type() == std::filesystem::file_type::not_found) return std::nullopt;
+    simdjson::padded_string text;
+    if (!std::filesystem::is_regular_file(status) || simdjson::padded_string::load(path).get(text))
+        throw TokenizerError(path + ": cannot read");
+    return std::string(std::string_view(text));
 }
 
-// =================================================================================================
-// 2. UTF-8
-// =================================================================================================
-
-// What stands at the head of s: a character, a part that no continuation can save, or a character cut off by the
-// end of s. A broken part is maximal (Unicode 3.9, "substitution of maximal subparts"): the longest prefix of
-// some character, or one byte. So do Rust and Python, and each part becomes one U+FFFD.
-struct Utf8Part {
-    enum { CHARACTER, BROKEN, CUT } kind;
-    size_t length;
-};
-
-inline Utf8Part utf8_part(std::string_view s) {
+// == 2. UTF-8 =====================================================================================
+// The length of what stands at the head of s: n, a character; -n, a part that no continuation can make one;
+// 0, a character cut off by the end of s. A broken part is maximal (Unicode 3.9, "substitution of maximal
+// subparts"): the longest prefix of some character, or one byte. So do Rust and Python.
+inline int utf8_part(std::string_view s) {
     unsigned char lead = s[0], low = 0x80, high = 0xBF;
-    if (lead < 0x80) return {Utf8Part::CHARACTER, 1};
-    if (lead < 0xC2 || lead > 0xF4) return {Utf8Part::BROKEN, 1};
-    size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    if (lead < 0x80) return 1;
+    if (lead < 0xC2 || lead > 0xF4) return -1;
+    int length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     if (lead == 0xE0) low = 0xA0;                // shorter forms exist below
     if (lead == 0xED) high = 0x9F;               // surrogates above
     if (lead == 0xF0) low = 0x90;
     if (lead == 0xF4) high = 0x8F;               // beyond U+10FFFF
-    for (size_t i = 1; i < length; i++, low = 0x80, high = 0xBF) {
-        if (i == s.size()) return {Utf8Part::CUT, i};
+    for (int i = 1; i < length; i++, low = 0x80, high = 0xBF) {
+        if (size_t(i) == s.size()) return 0;
         unsigned char c = s[i];
-        if (c < low || c > high) return {Utf8Part::BROKEN, i};
+        if (c < low || c > high) return -i;
     }
-    return {Utf8Part::CHARACTER, length};
+    return length;
 }
 
-inline void check_utf8(std::string_view text) {
-    if (simdjson::validate_utf8(text.data(), text.size())) return;
-    size_t i = 0;
-    for (Utf8Part part; (part = utf8_part(text.substr(i))).kind == Utf8Part::CHARACTER;) i += part.length;
-    throw TokenizerError("the text is not valid UTF-8 at byte " + std::to_string(i));
-}
-
-}  // namespace tokenizer_detail
-
-// Bytes in, whole characters out. The concatenation of all answers, finish() last, does not depend on how the
-// bytes were cut into calls; each maximal invalid part has become U+FFFD.
+// Bytes in, whole characters out; each broken part has become U+FFFD. All answers side by side, finish()
+// last, do not depend on how the bytes were cut into calls.
 struct Utf8Stream {
+    std::string held;                            // at most 3 bytes: the beginning of a character
     std::string push(std::string_view bytes) {
-        using tokenizer_detail::Utf8Part;
-        std::string all = std::move(held_) + std::string(bytes), out;
-        held_.clear();
-        for (size_t i = 0; i < all.size();) {
-            Utf8Part part = tokenizer_detail::utf8_part(std::string_view(all).substr(i));
-            if (part.kind == Utf8Part::CUT) held_ = all.substr(i);
-            else if (part.kind == Utf8Part::BROKEN) out += "\xEF\xBF\xBD";
-            else out.append(all, i, part.length);
-            i += part.length;
+        std::string out, all = std::exchange(held, {}).append(bytes);
+        for (std::string_view rest = all; !rest.empty();) {
+            int n = utf8_part(rest);
+            if (n == 0) return held = rest, out;
+            n < 0 ? out.append("\uFFFD") : out.append(rest, 0, n);
+            rest.remove_prefix(std::abs(n));
         }
         return out;
     }
-    std::string finish() { return std::exchange(held_, {}).empty() ? "" : "\xEF\xBF\xBD"; }
-
-private:
-    std::string held_;                           // at most 3 bytes: the beginning of a character
+    std::string finish() { return std::exchange(held, {}).empty() ? "" : "\uFFFD"; }
 };
 
-// A JSON string, quotes included. utf8: valid UTF-8, which stays as it is.
-inline std::string json_quote(std::string_view utf8) {
-    std::string out = "\"";
-    for (char c : utf8) {
-        char escape[8];
-        if (c == '"' || c == '\\') out += '\\', out += c;
-        else if (c == '\n') out += "\\n";
-        else if (c == '\t') out += "\\t";
-        else if (c == '\r') out += "\\r";
-        else if (static_cast<unsigned char>(c) >= 0x20) out += c;
-        else std::snprintf(escape, sizeof escape, "\\u%04x", c), out += escape;
+// == 3. Cutting ===================================================================================
+// No token reaches over the end of a word, a number or a run of signs: regexes cut the text there first.
+// Those of tokenizer.json are written for Oniguruma with Ruby's syntax; PCRE2 runs them. What means the same
+// to both is copied, the few things that have an exact translation get it, and all else is refused: PCRE2's
+// \s also matches U+180E, Ruby's $ matches before every line's end, \h is a hexadecimal digit to one and a
+// blank to the other, [a[b]] and [a&&b] are sets to one only, (?i:ss) matches ß in one only.
+
+// Unicode's 25 characters of the property White_Space, for use in a class.
+inline const std::string WHITE_SPACE =
+    "\\x09-\\x0d\\x20\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}";
+
+// Compiles Ruby's regex, rewritten element by element.
+inline Regex compile_ruby(std::string_view ruby, const Json& field) {
+    constexpr uint32_t OPTIONS = PCRE2_UTF | PCRE2_ANCHORED | PCRE2_EXTENDED;      // blanks do not count
+    const std::string escape = R"(\\[nrt!-/:-@\[-`{-~])",
+        category = R"(\\[pP]\{(?: L[ulmto]? | M[nce]? | N[dlo]? | P[cdseifo]? | S[mcko]? | Z[slp]? )\})";
+    struct Rule { bool in_class; Regex element; std::string pcre2; };              // "": stays as it is
+    static const Rule rules[] = {
+        {false, {escape + "|" + category + R"(
+            | [^\\.^$()\[\]{}]                                     # a character, or one of | * + ?
+            | \((?![?*]) | \(\?(?: : | <?[=!] | > ) | \)           # groups, looks ahead and back
+            | \(\?i:(?! [a-z'|]*(?: f[fil] | s[st] ))[a-z'|]*\)    # letters that fold one to one
+            | \{[0-9]+(?: ,[0-9]* )?\}(?![+?])                     # a sign after } has two meanings
+            | \[\^?(?!\]) )", OPTIONS}, ""},
+        {true, {escape + "|" + category + R"((?!-) | [^\\\[&-] | &(?!&) | -(?!\\[pPs]))", OPTIONS}, ""},
+        {false, {R"(\\s)", OPTIONS}, "[" + WHITE_SPACE + "]"}, {true, {R"(\\s(?!-))", OPTIONS}, WHITE_SPACE},
+        {false, {R"(\\S)", OPTIONS}, "[^" + WHITE_SPACE + "]"}, {false, {R"(\$)", OPTIONS}, "(?m:$)"}};
+    // Where \s+$ fails at the first blank of a run, it fails at the others, and trying them all is quadratic:
+    // then a match must begin a run, or where the last one ended (\G).
+    std::string out = ruby == "\\s+$" ? "(?:(?<![" + WHITE_SPACE + "])|\\G)" : "";
+    bool in_class = false;
+    for (std::optional<std::string_view> element; !ruby.empty(); ruby.remove_prefix(element->size())) {
+        auto rule = std::find_if(std::begin(rules), std::end(rules), [&](const Rule& r) {
+            return r.in_class == in_class && (element = r.element.find(ruby, 0));
+        });
+        if (rule == std::end(rules)) field.fail("no support for the regex from here on: " + json_quote(ruby));
+        out += rule->pcre2.empty() ? *element : rule->pcre2;
+        in_class = ruby[0] == '[' || (in_class && ruby[0] != ']');
     }
-    return out + '"';
+    return Regex(out, PCRE2_UTF | PCRE2_UCP, field.where);
 }
 
-// =================================================================================================
-// 3. Bytes as characters
-// =================================================================================================
-//
-// A vocabulary of byte strings must be written down in JSON, which holds characters. GPT-2's way: the 188 printable
-// characters of Latin-1 stand for their own byte, and the other 68 bytes, in order, are U+0100 and on. So a
-// blank is written Ġ (U+0120), and "Ã©" is the two bytes of é. BPE itself works on bytes here.
+// == 4. Bytes and merges ==========================================================================
+// A vocabulary of byte strings must be written down in JSON, which holds characters. GPT-2's way: the 188
+// printable characters of Latin-1 stand for their own byte, and the other 68 bytes, in order, are U+0100 and
+// on. So a blank is written Ġ (U+0120), and "Ã©" is the two bytes of é.
 
-namespace tokenizer_detail {
-
-constexpr bool stands_for_itself(int byte) {
-    return (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
+// The byte that a character stands for, or -1.
+inline int byte_of(int character) {
+    auto printable = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };   // 173: soft hyphen
+    if (character < 256) return printable(character) ? character : -1;
+    for (int b = 0, other = 256; b < 256; b++)
+        if (!printable(b) && other++ == character) return b;
+    return -1;
 }
 
-// BYTE_OF[character] for the 324 characters U+0000 to U+0143, -1 where a character stands for no byte.
-constexpr std::array<int16_t, 324> BYTE_OF = [] {
-    std::array<int16_t, 324> table{};
-    table.fill(-1);
-    for (int byte = 0, other = 256; byte < 256; byte++) table[stands_for_itself(byte) ? byte : other++] = int16_t(byte);
-    return table;
-}();
-
-// The bytes that `spelled` stands for; nothing when it has a character outside the alphabet.
-inline std::optional<std::string> bytes_of(std::string_view spelled) {
+// The bytes that `spelled` stands for. A token with a character outside the alphabet, as V3's
+// <｜begin▁of▁sentence｜>, stands for its own UTF-8.
+inline std::string bytes_of(const std::string& spelled) {
     std::string out;
-    for (size_t i = 0; i < spelled.size(); i++) {
-        unsigned c = static_cast<unsigned char>(spelled[i]);
-        if (c >= 0x80 && (c < 0xC2 || c > 0xC5 || i + 1 == spelled.size())) return std::nullopt;
-        if (c >= 0x80) c = (c & 0x1F) << 6 | (static_cast<unsigned char>(spelled[++i]) & 0x3F);
-        if (c >= BYTE_OF.size() || BYTE_OF[c] < 0) return std::nullopt;
-        out += char(BYTE_OF[c]);
+    auto at = reinterpret_cast<const utf8proc_uint8_t*>(spelled.data()), end = at + spelled.size();
+    while (at < end) {
+        utf8proc_int32_t c = -1;
+        utf8proc_ssize_t n = utf8proc_iterate(at, end - at, &c);
+        if (n < 1 || byte_of(c) < 0) return spelled;
+        out += char(byte_of(c));
+        at += n;
     }
     return out;
 }
 
-// =================================================================================================
-// 4. Cutting
-// =================================================================================================
-//
-// tokenizer.json's regexes are written for Oniguruma with Ruby's syntax; PCRE2 runs them. Most of it means the same to
-// both, the rest is listed here: translated where a translation is exact, refused otherwise. (What would go wrong: PCRE2's
-// \s also matches U+180E, Ruby's $ matches before every line's end, \h is a hexadecimal digit to one
-// and a blank to the other, [a[b]] is a union to one only.)
-
-constexpr std::string_view WHITE_SPACE =         // Unicode's 25 characters of that property
-    "\\x09-\\x0d\\x20\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}";
-
-struct RegexTranslator {
-    std::string_view in;
-    const Json& field;                           // for errors
-    std::string out = {};
-    size_t i = 0;
-    bool in_class = false;
-
-    [[noreturn]] void refuse(size_t n) const {
-        field.fail("the regex has '" + std::string(in.substr(i, n)) + "' at byte " + std::to_string(i) + ", which is not supported");
-    }
-    bool next_is(std::string_view s) const { return in.substr(i, s.size()) == s; }
-    void copy(size_t n) { out += in.substr(i, n), i += n; }
-    void replace(size_t n, std::string_view with) { out += with, i += n; }
-
-    void escape() {
-        char c = i + 1 < in.size() ? in[i + 1] : 'c';
-        if (c == 's' && in_class && i + 2 < in.size() && in[i + 2] == '-') refuse(3);
-        if (c == 's') return in_class ? replace(2, WHITE_SPACE) : replace(2, "[" + std::string(WHITE_SPACE) + "]");
-        if (c == 'S' && !in_class) return replace(2, "[^" + std::string(WHITE_SPACE) + "]");
-        if (c == 'p' || c == 'P') return property();
-        bool same = c == 'n' || c == 'r' || c == 't' || std::string_view("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~").find(c) != std::string_view::npos;
-        same ? copy(2) : refuse(2);
-    }
-    void property() {                            // \p{Lu}: general categories only
-        size_t end = in.find('}', i);
-        std::string_view name = in.substr(std::min(i + 3, in.size()), end == std::string_view::npos ? 0 : end - i - 3);
-        constexpr std::string_view KNOWN = " L Lu Ll Lt Lm Lo M Mn Mc Me N Nd Nl No P Pc Pd Ps Pe Pi Pf Po S Sm Sc Sk So Z Zs Zl Zp ";
-        if (in.substr(i + 2, 1) != "{" || name.empty() || name.size() > 2 || KNOWN.find(" " + std::string(name) + " ") == std::string_view::npos)
-            refuse(5);
-        copy(name.size() + 4);
-    }
-    void group() {
-        for (std::string_view open : {"(?:", "(?i:", "(?=", "(?!", "(?<=", "(?<!", "(?>"})
-            if (next_is(open)) return copy(open.size());
-        if (next_is("(?") || next_is("(*")) refuse(3);
-        copy(1);
-    }
-    void repeat() {                              // {3} {1,3} {2,}; a sign after it means other things to the two
-        size_t n = 1;
-        while (i + n < in.size() && in[i + n] >= '0' && in[i + n] <= '9') n++;
-        if (n == 1) refuse(2);
-        if (next_is(in.substr(i, n)) && i + n < in.size() && in[i + n] == ',') n++;
-        while (i + n < in.size() && in[i + n] >= '0' && in[i + n] <= '9') n++;
-        if (i + n >= in.size() || in[i + n] != '}') refuse(n);
-        if (i + n + 1 < in.size() && (in[i + n + 1] == '+' || in[i + n + 1] == '?')) refuse(n + 2);
-        copy(n + 1);
-    }
-    void one() {
-        char c = in[i];
-        if (c == '\\') return escape();
-        if (in_class) {
-            if (c == '[' || next_is("&&")) refuse(2);
-            in_class = c != ']';
-            return copy(1);
-        }
-        if (c == '(') return group();
-        if (c == '{') return repeat();
-        if (c == '$') return replace(1, "(?m:$)");
-        if (c == '.' || c == '^' || c == ']' || c == '}') refuse(1);
-        copy(1);
-        if (c != '[') return;
-        in_class = true;
-        if (next_is("^")) copy(1);
-        if (next_is("]")) refuse(1);
-    }
-    std::string run() {
-        // One rewriting for speed, which changes no match: where \s+$ fails at the first blank of a run, it fails at
-        // the others, and trying them all is quadratic. \G: a match may begin where the last one ended.
-        if (in == "\\s+$") in = "\\s+$", out = "(?:(?<![" + std::string(WHITE_SPACE) + "])|\\G)";
-        while (i < in.size()) one();
-        return out;
-    }
-};
-
-// What a thread needs for matching.
-struct MatchMemory {
-    pcre2_match_data* data = pcre2_match_data_create(1, nullptr);
-    pcre2_match_context* context = pcre2_match_context_create(nullptr);
-    pcre2_jit_stack* stack = pcre2_jit_stack_create(32 << 10, 8 << 20, nullptr);
-    MatchMemory() {
-        if (!data || !context || !stack) throw std::bad_alloc();
-        pcre2_jit_stack_assign(context, nullptr, stack);
-        pcre2_set_match_limit(context, 1000000);
-        pcre2_set_heap_limit(context, 64 << 10);           // KiB
-    }
-    MatchMemory(const MatchMemory&) = delete;
-    ~MatchMemory() {
-        pcre2_match_data_free(data), pcre2_match_context_free(context), pcre2_jit_stack_free(stack);
-    }
-};
-
-inline MatchMemory& match_memory() {
-    thread_local MatchMemory memory;
-    return memory;
-}
-
-using Pieces = std::vector<std::string_view>;
-
-// Cuts a piece at each match: matches and the gaps between them become pieces ("Isolated").
-struct Splitter {
-    struct Free {
-        void operator()(pcre2_code* c) const { pcre2_code_free(c); }
-    };
-    std::unique_ptr<pcre2_code, Free> code;
-    std::string where;
-
-    Splitter(std::string_view ruby, const Json& field) : where(field.where) {
-        std::string pattern = RegexTranslator{ruby, field}.run();
-        std::unique_ptr<pcre2_compile_context, decltype(&pcre2_compile_context_free)> context(
-            pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
-        pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
-        int error = 0;
-        size_t at = 0;
-        code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP,
-                                 &error, &at, context.get()));
-        if (!code) field.fail("the regex does not compile: " + message(error));
-        uint32_t may_be_empty = 0;
-        pcre2_pattern_info(code.get(), PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-        if (may_be_empty) field.fail("the regex matches the empty text");
-        pcre2_jit_compile(code.get(), PCRE2_JIT_COMPLETE);     // where there is no JIT the interpreter gives the same
-    }
-    static std::string message(int error) {
-        unsigned char text[256] = {};
-        pcre2_get_error_message(error, text, sizeof text);
-        return reinterpret_cast<char*>(text);
-    }
-    void split(std::string_view piece, Pieces& out) const {
-        MatchMemory& memory = match_memory();
-        const size_t* match = pcre2_get_ovector_pointer(memory.data);
-        auto subject = reinterpret_cast<PCRE2_SPTR>(piece.data());
-        size_t done = 0;
-        while (done < piece.size()) {
-            int rc = pcre2_match(code.get(), subject, piece.size(), done, PCRE2_NO_UTF_CHECK, memory.data, memory.context);
-            if (rc == PCRE2_ERROR_NOMATCH) break;
-            if (rc < 0) throw TokenizerError(where + ": the regex gave up on this text: " + message(rc));
-            if (match[1] <= match[0]) throw TokenizerError(where + ": the regex matches the empty text");
-            if (match[0] > done) out.push_back(piece.substr(done, match[0] - done));
-            out.push_back(piece.substr(match[0], match[1] - match[0]));
-            done = match[1];
-        }
-        if (done < piece.size()) out.push_back(piece.substr(done));
-    }
-};
-
-// =================================================================================================
-// 5. Merging
-// =================================================================================================
-//
-// A piece starts as its bytes. Each merge names two tokens that, side by side, become a third; its place in the list
-// is its rank. As long as some neighbours have a merge, the one with the lowest rank is done, the leftmost on ties.
-// The textbook's way looks at all pairs for each merge; here a heap holds the possible merges, and a
-// linked list the tokens, so n bytes take O(n log n).
-
-struct Merge {
-    int left, right, result;
-};
-
-// Finds a merge's rank by its two tokens: open addressing, half full at most.
-struct MergeTable {
-    std::vector<Merge> merges;                   // by rank
-    std::vector<int> slots;                      // rank, or -1
-    int shift = 0;
-
-    size_t slot(int left, int right) const {
-        uint64_t key = uint64_t(uint32_t(left)) << 32 | uint32_t(right);
-        return size_t(key * 0x9E3779B97F4A7C15u >> shift);
-    }
-    void build() {
-        int bits = std::bit_width(merges.size()) + 1;
-        shift = 64 - bits;
-        slots.assign(size_t(1) << bits, -1);
-        for (size_t rank = 0; rank < merges.size(); rank++) {
-            size_t s = slot(merges[rank].left, merges[rank].right);
-            while (slots[s] >= 0) s = (s + 1) & (slots.size() - 1);
-            slots[s] = int(rank);
-        }
-    }
-    int find(int left, int right) const {        // rank, or -1
-        for (size_t s = slot(left, right);; s = (s + 1) & (slots.size() - 1)) {
-            int rank = slots[s];
-            if (rank < 0 || (merges[rank].left == left && merges[rank].right == right)) return rank;
-        }
-    }
-};
-
+// A piece starts as its bytes. A merge names two tokens that, side by side, become a third; its place in the
+// file's list is its rank. As long as some neighbours have a merge, the one with the lowest rank is done, the
+// leftmost on ties. The textbook's way looks at all pairs for each merge; here a heap holds the possible
+// merges and a linked list the tokens. n bytes have at most n - 1 merges, and each offers at most two new
+// ones, so the heap sees fewer than 3n: O(n log n).
 struct Bpe {
-    MergeTable table;
+    struct Merge { uint64_t pair = 0; int rank = -1, result = -1; };       // pair: left id << 32 | right id
+    std::vector<Merge> merges;                   // a hash table of 2^n places, half of them free: rank -1
     std::array<int, 256> byte_token{};           // id, or -1
 
-    // Appends the tokens of `piece` (at most 2^31 bytes) to ids.
-    void merge(std::string_view piece, std::vector<int>& ids) const {
-        struct Symbol {
-            int id, previous, next;              // positions; -1 at the ends; id -1: merged into its left neighbour
+    static uint64_t join(int high, int low) { return uint64_t(high) << 32 | uint64_t(low); }
+    // The place of a pair's merge, free if it has none.
+    size_t place(uint64_t pair) const {
+        size_t mask = merges.size() - 1, at = size_t(pair * 0x9E3779B97F4A7C15u >> 32) & mask;
+        while (merges[at].rank >= 0 && merges[at].pair != pair) at = (at + 1) & mask;
+        return at;
+    }
+    // Appends the tokens of `piece` (1 to 2^31 - 1 bytes) to ids.
+    void encode(std::string_view piece, std::vector<int>& ids) const {
+        struct Symbol { int id, previous, next; };         // a token; its neighbours' places or -1
+        thread_local std::vector<Symbol> symbols;          // kept, so that a short piece costs no allocation
+        thread_local std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap;
+        auto merge_at = [&](int at) {                      // of the token there with its right neighbour
+            int next = at < 0 ? -1 : symbols[at].next;
+            return next < 0 ? Merge{} : merges[place(join(symbols[at].id, symbols[next].id))];
         };
-        std::vector<Symbol> symbols(piece.size());
-        std::vector<uint64_t> possible;          // rank << 32 | position of the left token
-        int n = int(piece.size());
         auto offer = [&](int at) {
-            int rank = at < 0 || symbols[at].next < 0 ? -1 : table.find(symbols[at].id, symbols[symbols[at].next].id);
-            if (rank >= 0) possible.push_back(uint64_t(rank) << 32 | uint32_t(at));
-            return rank >= 0;
+            if (Merge m = merge_at(at); m.rank >= 0) heap.push(join(m.rank, at));
         };
-        for (int i = 0; i < n; i++) {
-            int id = byte_token[static_cast<unsigned char>(piece[i])];
-            if (id < 0) throw TokenizerError("the vocabulary has no token for byte " + std::to_string(static_cast<unsigned char>(piece[i])));
-            symbols[i] = {id, i - 1, i + 1 < n ? i + 1 : -1};
+        symbols.clear();
+        for (unsigned char byte : piece) {
+            int id = byte_token[byte], at = int(symbols.size());
+            if (id < 0) throw TokenizerError("the vocabulary has no token for byte " + std::to_string(byte));
+            symbols.push_back({id, at - 1, at + 1});
         }
-        for (int i = 0; i < n; i++) offer(i);
-        std::make_heap(possible.begin(), possible.end(), std::greater<>());
-        while (!possible.empty()) {
-            std::pop_heap(possible.begin(), possible.end(), std::greater<>());
-            uint64_t top = possible.back();
-            possible.pop_back();
-            int at = int(uint32_t(top)), right = symbols[at].next;
-            const Merge& m = table.merges[top >> 32];
-            if (symbols[at].id != m.left || right < 0 || symbols[right].id != m.right) continue;     // no longer there
-            symbols[at] = {m.result, symbols[at].previous, symbols[right].next};
-            symbols[right].id = -1;
-            if (symbols[at].next >= 0) symbols[symbols[at].next].previous = at;
-            for (int side : {at, symbols[at].previous})
-                if (offer(side)) std::push_heap(possible.begin(), possible.end(), std::greater<>());
+        symbols.back().next = -1;
+        for (int at = 0; at < int(symbols.size()); at++) offer(at);
+        while (!heap.empty()) {
+            int at = int(uint32_t(heap.top())), rank = int(heap.top() >> 32);
+            heap.pop();
+            Merge m = merge_at(at);
+            if (m.rank != rank) continue;                  // one of the two has been merged meanwhile
+            Symbol& left = symbols[at];
+            left = {m.result, left.previous, std::exchange(symbols[left.next], {-1, -1, -1}).next};
+            if (left.next >= 0) symbols[left.next].previous = at;
+            offer(at);
+            offer(left.previous);
         }
-        for (int i = 0; n > 0 && i >= 0; i = symbols[i].next) ids.push_back(symbols[i].id);
+        for (int at = 0; at >= 0; at = symbols[at].next) ids.push_back(symbols[at].id);
     }
 };
 
-// Added tokens, found in text leftmost first, then longest.
-struct AddedTokens {
-    std::vector<std::pair<std::string, int>> sorted;     // content, id
-    std::array<bool, 256> may_start{};
+// == 5. Added tokens, NFC =========================================================================
+using Ids = std::unordered_map<std::string, int>;
 
-    void add(std::string_view content, int id) {
-        sorted.emplace_back(content, id);
+inline int id_of(const Ids& ids, std::string_view key) {           // or -1
+    auto found = ids.find(std::string(key));
+    return found == ids.end() ? -1 : found->second;
+}
+
+// Tokens that no merge makes. Where text spells some of them, the leftmost is taken, then the longest.
+struct AddedTokens {
+    Ids ids;
+    std::set<size_t, std::greater<>> lengths;    // of their texts
+    std::array<bool, 256> may_start{};           // by first byte
+
+    bool add(const std::string& content, int id) {                 // false: it is there already
+        lengths.insert(content.size());
         may_start[static_cast<unsigned char>(content[0])] = true;
+        return ids.emplace(content, id).second;
     }
-    // The longest token at the head of text: its place in `sorted`, or -1. Each byte narrows the range of
-    // those that agree so far.
-    int longest(std::string_view text) const {
-        size_t low = 0, high = sorted.size();
-        int best = -1;
-        for (size_t n = 0; n < text.size() && low < high; n++) {
-            unsigned char c = text[n];
-            auto byte = [n](const auto& t) { return n < t.first.size() ? int(static_cast<unsigned char>(t.first[n])) : -1; };
-            auto first = sorted.begin() + low, last = sorted.begin() + high;
-            low = std::partition_point(first, last, [&](const auto& t) { return byte(t) < c; }) - sorted.begin();
-            high = std::partition_point(first, last, [&](const auto& t) { return byte(t) <= c; }) - sorted.begin();
-            if (low < high && sorted[low].first.size() == n + 1) best = int(low);
+    std::optional<std::string_view> find(std::string_view text, size_t from) const {
+        for (size_t at = from; at < text.size(); at++) {
+            if (!may_start[static_cast<unsigned char>(text[at])]) continue;
+            for (size_t n : lengths)
+                if (auto part = text.substr(at, n); part.size() == n && id_of(ids, part) >= 0) return part;
         }
-        return best;
-    }
-    // Calls gap(text) and token(id), in order, for what text is made of.
-    template <class Gap, class Token>
-    void cut(std::string_view text, Gap gap, Token token) const {
-        size_t done = 0;
-        for (size_t i = 0; i < text.size();) {
-            int found = may_start[static_cast<unsigned char>(text[i])] ? longest(text.substr(i)) : -1;
-            if (found < 0) { i++; continue; }
-            if (i > done) gap(text.substr(done, i - done));
-            token(sorted[found].second);
-            done = i += sorted[found].first.size();
-        }
-        if (done < text.size()) gap(text.substr(done));
+        return std::nullopt;
     }
 };
 
 inline std::string to_nfc(std::string_view text) {
     utf8proc_uint8_t* out = nullptr;
-    utf8proc_ssize_t n = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), utf8proc_ssize_t(text.size()), &out,
+    auto in = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+    utf8proc_ssize_t n = utf8proc_map(in, utf8proc_ssize_t(text.size()), &out,
                                       utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
     std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(out, std::free);
     if (n < 0) throw TokenizerError(std::string("NFC: ") + utf8proc_errmsg(n));
     return std::string(reinterpret_cast<char*>(out), size_t(n));
 }
 
-}  // namespace tokenizer_detail
+// == 6. Chat templates ============================================================================
+// The model's template turns a chat into one text; it is a program in the language Jinja, in
+// tokenizer_config.json. Four of them are written here in C++, byte for byte, oddities included. Which one a
+// file has is told by its text; anything else is UNKNOWN, and cannot be rendered.
 
-// =================================================================================================
-// 7a. Chat: what a message is
-// =================================================================================================
-
-enum class ChatTemplate { NONE, V2, V3, R1, R1_DISTILL, UNKNOWN };
-
-struct ToolCall {
-    std::string type, name, arguments;
-};
-
+struct ToolCall { std::string type, name, arguments; };
 struct Message {
     std::string role;
     std::optional<std::string> content = {};                      // null where only tools are called
     std::optional<std::vector<ToolCall>> tool_calls = {};         // R1 asks whether the key is there
 };
 
-struct Chat {
-    std::vector<Message> messages;
-    bool add_generation_prompt = false;
-};
+using Messages = std::vector<Message>;
+struct Chat { Messages messages; bool add_generation_prompt = false; };
 
-namespace tokenizer_detail {
-
-inline Message parse_message(const Json& json) {
-    Message m{std::string(json.at("role").string())};
-    if (auto content = json.given("content")) m.content = content->string();
-    auto calls = json.find("tool_calls");
-    if (!calls) return m;
-    m.tool_calls.emplace();
-    for (const Json& call : calls->items()) {
-        Json function = call.at("function");
-        m.tool_calls->push_back({std::string(call.at("type").string()), std::string(function.at("name").string()),
-                                 std::string(function.at("arguments").string())});
+inline Messages messages_of(const Json& list) {
+    Messages out;
+    for (const Json& json : list.items()) {
+        Message& m = out.emplace_back(Message{json.at("role").string()});
+        if (auto content = json.find("content")) m.content = content->string();
+        auto calls = json.find("tool_calls");
+        if (!calls) continue;
+        m.tool_calls.emplace();
+        for (const Json& call : calls->items()) {
+            Json type = call.at("type"), f = call.at("function");
+            m.tool_calls->push_back({type.string(), f.at("name").string(), f.at("arguments").string()});
+        }
     }
-    return m;
-}
-
-inline std::vector<Message> parse_message_list(const Json& json) {
-    std::vector<Message> out;
-    for (const Json& item : json.items()) out.push_back(parse_message(item));
     return out;
 }
 
-}  // namespace tokenizer_detail
+// [{"role": "user", "content": "..."}, ...]
+inline Messages parse_messages(std::string_view json) { return messages_of(Document(json, "messages").root); }
 
-inline std::vector<Message> parse_messages(std::string_view json) {
-    return tokenizer_detail::parse_message_list(tokenizer_detail::Document(json, "messages").root);
-}
-
+// {"messages": [...], "tools": [...] or null, "add_generation_prompt": true or false}
 inline Chat parse_chat(std::string_view json) {
-    tokenizer_detail::Document document(json, "chat");
-    Chat chat{tokenizer_detail::parse_message_list(document.root.at("messages"))};
-    if (auto tools = document.root.given("tools")) tools->items();         // no template reads them
-    if (auto prompt = document.root.given("add_generation_prompt")) chat.add_generation_prompt = prompt->boolean();
-    return chat;
+    Document chat(json, "chat");
+    if (auto tools = chat.root.find("tools")) tools->items();          // no template reads them
+    auto open = chat.root.find("add_generation_prompt");
+    return {messages_of(chat.root.at("messages")), open && open->boolean()};
 }
-
-namespace tokenizer_detail {
-
-constexpr std::string_view USER = "<｜User｜>", ASSISTANT = "<｜Assistant｜>", END = "<｜end▁of▁sentence｜>";
 
 inline const std::string& content_of(const Message& m) {
-    if (!m.content) throw TokenizerError("a message of role '" + m.role + "' needs content");
+    if (!m.content) throw TokenizerError("a message of role " + json_quote(m.role) + " needs content");
     return *m.content;
 }
 
-inline std::string render_call(const ToolCall& c) {
-    return "<｜tool▁call▁begin｜>" + c.type + "<｜tool▁sep｜>" + c.name + "\n```json\n" + c.arguments + "\n```<｜tool▁call▁end｜>";
-}
+enum class ChatTemplate : uint64_t { UNKNOWN, V2 = 0xD08BA60B6BF06499u, V3 = 0x6FED5BCA9D6E9565u,
+                                     R1 = 0xFB856605D687C970u, R1_DISTILL = 0xBF0AA492FEB521EFu };
 
-inline std::string render_v2(const std::vector<Message>& messages, std::string_view eos) {
+inline std::string render_v2(const Messages& messages, std::string_view eos, std::string_view prompt) {
     std::string out;
     for (const Message& m : messages) {
         if (m.role == "user") out += "User: " + content_of(m) + "\n\n";
         if (m.role == "assistant") out += "Assistant: " + content_of(m) + std::string(eos);
         if (m.role == "system") out += content_of(m) + "\n\n";
     }
-    return out;
+    return out.append(prompt);
 }
 
-// V3, R1 and the distills: one template in three states.
-struct Renderer {
-    ChatTemplate kind;
-    std::string out = {};
-    bool called = false, answered = false, is_tool = false;
+// V3, R1 and the distills: one template in three states. It never forgets that a tool was called or has
+// answered, so a second round of tools opens unlike the first. R1 keeps the text before the calls and closes
+// them once; the others close after each call but the first.
+inline std::string render_v3(ChatTemplate kind, const Messages& messages, std::string_view prompt) {
+    const bool r1 = kind == ChatTemplate::R1;
+    const std::string eos = "<｜end▁of▁sentence｜>", close = "<｜tool▁calls▁end｜>" + eos;
+    std::string out, separator;
+    for (const Message& m : messages) {
+        if (m.role != "system") continue;
+        if (kind == ChatTemplate::R1_DISTILL) out.clear();
+        else out += std::exchange(separator, "\n\n");
+        out += content_of(m);
+    }
+    bool called = false, answered = false;       // a tool, ever
+    bool after_tools = false;                    // the last message was a tool's
+    for (const Message& m : messages) {
+        if (m.role == "user") {
+            out += "<｜User｜>" + content_of(m);
+        } else if (m.role == "tool") {
+            out += !answered ? "<｜tool▁outputs▁begin｜>" : r1 ? "" : "\n";
+            out += "<｜tool▁output▁begin｜>" + content_of(m) + "<｜tool▁output▁end｜>";
+            answered = true;
+        } else if (m.role == "assistant" && (r1 ? m.tool_calls.has_value() : !m.content)) {
+            for (const ToolCall& c : m.tool_calls.value_or(std::vector<ToolCall>())) {
+                std::string before = "<｜Assistant｜>" + (r1 ? m.content.value_or("") : "");
+                out += (called ? "\n" : before + "<｜tool▁calls▁begin｜>") + "<｜tool▁call▁begin｜>" + c.type +
+                       "<｜tool▁sep｜>" + c.name + "\n```json\n" + c.arguments + "\n```<｜tool▁call▁end｜>";
+                if (std::exchange(called, true) && !r1) out += close;
+            }
+            if (r1) out += close;
+        } else if (m.role == "assistant") {
+            std::string_view text = content_of(m);
+            size_t thought = kind == ChatTemplate::V3 || after_tools ? text.npos : text.rfind("</think>");
+            out += after_tools ? "<｜tool▁outputs▁end｜>" : "<｜Assistant｜>";
+            out.append(text.substr(thought == text.npos ? 0 : thought + 8)).append(eos);
+        } else continue;
+        after_tools = m.role == "tool";
+    }
+    return out.append(after_tools ? "<｜tool▁outputs▁end｜>" : prompt);
+}
 
-    void system(const std::vector<Message>& messages) {
-        std::string text;
-        bool first = true;
-        for (const Message& m : messages) {
-            if (m.role != "system") continue;
-            if (kind == ChatTemplate::R1_DISTILL) text.clear();
-            else if (!first) text += "\n\n";
-            text += content_of(m);
-            first = false;
-        }
-        out += text;
-    }
-    void calls(const Message& m) {
-        const bool r1 = kind == ChatTemplate::R1;
-        is_tool = false;
-        for (const ToolCall& c : *m.tool_calls) {
-            if (called) out += "\n" + render_call(c) + (r1 ? "" : "<｜tool▁calls▁end｜>" + std::string(END));
-            else out += std::string(ASSISTANT) + (r1 ? m.content.value_or("") : "") + "<｜tool▁calls▁begin｜>" + render_call(c);
-            called = true;
-        }
-        if (r1) out += "<｜tool▁calls▁end｜>" + std::string(END);
-    }
-    void assistant(const Message& m) {
-        if (kind == ChatTemplate::R1 ? m.tool_calls.has_value() : !m.content) {
-            if (m.tool_calls) calls(m);
-            else is_tool = false;
-            return;
-        }
-        std::string text = content_of(m);
-        if (is_tool) out += "<｜tool▁outputs▁end｜>";
-        else {
-            size_t thought = text.rfind("</think>");
-            if (kind != ChatTemplate::V3 && thought != std::string::npos) text.erase(0, thought + 8);
-            out += ASSISTANT;
-        }
-        out += text + std::string(END);
-        is_tool = false;
-    }
-    void tool(const Message& m) {
-        is_tool = true;
-        if (answered) out += kind == ChatTemplate::R1 ? "" : "\n";
-        else out += "<｜tool▁outputs▁begin｜>";
-        out += "<｜tool▁output▁begin｜>" + content_of(m) + "<｜tool▁output▁end｜>";
-        answered = true;
-    }
-    std::string run(const std::vector<Message>& messages) {
-        system(messages);
-        for (const Message& m : messages) {
-            if (m.role == "user") is_tool = false, out += std::string(USER) + content_of(m);
-            if (m.role == "assistant") assistant(m);
-            if (m.role == "tool") tool(m);
-        }
-        if (is_tool) out += "<｜tool▁outputs▁end｜>";
-        return out;
-    }
-};
-
-struct KnownTemplate {
-    ChatTemplate kind = ChatTemplate::UNKNOWN;
-    std::string generation_prompt = {};
-};
-
-// A Jinja template without what does not change its meaning: blanks between the words of a tag, and \n for a newline
-// inside a string. Text outside tags stays as it is.
+// A Jinja template without what does not change its meaning: blanks between the words of a tag, and \n for a
+// newline in a quoted string. Text outside tags stays as it is.
 inline std::string normalise_template(std::string_view text) {
+    static const Regex tag(R"(\{[{%](?:[^'"%}]|'[^']*+'?+|"[^"]*+"?+|[%}](?!}))*+(?:[%}]})?+)", 0),
+        quoted(R"('[^']*+'?+|"[^"]*+"?+)", 0), newline(R"(\\n)", 0), blanks("[ \n]+", 0);
     std::string out;
-    char quote = 0;
-    bool tag = false;
-    for (size_t i = 0; i < text.size(); i++) {
-        char c = text[i], next = i + 1 < text.size() ? text[i + 1] : char(0);
-        if (!tag) tag = c == '{' && (next == '{' || next == '%');
-        else if (quote && c == '\\' && next == 'n') c = '\n', i++;
-        else if (quote) quote = c == quote ? char(0) : quote;
-        else if (c == '\'' || c == '"') quote = c;
-        else if ((c == '}' || c == '%') && next == '}') tag = false;
-        else if (c == ' ' || c == '\n') continue;
-        out += c;
-    }
+    auto copy = [&](std::string_view part) { out += part; };
+    auto in_quotes = [&](std::string_view part) { cut(part, newline, [&](auto) { out += '\n'; }, copy); };
+    auto words = [&](std::string_view part) { cut(part, blanks, [](auto) {}, copy); };
+    cut(text, tag, [&](std::string_view part) { cut(part, quoted, in_quotes, words); }, copy);
     return out;
 }
 
-inline uint64_t fnv1a(std::string_view text) {
-    uint64_t h = 0xCBF29CE484222325u;
-    for (unsigned char c : text) h = (h ^ c) * 0x100000001B3u;
-    return h;
-}
-
-inline KnownTemplate recognise_template(std::string_view jinja) {
+// The template's kind, and the text that opens the answer: all four end with {{'...'}}{% endif %}, where ...
+// is that text. It differs between releases (the distills' <think> came later), so it is read from the file;
+// all before it is told by its hash, FNV-1a, which is the kind's number.
+inline std::pair<ChatTemplate, std::string> recognise_template(std::string_view jinja) {
+    static const Regex last_string(R"((?<=\{\{')[^'\\]++(?='}}\{%endif%}\z))", 0);
     std::string text = normalise_template(jinja);
-    constexpr std::string_view OPEN = "{{'", CLOSE = "'}}{%endif%}";
-    size_t open = text.rfind(OPEN);
-    if (open == std::string::npos || !text.ends_with(CLOSE) || open + OPEN.size() + CLOSE.size() > text.size()) return {};
-    size_t begin = open + OPEN.size(), length = text.size() - CLOSE.size() - begin;
-    std::string prompt = text.substr(begin, length);
-    if (prompt.find_first_of("'\\") != std::string::npos) return {};
-    text.erase(begin, length);
-    switch (fnv1a(text)) {
-        case 0xFA843EDF72A44A68u: return {ChatTemplate::V2, prompt};
-        case 0xFDADC76FDEBD1414u: return {ChatTemplate::V3, prompt};
-        case 0x600924D29AF03729u: return {ChatTemplate::R1, prompt};
-        case 0xBE1BC43E96B9FE7Eu: return {ChatTemplate::R1_DISTILL, prompt};
-    }
-    return {};
+    auto prompt = last_string.find(text, 0);
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (const char* c = text.data(); prompt && c < prompt->data(); c++)
+        hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001B3u;
+    for (auto kind : {ChatTemplate::V2, ChatTemplate::V3, ChatTemplate::R1, ChatTemplate::R1_DISTILL})
+        if (prompt && hash == uint64_t(kind)) return {kind, std::string(*prompt)};
+    return {ChatTemplate::UNKNOWN, ""};
 }
 
-}  // namespace tokenizer_detail
-
-// =================================================================================================
-// 6. The tokenizer
-// =================================================================================================
-
-struct Tokenizer {
-    int bos = -1, eos = -1;                      // ids, from tokenizer_config.json
+// == 7. The tokenizer =============================================================================
+class Tokenizer {
+public:
+    int bos = -1, eos = -1;                      // ids, from tokenizer_config.json; -1: none
     bool add_bos = false;
-    ChatTemplate chat_template = ChatTemplate::NONE;
+    ChatTemplate chat_template = ChatTemplate::UNKNOWN;
 
+    // From a model's folder: tokenizer.json and, if they exist, tokenizer_config.json, chat_template.jinja.
     static Tokenizer load(const std::string& folder) {
-        auto tokenizer = tokenizer_detail::read_file(folder + "/tokenizer.json");
-        if (!tokenizer) throw TokenizerError(folder + "/tokenizer.json: cannot open");
-        std::string config = tokenizer_detail::read_file(folder + "/tokenizer_config.json").value_or("{}");
-        std::string jinja = tokenizer_detail::read_file(folder + "/chat_template.jinja").value_or("");
-        return parse(*tokenizer, config, folder, jinja);
+        auto tokenizer = read_file(folder + "/tokenizer.json");
+        if (!tokenizer) throw TokenizerError(folder + "/tokenizer.json: no such file");
+        std::string config = read_file(folder + "/tokenizer_config.json").value_or("{}");
+        return parse(*tokenizer, config, folder, read_file(folder + "/chat_template.jinja").value_or(""));
     }
-
-    static Tokenizer parse(std::string_view tokenizer_json, std::string_view config_json, const std::string& name,
-                           std::string_view jinja = {}) {
+    static Tokenizer parse(std::string_view tokenizer_json, std::string_view config_json,
+                           const std::string& name, std::string_view jinja = {}) {
         Tokenizer t;
-        tokenizer_detail::Document model(tokenizer_json, name + "/tokenizer.json");
-        t.read_tokenizer(model.root);
-        tokenizer_detail::Document config(config_json, name + "/tokenizer_config.json");
-        t.read_config(config.root, jinja);
+        t.read_tokenizer(Document(tokenizer_json, name + "/tokenizer.json").root);
+        t.read_config(Document(config_json, name + "/tokenizer_config.json").root, jinja);
         return t;
     }
-
     std::vector<int> encode(std::string_view text) const {
-        tokenizer_detail::check_utf8(text);
-        if (text.size() > size_t(INT32_MAX)) throw TokenizerError("the text is longer than 2 GB");
+        if (!simdjson::validate_utf8(text)) throw TokenizerError("the text is not valid UTF-8");
         std::vector<int> ids;
-        auto token = [&](int id) { ids.push_back(id); };
-        raw_added_.cut(text, [&](std::string_view gap) {
-            std::string composed;
-            if (nfc_) gap = composed = tokenizer_detail::to_nfc(gap);
-            normalised_added_.cut(gap, [&](std::string_view rest) { encode_plain(rest, ids); }, token);
-        }, token);
+        auto added = [&](std::string_view token) { ids.push_back(token_id(token)); };
+        auto plain = [&](std::string_view part) { encode_plain(part, 0, ids); };
+        cut(text, raw_added_, added, [&](std::string_view gap) {
+            std::string composed = nfc_ ? to_nfc(gap) : "";
+            cut(nfc_ ? composed : gap, normalised_added_, added, plain);
+        });
         return ids;
     }
-
-    std::string decode(std::span<const int> ids) const {
+    // Special tokens stay; each broken part of the UTF-8 becomes U+FFFD.
+    std::string decode(const std::vector<int>& ids) const {
         Utf8Stream stream;
-        std::string all;
-        for (int id : ids) all += bytes(id);
-        std::string out = stream.push(all);
+        std::string out;
+        for (int id : ids) out += stream.push(bytes(id));
         return out + stream.finish();
     }
-
+    // What a token stands for; nothing for an id that no token has.
     std::string_view bytes(int id) const {
-        return id < 0 || id >= vocab_size() ? std::string_view() : std::string_view(tokens_[id].bytes);
+        return id < 0 || id >= vocab_size() ? std::string_view() : tokens_[id];
     }
-
-    int token_id(std::string_view content) const {
-        auto found = by_content_.find(std::string(content));
-        return found == by_content_.end() ? -1 : found->second;
+    bool is_special(int id) const { return special_.contains(id); }        // a mark for the model, not shown
+    int token_id(std::string_view content) const {           // or -1
+        for (const Ids* ids : {&raw_added_.ids, &normalised_added_.ids, &vocabulary_})
+            if (int id = id_of(*ids, content); id >= 0) return id;
+        return -1;
     }
-
-    bool is_special(int id) const { return id >= 0 && id < vocab_size() && tokens_[id].special; }
     int vocab_size() const { return int(tokens_.size()); }
-
-    std::string render(const std::vector<Message>& messages, bool add_generation_prompt) const {
-        using namespace tokenizer_detail;
-        if (chat_template == ChatTemplate::NONE)
-            throw TokenizerError("this model has no chat template: use --raw to continue plain text");
+    std::string render(const Messages& messages, bool add_generation_prompt) const {
         if (chat_template == ChatTemplate::UNKNOWN)
-            throw TokenizerError("this model's chat template is not a known one: use --raw and write the prompt yourself");
-        std::string out(bytes(bos));
-        if (chat_template == ChatTemplate::V2)
-            return out + render_v2(messages, bytes(eos)) + (add_generation_prompt ? generation_prompt_ : "");
-        Renderer renderer{chat_template};
-        out += renderer.run(messages);
-        return out + (add_generation_prompt && !renderer.is_tool ? generation_prompt_ : "");
+            throw TokenizerError("the model has no chat template that is known here; --raw does without");
+        std::string out(bytes(bos)), prompt = add_generation_prompt ? generation_prompt_ : "";
+        if (chat_template == ChatTemplate::V2) return out + render_v2(messages, bytes(eos), prompt);
+        return out + render_v3(chat_template, messages, prompt);
     }
 
 private:
-    struct Token {
-        std::string bytes;
-        bool special = false, exists = false;
-    };
-    std::vector<Token> tokens_;
-    std::unordered_map<std::string, int> by_content_, by_bytes_;
-    tokenizer_detail::Bpe bpe_;
-    std::vector<tokenizer_detail::Splitter> splitters_;
-    tokenizer_detail::AddedTokens raw_added_, normalised_added_;
-    bool nfc_ = false, ignore_merges_ = false;
+    std::vector<std::string> tokens_;            // their bytes by id; "" where an id has no token
+    std::set<int> special_;
+    Ids vocabulary_;                             // by bytes; the added tokens are apart
+    AddedTokens raw_added_, normalised_added_;   // the latter are looked for in normalised text
+    bool nfc_ = false, ignore_merges_ = false, byte_level_ = false;
+    std::vector<Regex> splits_;
+    Bpe bpe_;
     std::string generation_prompt_;
 
-    void encode_plain(std::string_view text, std::vector<int>& ids) const {
-        tokenizer_detail::Pieces pieces{text}, next;
-        for (const auto& splitter : splitters_) {
-            next.clear();
-            for (std::string_view piece : pieces) splitter.split(piece, next);
-            pieces.swap(next);
-        }
-        for (std::string_view piece : pieces) {
-            auto whole = ignore_merges_ ? by_bytes_.find(std::string(piece)) : by_bytes_.end();
-            if (whole != by_bytes_.end()) ids.push_back(whole->second);
-            else bpe_.merge(piece, ids);
-        }
-    }
-
-    void put(int id, std::string bytes, bool special) {
+    void put(int id, const std::string& bytes) {
         if (id >= vocab_size()) tokens_.resize(size_t(id) + 1);
-        tokens_[id] = {std::move(bytes), special, true};
+        tokens_[id] = bytes;
     }
-
-    using Json = tokenizer_detail::Json;
+    // Cuts at the regexes from number `depth` on, then merges.
+    void encode_plain(std::string_view text, size_t depth, std::vector<int>& ids) const {
+        if (depth < splits_.size()) {
+            auto deeper = [&](std::string_view part) { encode_plain(part, depth + 1, ids); };
+            return cut(text, splits_[depth], deeper, deeper);
+        }
+        if (text.size() > size_t(INT32_MAX)) throw TokenizerError("the text is longer than 2 GB");
+        int whole = ignore_merges_ ? id_of(vocabulary_, text) : -1;
+        if (whole >= 0) ids.push_back(whole);
+        else bpe_.encode(text, ids);
+    }
 
     void read_tokenizer(const Json& root) {
-        read_vocabulary(root.at("model"));
-        read_merges(root.at("model"));
-        if (auto normalizer = root.given("normalizer")) read_normalizer(*normalizer);
-        read_pre_tokenizer(root.at("pre_tokenizer"));
-        if (auto added = root.given("added_tokens")) read_added(*added);
+        Json model = root.at("model"), pre_tokenizer = root.at("pre_tokenizer");
+        root.at("decoder").only("type", "\"ByteLevel\"");
+        model.only("type", "\"BPE\""), model.only("byte_fallback", "false");
+        for (auto key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"})
+            if (model.find(key)) model.only(key, "\"\"");
+        if (auto ignore = model.find("ignore_merges")) ignore_merges_ = ignore->boolean();
+        read_vocabulary(model.at("vocab"));
+        read_merges(model.at("merges").items());
+        if (auto normalizer = root.find("normalizer")) read_step(*normalizer);
+        read_step(pre_tokenizer);
+        if (!byte_level_) pre_tokenizer.fail("must end with ByteLevel");
+        if (auto added = root.find("added_tokens"))
+            for (const Json& item : added->items()) read_added(item);
     }
-
-    void read_vocabulary(const Json& model) {
-        if (model.type() != "BPE") model.fail("type is not supported");
-        simdjson::dom::object vocab;
-        Json field = model.at("vocab");
-        if (field.value.get(vocab)) field.fail("must be an object");
-        for (auto [content, value] : vocab) {
-            int id = Json{value, field.where}.id();
-            if (id < vocab_size() && tokens_[id].exists) field.fail("id twice");
-            if (!by_content_.emplace(content, id).second) field.fail("content twice");
-            auto bytes = tokenizer_detail::bytes_of(content);
-            if (bytes) by_bytes_[*bytes] = id;
-            put(id, bytes ? *bytes : std::string(content), false);
+    void read_vocabulary(const Json& vocab) {
+        for (auto [spelled, value] : vocab.as<simdjson::dom::object>("an object")) {
+            Json field{value, vocab.where + "[" + json_quote(spelled) + "]"};
+            std::string token = bytes_of(std::string(spelled));
+            int id = field.id();
+            if (token.empty() || !bytes(id).empty() || !vocabulary_.emplace(token, id).second)
+                field.fail("is empty or given twice");
+            put(id, token);
         }
-        bpe_.byte_token.fill(-1);
-        for (int b = 0; b < 256; b++)
-            if (auto found = by_bytes_.find(std::string(1, char(b))); found != by_bytes_.end()) bpe_.byte_token[b] = found->second;
-        if (auto ignore = model.given("ignore_merges")) ignore_merges_ = ignore->boolean();
+        for (int b = 0; b < 256; b++) bpe_.byte_token[b] = id_of(vocabulary_, std::string(1, char(b)));
     }
-
-    void read_merges(const Json& model) {
-        for (const Json& item : model.at("merges").items()) {
-            std::string left, right;
-            if (item.value.is_string()) {
-                std::string_view s = item.string();
-                size_t blank = std::min(s.find(' '), s.size());
-                left = s.substr(0, blank), right = s.substr(std::min(blank + 1, s.size()));
-            } else {
-                auto pair = item.items();
-                if (pair.size() != 2) item.fail("must be two tokens");
-                left = pair[0].string(), right = pair[1].string();
-            }
-            tokenizer_detail::Merge m{token_id(left), token_id(right), token_id(left + right)};
-            if (m.left < 0 || m.right < 0 || m.result < 0) item.fail("names a token that is not in the vocabulary");
-            bpe_.table.merges.push_back(m);
+    void read_merges(const std::vector<Json>& items) {
+        bpe_.merges.resize(std::bit_ceil(2 * items.size() + 1));
+        for (int rank = 0; rank < int(items.size()); rank++) {
+            const Json& item = items[rank];
+            std::string text;                    // "left right" or, in newer files, ["left", "right"]
+            if (item.value.is_string()) text = item.string();
+            else for (const Json& t : item.items()) text += (text.empty() ? "" : " ") + t.string();
+            size_t blank = std::min(text.find(' '), text.size());
+            std::string a = bytes_of(text.substr(0, blank)), b = bytes_of(text.substr(blank).erase(0, 1));
+            int left = id_of(vocabulary_, a), right = id_of(vocabulary_, b), both = id_of(vocabulary_, a + b);
+            if (left < 0 || right < 0 || both < 0) item.fail("must be two tokens that make a third");
+            Bpe::Merge& merge = bpe_.merges[bpe_.place(Bpe::join(left, right))];
+            if (merge.rank >= 0) item.fail("is given twice");
+            merge = {Bpe::join(left, right), rank, both};
         }
-        bpe_.table.build();
     }
-
-    void read_normalizer(const Json& json) {
-        if (json.type() == "NFC") nfc_ = true;
-        else if (json.type() == "Sequence") for (const Json& item : json.at("normalizers").items()) read_normalizer(item);
-        else json.fail("type '" + std::string(json.type()) + "' is not supported");
+    // A step on the text's way to the merges: of the normalizer or the pre_tokenizer.
+    void read_step(const Json& step) {
+        std::string type = step.at("type").string();
+        if (byte_level_) step.fail("stands after ByteLevel");
+        if (type == "Sequence") {
+            auto steps = step.find("normalizers");
+            for (const Json& s : (steps ? *steps : step.at("pretokenizers")).items()) read_step(s);
+        } else if (type == "Split") {
+            step.only("behavior", "\"Isolated\""), step.only("invert", "false");
+            Json regex = step.at("pattern").at("Regex");
+            splits_.push_back(compile_ruby(regex.string(), regex));
+        } else if (type == "Digits") {
+            step.only("individual_digits", "true");
+            splits_.push_back(compile_ruby("\\p{N}", step));
+        } else if (type == "ByteLevel") {
+            step.only("add_prefix_space", "false"), step.only("use_regex", "false");
+            byte_level_ = true;
+        } else if (type == "NFC") nfc_ = true;
+        else step.fail("type " + json_quote(type) + " is not supported");
     }
-
-    void read_pre_tokenizer(const Json& json) {
-        std::string_view type = json.type();
-        if (type == "Sequence") for (const Json& item : json.at("pretokenizers").items()) read_pre_tokenizer(item);
-        else if (type == "Split") splitters_.emplace_back(json.at("pattern").at("Regex").string(), json.at("pattern"));
-        else if (type == "Digits") splitters_.emplace_back("\\p{N}", json);
-        else if (type != "ByteLevel") json.fail("type '" + std::string(type) + "' is not supported");
+    // A token is special when the file says so or its name does, as V3 leaves <｜User｜> unmarked; but the
+    // marks of a thought are for the reader, whatever the file says.
+    void read_added(const Json& item) {
+        for (auto key : {"single_word", "lstrip", "rstrip"})
+            if (item.find(key)) item.only(key, "false");
+        std::string content = item.at("content").string();
+        int id = item.at("id").id();
+        bool normalised = item.at("normalized").boolean(), special = item.at("special").boolean();
+        if (content.empty()) item.fail("has no content");
+        if (!bytes(id).empty() && bytes(id) != content) item.fail("has the id of another token");
+        special |= content.starts_with("<｜") || content.starts_with("<|");
+        if (special && content != "<think>" && content != "</think>") special_.insert(id);
+        put(id, content);
+        if (normalised && nfc_) content = to_nfc(content);
+        if (!(normalised ? normalised_added_ : raw_added_).add(content, id)) item.fail("is given twice");
     }
-
-    void read_added(const Json& json) {
-        for (const Json& item : json.items()) {
-            std::string_view content = item.at("content").string();
-            int id = item.at("id").id();
-            if (content.empty()) item.fail("empty content");
-            bool special = item.at("special").boolean() || (content.starts_with("<｜") && content.ends_with("｜>")) ||
-                           (content.starts_with("<|") && content.ends_with("|>"));
-            put(id, std::string(content), special);
-            by_content_[std::string(content)] = id;
-            (item.at("normalized").boolean() ? normalised_added_ : raw_added_).add(content, id);
-        }
-        std::sort(raw_added_.sorted.begin(), raw_added_.sorted.end());
-        std::sort(normalised_added_.sorted.begin(), normalised_added_.sorted.end());
-    }
-
-    int config_token(const Json& config, std::string_view key) const {
-        auto field = config.given(key);
-        if (!field) return -1;
-        std::string_view content = (field->value.is_object() ? field->at("content") : *field).string();
-        int id = token_id(content);
-        if (id < 0) field->fail("'" + std::string(content) + "' is not in the vocabulary");
-        return id;
-    }
-
     void read_config(const Json& config, std::string_view jinja) {
-        bos = config_token(config, "bos_token");
-        eos = config_token(config, "eos_token");
-        if (auto add = config.given("add_bos_token")) add_bos = add->boolean();
-        auto field = config.given("chat_template");
-        if (jinja.empty() && field && field->value.is_string()) jinja = field->string();
-        if (jinja.empty()) return;
-        auto known = tokenizer_detail::recognise_template(jinja);
-        chat_template = known.kind, generation_prompt_ = known.generation_prompt;
+        auto token = [&](std::string_view key) {
+            auto field = config.find(key);
+            if (!field) return -1;
+            std::string content = (field->value.is_object() ? field->at("content") : *field).string();
+            if (token_id(content) < 0) field->fail(json_quote(content) + " is not in the vocabulary");
+            return token_id(content);
+        };
+        bos = token("bos_token"), eos = token("eos_token");
+        if (auto add = config.find("add_bos_token")) add_bos = add->boolean();
+        auto field = config.find("chat_template");
+        std::string text = field && field->value.is_string() ? field->string() : "";
+        auto [kind, prompt] = recognise_template(jinja.empty() ? text : jinja);
+        chat_template = kind, generation_prompt_ = prompt;
     }
 };
+
+}  // namespace tokenizer_detail
+using tokenizer_detail::Tokenizer, tokenizer_detail::Message, tokenizer_detail::ToolCall;
+using tokenizer_detail::Chat, tokenizer_detail::ChatTemplate, tokenizer_detail::parse_chat;
+using tokenizer_detail::parse_messages, tokenizer_detail::Utf8Stream;

@@ -118,8 +118,8 @@ def check_contents(report, name, lines):
         entry = table[i] if i < len(table) else (end, "nothing", "")
         banner = banners[i] if i < len(banners) else (len(lines), "nothing", "")
         if entry[1:] != banner[1:]:
-            complain(name, banner[0], f"chapter '{banner[1]} {banner[2]}' where line {entry[0]}, the table of "
-                     f"contents, has '{entry[1]} {entry[2]}'")
+            complain(name, banner[0], f"chapter '{banner[1]} {banner[2]}' where the table of contents, line "
+                     f"{entry[0]}, has '{entry[1]} {entry[2]}'")
             break
 
 
@@ -155,7 +155,7 @@ def tidy(root, name):
     config = ", ".join(f"{{key: readability-function-size.{k}, value: {v}}}" for k, v in options.items())
     command = ["clang-tidy", "--quiet", "--checks=-*,readability-function-size",
                f"--config={{CheckOptions: [{config}]}}", r"--header-filter=tokenizer\.h$", str(root / name),
-               "--", "-std=c++20", "-fopenmp"]
+               "--", "-std=c++20", "-fopenmp-simd"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout
 
@@ -200,7 +200,8 @@ def check_functions(report, root, name):
 
 
 def check_python(report, root):
-    size, parameters, parse = map(report.rule, ("Python function lines", "Python parameters", "Python syntax"))
+    rules = ("Python function lines", "Python parameters", "Python syntax")
+    size, parameters, parse = map(report.rule, rules)
     for name in tracked(root):
         text = "\n".join(text_lines(root, name))
         if not name.endswith(".py") and not re.match(r"#!.*python", text):
@@ -304,7 +305,8 @@ PLANTED = [
 def planted(change):
     """The rules that a small tree breaks once `change` (file, before, after) is made in it."""
     files = {"deepseek.cpp": GOOD, "tokenizer.h": "inline int four() {\n    return 4;\n}\n",
-             "README.md": "A readme\n", "tests/a.py": "def f():\n    pass\n", "tests/run": "#!/bin/sh\necho\n"}
+             "README.md": "A readme\n", "tests/run": "#!/bin/sh\necho\n",
+             "tests/a.py": "def f():\n    pass\n"}
     if change:
         name, before, after = change
         assert files[name].count(before) >= 1, change

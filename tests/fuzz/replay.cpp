@@ -1,6 +1,6 @@
 // Runs every target on every file of its corpus, without libFuzzer: seeds, and inputs that once broke one.
 //
-//   g++ -std=c++20 -O1 -fopenmp tests/fuzz/replay.cpp -o build/replay -lsimdjson -lpcre2-8 -lutf8proc
+//   g++ -std=c++20 -O1 -pthread tests/fuzz/replay.cpp -o build/replay -lsimdjson -lpcre2-8 -lutf8proc
 //   build/replay [CORPUS]       default: tests/fuzz/corpus
 //
 // Each file runs in a process of its own, as a find ends it. It runs whole, cut short, and with single bits

@@ -2,12 +2,12 @@
 
     python3 tests/golden/make_text.py            needs numpy, tokenizers 0.23.3 and jinja2 3.1.6
 
-text/unicode/tokenizer.json    a byte-level BPE trained here on TRAINING, with the pre-tokenizer of weights/tiny:
-                               its merges run through letters that are not ASCII, so how text is cut shows
-text/ids.jsonl                 texts and their ids from the Rust library `tokenizers`; conversations, their
-                               prompts as Jinja renders the model's own template, and those prompts' ids
-text/samples.jsonl             questions for weights/tiny and its greedy answers by reference.py in float64, each
-                               with the smallest gap between the best two logits on the way
+text/unicode/tokenizer.json   a byte-level BPE trained on TRAINING, with the pre-tokenizer of weights/tiny:
+                              its merges run through letters that are not ASCII, so how text is cut shows
+text/ids.jsonl                texts and their ids from the Rust library `tokenizers`; conversations, their
+                              prompts as Jinja renders the model's own template, and those prompts' ids
+text/samples.jsonl            questions for weights/tiny and its greedy answers by reference.py in float64,
+                              each with the smallest gap between the best two logits on the way
 """
 import json
 import os
@@ -24,16 +24,18 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "..", "..")
 TINY, UNICODE = "weights/tiny", "tests/golden/text/unicode"
 
-TRAINING = ["l'été à Orléans, déjà né, été, été, là où Zoé", "größer als fünf Füße, größer, für Größe, fünf",
-            "привет, мир! привет всем, мир и труд", "γειά σου κόσμε, κόσμε, κόσμος", "你好,世界。世界你好,你好吗",
-            "こんにちは世界、こんにちは", "नमस्ते दुनिया, नमस्ते", "the theory, then the other thing", "we're, it's, don't",
+TRAINING = ["l'été à Orléans, déjà né, été, été, là où Zoé",
+            "größer als fünf Füße, größer, für Größe, fünf", "привет, мир! привет всем, мир и труд",
+            "γειά σου κόσμε, κόσμε, κόσμος", "你好,世界。世界你好,你好吗", "こんにちは世界、こんにちは", "नमस्ते दुनिया, नमस्ते",
+            "the theory, then the other thing", "we're, it's, don't",
             "x = y  +  z;\n\n    if (x == 12345) return;", "hello world, hello worlds, hello"]
-TEXTS = ["", "hello world", "helloworld", " hello", "hello  world   again", "\thello\n\n  world \n", "don't we're it's",
-         "12345 67 8901234", "x = y  +  z;\n\n    if (x == 12345) return;", "l'été à Orléans", "ÉTÉ été e\u0301te\u0301",
-         "größer als fünf Füße", "привет, мир!", "ПРИВЕТ мир", "γειά σου κόσμε", "你好,世界。", "你好 world", "こんにちは世界",
-         "नमस्ते दुनिया", "\u0661\u0662\u0663\u0664 ١٢ ²³", "a\u00a0b\u2003c\u3000d", "\U0001f600\U0001f1e9\U0001f1ea!",
-         "How many r are in strawberry?", "<think>\nsecret\n</think>\n\n4", "<｜User｜>hi<｜Assistant｜>", "</thi nk>",
-         "a" * 70, " " * 17, "the theory\r\nthen"]
+TEXTS = ["", "hello world", "helloworld", " hello", "hello  world   again", "\thello\n\n  world \n",
+         "don't we're it's", "12345 67 8901234", "x = y  +  z;\n\n    if (x == 12345) return;",
+         "l'été à Orléans", "ÉTÉ été e\u0301te\u0301", "größer als fünf Füße", "привет, мир!", "ПРИВЕТ мир",
+         "γειά σου κόσμε", "你好,世界。", "你好 world", "こんにちは世界", "नमस्ते दुनिया",
+         "\u0661\u0662\u0663\u0664 ١٢ ²³", "a\u00a0b\u2003c\u3000d", "\U0001f600\U0001f1e9\U0001f1ea!",
+         "How many r are in strawberry?", "<think>\nsecret\n</think>\n\n4", "<｜User｜>hi<｜Assistant｜>",
+         "</thi nk>", "a" * 70, " " * 17, "the theory\r\nthen"]
 user, assistant, system = [lambda c, r=r: {"role": r, "content": c} for r in ("user", "assistant", "system")]
 CHATS = [[user("Add 6 and 77.")], [system("Be brief."), user("402 - 9")], [user("")],
          [user("2*9=?"), assistant("2 * 9\nSo 18\n</think>\n\n2 * 9 = 18."), user("And 3*9?")],
@@ -58,9 +60,9 @@ def train_unicode():
     spec = json.loads(t.to_str())
     spec["pre_tokenizer"] = json.loads(pre)
     t = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), ["<｜begin▁of▁sentence｜>"]
     t.train_from_iterator(TRAINING, tokenizers.trainers.BpeTrainer(
-        vocab_size=480, show_progress=False, initial_alphabet=alphabet, special_tokens=["<｜begin▁of▁sentence｜>"]))
+        vocab_size=480, show_progress=False, initial_alphabet=alphabet, special_tokens=special))
     folder = os.path.join(HERE, "text", "unicode")
     os.makedirs(folder, exist_ok=True)
     t.save(os.path.join(folder, "tokenizer.json"), pretty=False)

@@ -108,6 +108,7 @@ def work_files():
         "fifo": Special("fifo"),
         "large.txt": Special("sparse", size=600 << 20),
         "fake.gguf": b"GGUF",
+        "device": Special("link", "/dev/null"),  # never the device itself: a bad program would replace it
         "file": b"x",
     }
 
@@ -204,7 +205,7 @@ def other_lines():
         "missing": [],
         "folder": ["--out", "WORK/folder"],
         "in_no_folder": ["--out", "WORK/no/x"],
-        "device": ["--out", "/dev/null"],
+        "device": ["--out", "WORK/device"],
         "fifo": ["--out", "WORK/fifo"],
         "empty": ["--out", ""],
         "in_file": ["--out", "WORK/file/x"],

@@ -30,7 +30,9 @@ TEST(AtomicFile, DoesNotFollowALinkInItsTemporaryName) {
 }
 
 TEST(AtomicFile, DoesNotReplaceADevice) {
-    EXPECT_TRUE(refuses([] { AtomicFile("/dev/null"); }, "/dev/null: not a regular file"));
+    fs::path link = scratch("device") / "link";           // a failure must not cost the machine its device
+    fs::create_symlink("/dev/null", link);
+    EXPECT_TRUE(refuses([&] { AtomicFile(link.string()); }, "link: not a regular file"));
 }
 
 TEST(Fields, RefuseAKeyWithNul) {

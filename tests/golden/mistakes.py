@@ -1,0 +1,330 @@
+#!/usr/bin/env python3
+"""Do the golden tests see the mistakes that ports of DeepSeek's models make?
+
+    tests/golden/mistakes.py               from anywhere; programs and patched sources in build/mistakes
+    tests/golden/mistakes.py WORD          only the mistakes whose description contains WORD
+
+Each mistake of the list below is planted in a copy of deepseek.cpp or tokenizer.h, and the golden tests
+(golden.cpp, in double and in float) must fail on the named model, with the named tensor as the first one that
+differs. Without a mistake they must pass. So that one compilation serves all, each place keeps the right text
+and the wrong ones, and the environment variable MISTAKE chooses: `(MISTAKE(3) ? (wrong) : (right))`, or an
+`if` around a statement.
+
+A place is a piece of source text with the part to replace between « and ». It must occur exactly once (blanks
+and line ends count alike), else the suite fails: a reworded line must not silence its mistake.
+"""
+import concurrent.futures
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+OUT = ROOT / "build" / "mistakes"
+CPP, TOKENIZER = "deepseek.cpp", "tokenizer.h"
+
+
+@dataclass
+class Mistake:
+    kind: str                   # the family, in the words of the field
+    what: str                   # what is planted
+    model: str                  # where it shows: a golden model, or "tokens"
+    tensor: str                 # the first tensor that differs; for tokens: ids, chat or decode
+    places: list                # (source text with «part to replace», what stands there instead)
+    test: str = "MatchesGolden"
+    file: str = CPP
+
+
+# In the patched copy only: what a port does that keeps numbers in another type.
+PRELUDE = """
+#include <cmath>
+#include <cstdlib>
+inline bool MISTAKE(int n) {
+    static const char* chosen = std::getenv("MISTAKE");
+    static const int number = chosen ? std::atoi(chosen) : -1;
+    return number == n;
+}
+template <class T> T as_f16(T x) {               // 11 significant bits, infinity from 65520 on
+    int exponent = 0;
+    T fraction = std::frexp(x, &exponent);
+    T y = std::ldexp(std::nearbyint(std::ldexp(fraction, 11)), exponent - 11);
+    return std::abs(y) > T(65504) ? std::copysign(T(INFINITY), y) : y;
+}
+template <class T> T as_bf16(T x) {              // 8 significant bits
+    int exponent = 0;
+    T fraction = std::frexp(x, &exponent);
+    return std::isfinite(x) ? std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8) : x;
+}
+"""
+
+SCORES = "scores[j] = «kv.scale * kernels.dot_real(q, kv.k[j], kv.dk)»;"
+SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
+UP_TO_2 = "std::exp2(std::ceil(std::log2(load<float>(scale))))"
+GATE = "case Gate::NOAUX_TC: «gate_noaux_tc(r, bias, c);» break;"
+SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]]»;"
+ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
+TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
+        ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
+DISPATCH = ("«std::copy_n(a.u + int64_t(a.slot_token[first[e] + i]) * c.D, c.D, "
+            "a.expert_in + int64_t(i) * c.D);»")
+WEIGHT = "kernels.axpy(mix, «a.gate_weight[t * c.K + k]»,"
+WEIGHTED_INPUT = """int64_t pair = std::find(a.slot, a.slot + T * c.K, first[e] + i) - a.slot;
+    const real* u = a.u + int64_t(a.slot_token[first[e] + i]) * c.D;
+    for (int d = 0; d < c.D; d++) a.expert_in[int64_t(i) * c.D + d] = a.gate_weight[pair] * u[d];"""
+SWAP = """for (int t = 0; t < T; t++) {
+        real* in = a.mtp_in + 2 * int64_t(t) * c.D;
+        std::swap_ranges(in, in + c.D, in + c.D);
+    }
+    matmul(a.mtp_x, a.mtp_in, w.proj, T);"""
+MAGNITUDE = "rope.magnitude = «yarn_mscale(c.factor, c.mscale) / all»;"
+MSCALE = "yarn_mscale(c.factor, c.mscale)"
+BITS = "HasTheSameBits"
+CHUNK = "the second chunk of a prompt"
+
+MISTAKES = [
+    # 1. YaRN's mscale: exact at position 0, wrong later, fluent all the same.
+    Mistake("mscale", "no mscale^2 in the softmax scale", "v2-lite", "layers.0.attn_out",
+            [("«rope.score_scale = all * all;»", "rope.score_scale = 1;")]),
+    Mistake("mscale", "mscale instead of its square", "v3-bf16", "layers.0.attn_out",
+            [("«rope.score_scale = all * all;»", "rope.score_scale = all;")]),
+    Mistake("mscale", "the field mscale taken for mscale_all_dim", "v2-groups", "layers.0.q_rope",
+            [("double all = «yarn_mscale(c.factor, c.mscale_all_dim)»;", MSCALE)]),
+    Mistake("mscale", "cos and sin without their ratio of mscales", "v2-groups", "layers.0.q_rope",
+            [(MAGNITUDE, "1.0")]),
+    Mistake("mscale", "cos and sin with mscale itself", "v2-lite", "layers.0.q_rope",
+            [(MAGNITUDE, MSCALE)]),
+    Mistake("mscale", "softmax scale of the latent width, not of the head's", "v3-bf16", "layers.0.attn_out",
+            [("std::sqrt(double(«m.config.Dn + m.config.Dr»))", "m.config.Rkv + m.config.Dr")]),
+
+    # 2. RoPE: which two numbers form a pair.
+    Mistake("rope", "half layout in MLA", "v3-bf16", "layers.0.q_rope",
+            [("«rope_interleaved(k_rope, cos_sin, c.Dr);»", "rope_half(k_rope, cos_sin, c.Dr);"),
+             ("«rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);»",
+              "rope_half(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);")]),
+    Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.attn_out",
+            [("«rope_half(row + g * d, cos_sin, d);»", "rope_interleaved(row + g * d, cos_sin, d);"),
+             ("«rope_half(a.q + (t * c.H + h) * d, cos_sin, d);»",
+              "rope_interleaved(a.q + (t * c.H + h) * d, cos_sin, d);")]),
+
+    # 3. The correction bias picks experts and must not enter the mixture.
+    Mistake("bias", "mixture weights from biased scores", "v3-bf16", "layers.1.expert_weight",
+            [(SUM, "sum += r.choice[r.idx[k]];"), (SHARE, "r.choice[r.idx[k]]")]),
+    Mistake("bias", "scores recovered as (score + bias) - bias, in bf16", "v3-bf16", "layers.1.expert_weight",
+            [(GATE, "gate_noaux_tc(r, bias, c); for (int e = 0; e < c.E; e++) "
+                    "r.affinity[e] = as_bf16(r.choice[e]) - bias[e];")]),
+    Mistake("bias", "bias stored in bf16", "v3-bf16", "layers.1.expert_idx",
+            [(ADD_BIAS, "as_bf16(bias[e])")]),
+    Mistake("bias", "negative bias rejected", "v3-negative", "layers.1.expert_idx",
+            [(ADD_BIAS, "std::max(bias[e], real(0))")]),
+
+    # 4. The gate of another model.
+    Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.expert_idx",
+            [('c.sigmoid_affinity = «f.choice("scoring_func", {"softmax", "sigmoid"}) == 1»;', "false")]),
+    Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.expert_idx",
+            [(GATE, "gate_group_limited_greedy(r, bias, c);")]),
+    Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.expert_idx",
+            [("score.push_back(«choice[best[0]] + choice[best[1]]»);", "choice[best[0]]")]),
+    Mistake("gate", "masked groups filled with 0", "v3-negative", "layers.1.expert_idx",
+            [("r.choice + g * size, size, «-std::numeric_limits<real>::infinity()»", "real(0)")]),
+
+    # 5. Ties.
+    Mistake("ties", "the higher id wins (sigmoid)", "v3-ties", "layers.1.expert_idx", TIES),
+    Mistake("ties", "the higher id wins (softmax)", "v2-ties", "layers.1.expert_idx", TIES),
+
+    # 6. Block scales and ue8m0.
+    Mistake("scales", "the exponent byte of a scale read as an integer", "v3-ue8m0", "layers.0.c_q",
+            [(SCALE, "real(std::bit_cast<uint32_t>(load<float>(scale)) >> 23)")]),
+    Mistake("scales", "scale rounded to a power of two after quantising", "v3-fp8", "layers.0.c_q",
+            [(SCALE, UP_TO_2)]),
+    Mistake("scales", "weight_scale_inv taken for an inverse", "v3-fp8", "layers.0.c_q",
+            [(SCALE, "1 / load<float>(scale)")]),
+    Mistake("scales", "a head's rows counted from the start of a block", "v3-fp8", "layers.0.attn_out",
+            [("size_t((«first_row + r») / SCALE_BLOCK)", "r")]),
+
+    # 7. A kernel for powers of two is given other scales. Only o_proj has such here, as in V3.1.
+    Mistake("pow2", "all scales of a ue8m0 model rounded to powers of two", "v3-ue8m0", "layers.0.attn_out",
+            [(SCALE, UP_TO_2)]),
+
+    # 8. The routing weight belongs to an expert's output. Before the down projection it would only round
+    # differently (a product commutes with a matrix); before the activation it changes the result.
+    Mistake("weight", "routing weight on an expert's input", "v3-bf16", "layers.1.ffn_out",
+            [(DISPATCH, WEIGHTED_INPUT), (WEIGHT, "real(1)")]),
+
+    # 9. MTP. (Positions shifted by one would not show: RoPE sees distances alone.)
+    Mistake("mtp", "hidden state first, embedding second", "v3-mtp", "mtp.in",
+            [("«matmul(a.mtp_x, a.mtp_in, w.proj, T);»", SWAP)]),
+    Mistake("mtp", "hidden state before the final norm", "v3-mtp", "mtp.in",
+            [("const real* h = «s.a.h» + int64_t(begin", "s.a.x")]),
+    Mistake("mtp", "enorm and hnorm exchanged", "v3-mtp", "mtp.in",
+            [("{a.mtp_in, 2 * c.D}, «w.enorm», T", "w.hnorm"), ("{h, c.D}, «w.hnorm», T", "w.enorm")]),
+    Mistake("mtp", "embedding of this token, not of the next", "v3-mtp", "mtp.in",
+            [("std::span(s.tokens).subspan(«size_t(begin) + 1»,", "size_t(begin)")]),
+
+    # 10. Tokenizer.
+    Mistake("tokenizer", "a blank put before the text", "tokens", "ids",
+            [("Pieces pieces{«text»}, next;", 'std::string_view(*new std::string(" " + std::string(text)))')],
+            "Tokens", TOKENIZER),
+    Mistake("tokenizer", "Metaspace instead of ByteLevel: blanks lost", "tokens", "ids",
+            [("else «bpe_.merge(piece, ids);»",
+              "bpe_.merge(piece.substr(piece.size() > 1 && piece[0] == ' '), ids);")], "Tokens", TOKENIZER),
+    Mistake("tokenizer", "a regex that knows ASCII letters alone", "tokens", "ids",
+            [("«copy(name.size() + 4);»",
+              'replace(name.size() + 4, name != "L" ? in.substr(i, name.size() + 4) : '
+              'std::string_view(in_class ? "A-Za-z" : "[A-Za-z]"));')], "Tokens", TOKENIZER),
+    Mistake("tokenizer", "BOS twice", "tokens", "chat",
+            [("std::string out(«bytes(bos)»);",
+              "std::string_view(*new std::string(std::string(bytes(bos)) + std::string(bytes(bos))))")],
+            "Tokens", TOKENIZER),
+    Mistake("tokenizer", "no BOS", "tokens", "chat",
+            [("std::string out(«bytes(bos)»);", "std::string_view()")], "Tokens", TOKENIZER),
+
+    # 11. fp16, and what breaks when a prompt takes two forward passes.
+    Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.attn_out",
+            [(SCORES, "as_f16(kv.scale * kernels.dot_real(q, kv.k[j], kv.dk))")]),
+    Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.attn_out",
+            [(SCORES, "as_f16(real(0x1p20) * kernels.dot_real(q, kv.k[j], kv.dk))")]),
+    Mistake("fp16", "residual stream in fp16", "v3-bf16", "layers.0.out",
+            [('"ffn_out", a.y, T, {c.D}); «add(x, a.y, n);»',
+              "add(x, a.y, n); for (size_t i = 0; i < n; i++) x[i] = as_f16(x[i]);")]),
+    Mistake("chunks", "positions restart with " + CHUNK, "v3-bf16", "layers.0.q_rope",
+            [("rope_table(a.cos_sin, m.rope, T, «pos»); for (int t = 0; t < T; t++) kernels.widen(a.x", "0")],
+            BITS),
+    Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
+            [("rmsnorm({past[«pos»], width}, {a.kv, width}", "0")], BITS),
+    Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
+            [("latent, «pos + int(i / c.H) + 1», thread_scores(s)", "int(i / c.H) + 1")], BITS),
+    Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
+            [("attend(a.o + i * d, a.q + i * d, kv, «pos + t + 1»,", "t + 1")], BITS),
+
+    # 12. Expert parallelism: physical and logical experts confused, a combine that takes another's rows.
+    Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.ffn_out",
+            [("a.expert_in, «w.experts[e]», n, a)", "w.experts[(e + 1) % w.experts.size()]")]),
+    Mistake("experts", "combine takes another pick's row", "v3-bf16", "layers.1.ffn_out",
+            [("a.expert_out + int64_t(«a.slot[t * c.K + k]») * c.D", "a.slot[t * c.K + (k + 1) % c.K]")]),
+
+    # And one that only an unusual config shows.
+    Mistake("eps", "the config's eps in the latent norms", "v2-noyarn", "layers.0.c_q",
+            [("w.q_norm, T, «LATENT_EPS»", "c.eps")]),
+]
+
+
+# -- planting ------------------------------------------------------------------------------------------------
+
+def find_place(source, place, file):
+    """(begin, end) of the part between « and » in the source text."""
+    before, part, after = re.split("[«»]", place)
+    words = lambda text: r"\s+".join(map(re.escape, text.split()))
+    edge = lambda text, at: r"\s*" if text and text[at].isspace() else ""
+    pattern = words(before) + edge(before, -1) + "(" + words(part) + ")" + edge(after, 0) + words(after)
+    found = list(re.finditer(pattern, source))
+    if len(found) != 1:
+        raise ValueError(f"{file} has {len(found)} times, not once: {place}")
+    return found[0].span(1)
+
+
+def planted(source, file):
+    """The source text with every mistake in it, each behind its number."""
+    places = {}
+    for number, m in enumerate(MISTAKES):
+        for place, wrong in m.places if m.file == file else []:
+            places.setdefault(find_place(source, place, file), []).append((number, wrong))
+    end = len(source)
+    for (begin, stop), wrongs in sorted(places.items(), reverse=True):
+        if stop > end:
+            raise ValueError(f"{file}: two places overlap: {source[begin:stop]}")
+        right, end = source[begin:stop], begin
+        if right.endswith(";"):
+            text = "".join(f"if (MISTAKE({n})) {{ {wrong} }} else " for n, wrong in wrongs) + f"{{ {right} }}"
+        else:
+            text = "(" + "".join(f"MISTAKE({n}) ? ({wrong}) : " for n, wrong in wrongs) + f"({right}))"
+        source = source[:begin] + text + source[stop:]
+    return source
+
+
+def compile_program(name, options):
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-w",
+               "-DDEEPSEEK_NO_MAIN", f"-I{OUT}", *options, str(ROOT / "tests/golden/golden.cpp"),
+               "-o", str(OUT / name), "-lgtest", "-lgtest_main", "-lsimdjson", "-lpcre2-8", "-lutf8proc"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise ValueError(f"{shlex.join(command)}\n{done.stdout[-3000:]}")
+
+
+def build(workers):
+    OUT.mkdir(parents=True, exist_ok=True)
+    for file in (CPP, TOKENIZER):
+        text = planted((ROOT / file).read_text(), file)
+        if file == TOKENIZER:
+            text = text.replace("#pragma once", "#pragma once" + PRELUDE, 1)
+        (OUT / file).write_text(text)
+    jobs = [workers.submit(compile_program, "golden-double", ["-DDEEPSEEK_REAL=double"]),
+            workers.submit(compile_program, "golden", [])]
+    for job in jobs:
+        job.result()
+
+
+# -- judging -------------------------------------------------------------------------------------------------
+
+def run(program, number, filters):
+    """(exit code, output) of one program with one mistake (-1: none)."""
+    folder = OUT / f"yardsticks.{number}"           # the float build needs the results of the double build
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {"MISTAKE": str(number), "GOLDEN_DIR": str(folder)}
+    done = subprocess.run([OUT / program, "--gtest_filter=" + filters, "--gtest_brief=1"], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+def judge(number, program):
+    """Empty, or what is wrong with the answer to a mistake."""
+    m = MISTAKES[number]
+    tests = f"*{m.test}*" if m.model == "tokens" else f"*{m.test}*/{m.model.replace('-', '_')}"
+    code, output = run(program, number, tests)
+    seen = re.search(r"first difference: (\S+) ([\w.]*\w)", output)
+    if code == 0:
+        return "not seen"
+    if not seen or seen.groups() != (m.model, m.tensor):
+        return f"seen at {seen.groups() if seen else 'no tensor'}\n{output[-1500:]}"
+    return ""
+
+
+def check(number):
+    """Lines of what is wrong, one for each program; the double build first, its results are the yardstick."""
+    wrong = {program: judge(number, program) for program in ("golden-double", "golden")}
+    return [f"{program}: {text}" for program, text in wrong.items() if text]
+
+
+def check_right():
+    """Without a mistake everything passes."""
+    models = {m.model.replace("-", "_") for m in MISTAKES}
+    filters = "Tokens*:" + ":".join(f"*/{model}" for model in sorted(models))
+    results = [(program, *run(program, -1, filters)) for program in ("golden-double", "golden")]
+    return [f"{program}: fails without one\n{output[-1500:]}" for program, code, output in results if code]
+
+
+def main(words):
+    numbers = [n for n, m in enumerate(MISTAKES) if all(w in f"{m.kind} {m.what}" for w in words)]
+    passed = failed = 0
+    with concurrent.futures.ThreadPoolExecutor(2) as workers:
+        try:
+            build(workers)
+        except ValueError as error:
+            print(error)
+            print("mistakes: 0 passed, 1 failed")
+            return 1
+        jobs = {"no mistake": workers.submit(check_right)}
+        jobs |= {f"{MISTAKES[n].kind}: {MISTAKES[n].what}": workers.submit(check, n) for n in numbers}
+        for name, job in jobs.items():
+            wrong = job.result()
+            passed, failed = passed + 2 - len(wrong), failed + len(wrong)
+            for line in wrong:
+                print(f"{name}: {line}")
+    print(f"mistakes: {passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
