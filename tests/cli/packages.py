@@ -85,7 +85,7 @@ class Machine(unittest.TestCase):
     def test_no_apt(self):
         (self.tools / "apt-get").unlink()
         out, _ = self.make("build/have-run", code=2)
-        for library in ("C++20 compiler with OpenMP", "simdjson", "PCRE2", "utf8proc", "CLI11"):
+        for library in ("C++20 compiler", "simdjson", "PCRE2", "utf8proc", "CLI11"):
             self.assertIn(library, out)
         self.assertFalse((self.home / "build" / "have-run").exists())
 
