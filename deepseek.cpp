@@ -1387,15 +1387,18 @@ inline uint16_t float_to_f16(float x) {                  // the same
     return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
 }
 
-// 32 numbers to the nearest multiples of the largest / 127.
+// 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
 inline void quantise_q8_0(std::byte* out, const real* x) {
+    constexpr float INF = std::numeric_limits<float>::infinity();
     float top = 0;
-    for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(float(x[i])));
+    for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
     uint16_t d = float_to_f16(top / 127);
     float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
     std::memcpy(out, &d, 2);
-    for (int i = 0; i < 32; i++)
-        out[2 + i] = std::byte(int8_t(std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f)));
+    for (int i = 0; i < 32; i++) {
+        float q = inverse > 0 ? std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f) : 0;
+        out[2 + i] = std::byte(int8_t(q));
+    }
 }
 
 // Writes n numbers as a row of REAL, BF16 or Q8_0.
@@ -1609,7 +1612,8 @@ public:
     const IntRows& add(const Product& p) {
         int block = format_of(p.w->dtype).values;
         for (const Entry& e : entries_) {
-            if (e.x == p.x.data && e.T == p.T && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
+            bool same_rows = e.x.data == p.x.data && e.x.stride == p.x.stride && e.T == p.T;
+            if (same_rows && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
         }
         size_t n = size_t(p.w->cols), T = size_t(p.T);
         IntRows rows{p.w->cols, block, nullptr, nullptr, nullptr};
@@ -1618,7 +1622,7 @@ public:
         rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
         rows.d = arena.take<float>(T * n / size_t(block));
         parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
-        entries_.push_back({p.x.data, p.T, rows});
+        entries_.push_back({p.x, p.T, rows});
         return entries_.back().rows;
     }
     void clear() { entries_.clear(); }
@@ -1626,7 +1630,7 @@ public:
 private:
     using Buffer = std::vector<std::byte>;
     struct Entry {
-        const real* x;
+        ConstRows x;
         int T;
         IntRows rows;
     };
@@ -3200,6 +3204,7 @@ template <class Row> AVX2_ENTRY void widen_row(float* out, Row w, int n) {
 inline void widen_part(float* out, const Matrix& w, int r, int begin, int n) {
     const std::byte* p = w.row(r) + row_bytes(w.dtype, begin);
     switch (w.dtype) {
+    case Dtype::F64: return widen_into(out, F64Row{p}, n);
     case Dtype::F32: return widen_row(out, F32Row{p}, n);
     case Dtype::BF16: return widen_row(out, Bf16Row{p}, n);
     case Dtype::F16: return widen_row(out, F16Row{p}, n);
@@ -3993,8 +3998,10 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
     s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
     s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
-    if (Cache::width_of(c) % format_of(s.kv).values)
-        fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), Cache::width_of(c));
+    for (int n : {Cache::width_of(c), c.Rkv}) {          // MLA's values are the first Rkv numbers of a row
+        if (n % format_of(s.kv).values)
+            fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
+    }
     if (s.context > c.max_context)
         fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
     return s;
