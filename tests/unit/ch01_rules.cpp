@@ -2,6 +2,7 @@
 #include "unit.h"
 
 #include <atomic>
+#include <condition_variable>
 
 // -- 1.1 fail, CHECK --------------------------------------------------------------------------------
 
@@ -72,18 +73,22 @@ TEST(Arena, BillEqualsWhatIsHandedOut) {
     EXPECT_EQ(arena.used, counter.used);
 }
 TEST(Arena, ASessionTakesExactlyItsBill) {
-    for (const Keys& keys :
-         {tiny_v3(), tiny_v2_lite(), tiny_fp8(), tiny_dense("qwen2"), tiny_dense("llama")}) {
-        for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
-            Model model;
-            model.config = config_of(keys);
-            Session s(model, {40, 7, form});
-            EXPECT_EQ(s.arena.used, s.pages.size());
+    for (int threads : {1, 3}) {
+        ScopedThreads scoped(threads);
+        for (const Keys& keys :
+             {tiny_v3(), tiny_v2_lite(), tiny_fp8(), tiny_dense("qwen2"), tiny_dense("llama")}) {
+            for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
+                Model model;
+                model.config = config_of(keys);
+                Session s(model, {40, 7, form});
+                EXPECT_EQ(s.arena.used, s.pages.size());
+                EXPECT_EQ(s.pages.size(), Activations::bytes(model.config, s.options, threads));
+            }
         }
     }
 }
 
-// -- 1.3 parallel_for -------------------------------------------------------------------------------
+// -- 1.3 Team, parallel_for -------------------------------------------------------------------------
 
 TEST(ParallelFor, VisitsEachIndexOnce) {
     for (int threads = 1; threads <= 8; threads++) {
@@ -96,11 +101,133 @@ TEST(ParallelFor, VisitsEachIndexOnce) {
     }
 }
 TEST(ParallelFor, NumbersItsThreadsBelowTheLimit) {
-    ScopedThreads scoped(3);
-    std::atomic<int> most = 0;
-    parallel_for(100, [&](int64_t) { most = std::max(most.load(), omp_get_thread_num()); });
-    EXPECT_LT(most, 3);
+    for (int threads : {1, 2, 3, 8}) {
+        ScopedThreads scoped(threads);
+        std::atomic<int> most = 0, least = 0;
+        parallel_for(100, [&](int64_t) {
+            int here = Team::index;
+            for (int seen = most; here > seen && !most.compare_exchange_weak(seen, here);) {}
+            for (int seen = least; here < seen && !least.compare_exchange_weak(seen, here);) {}
+        });
+        EXPECT_LT(most, threads);
+        EXPECT_EQ(least, 0);
+        EXPECT_EQ(Team::index, 0);                 // of the thread that asks
+    }
 }
+
+// Whether a loop of `n` indices of `cost` has them on different threads: each of the first two waits for the
+// other. A loop on one thread meets the first of them alone; its minute of patience is no measure of speed.
+static bool shares(int64_t n, int64_t cost) {
+    std::mutex mutex;
+    std::condition_variable arrival;
+    int arrived = 0;
+    bool met = false;
+    parallel_for(n, [&](int64_t i) {
+        if (i > 1) return;
+        std::unique_lock lock(mutex);
+        arrived++;
+        arrival.notify_all();
+        if (Team::busy) met = arrival.wait_for(lock, std::chrono::minutes(1), [&] { return arrived == 2; });
+    }, cost);
+    return met;
+}
+
+TEST(ParallelFor, SharesALoopThatIsWorthIt) {
+    for (int threads : {2, 3, 8}) {
+        ScopedThreads scoped(threads);
+        EXPECT_TRUE(shares(2, WORTH_WAKING / 2));
+        EXPECT_TRUE(shares(2, WORTH_WAKING));
+        EXPECT_TRUE(shares(100, WORTH_WAKING / 100 + 1));
+    }
+}
+TEST(ParallelFor, RunsALoopThatIsNotWorthItAlone) {
+    ScopedThreads scoped(3);
+    const std::pair<int64_t, int64_t> small[] = {{1, WORTH_WAKING * 10}, {2, WORTH_WAKING / 2 - 1},
+                                                 {1000, WORTH_WAKING / 1000}, {WORTH_WAKING - 1, 1}};
+    for (auto [n, cost] : small) {
+        std::vector<int64_t> order;                // no lock: the sanitizers would see a second thread
+        std::set<std::thread::id> threads;
+        parallel_for(n, [&](int64_t i) { order.push_back(i), threads.insert(std::this_thread::get_id()); },
+                     cost);
+        EXPECT_EQ(threads, std::set{std::this_thread::get_id()}) << n << " of " << cost;
+        ASSERT_EQ(order.size(), size_t(n));
+        EXPECT_TRUE(std::is_sorted(order.begin(), order.end())) << n << " of " << cost;
+    }
+}
+// Each loop sees what the one before it wrote: a team that starts a loop too early, or leaves one before its
+// last index is done, gives another number.
+TEST(ParallelFor, ManySmallLoopsOneAfterAnother) {
+    for (int threads : {2, 3, 8}) {
+        ScopedThreads scoped(threads);
+        std::vector<int64_t> cell(5);
+        int64_t wrong = 0, last = 0;
+        for (int round = 1; round <= 20000; round++) {
+            int64_t n = 2 + round % 4;
+            parallel_for(n, [&](int64_t i) { cell[size_t(i)] = last + i + 1; });
+            for (int64_t i = 0; i < n; i++) wrong += cell[size_t(i)] != last + i + 1;
+            last = cell[size_t(n) - 1];
+        }
+        EXPECT_EQ(wrong, 0) << threads << " threads";
+    }
+}
+TEST(ParallelFor, WakesATeamThatHasGoneToSleep) {
+    ScopedThreads scoped(3);
+    for (int round = 0; round < 20; round++) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));     // more than a team stays awake
+        EXPECT_TRUE(shares(2, WORTH_WAKING)) << round;
+    }
+}
+TEST(ParallelFor, ALoopInALoopRunsOnItsThread) {
+    ScopedThreads scoped(3);
+    std::atomic<int> visits = 0, strangers = 0;
+    parallel_for(7, [&](int64_t) {
+        std::thread::id outer = std::this_thread::get_id();
+        std::vector<int64_t> order;
+        parallel_for(50, [&](int64_t i) {
+            visits++, strangers += std::this_thread::get_id() != outer;
+            order.push_back(i);
+        });
+        strangers += !std::is_sorted(order.begin(), order.end()) || order.size() != 50;
+    });
+    EXPECT_EQ(visits, 7 * 50);
+    EXPECT_EQ(strangers, 0);
+    EXPECT_TRUE(shares(2, WORTH_WAKING));          // and then a loop is shared again
+}
+TEST(ParallelFor, HandsOutAnException) {
+    for (int threads : {1, 2, 8}) {
+        ScopedThreads scoped(threads);
+        for (int64_t bad : {0, 57, 99}) {
+            auto body = [&](int64_t i) {
+                if (i == bad) fail("index %d", int(i));
+            };
+            EXPECT_TRUE(refuses([&] { parallel_for(100, body); }, text_of("index %d", int(bad))));
+        }
+        EXPECT_THROW(parallel_for(100, [](int64_t) { throw std::bad_alloc(); }), std::bad_alloc);   // many
+        std::atomic<int> visits = 0;
+        parallel_for(100, [&](int64_t) { visits++; });
+        EXPECT_EQ(visits, 100);                    // the team is none the worse for it
+        EXPECT_FALSE(Team::busy);
+    }
+}
+TEST(ParallelFor, WithFarMoreThreadsThanCores) {
+    ScopedThreads scoped(50);
+    EXPECT_EQ(n_threads(), 50);
+    for (int round = 0; round < 50; round++) {
+        std::vector<std::atomic<int>> visits(200);
+        parallel_for(200, [&](int64_t i) { visits[size_t(i)]++; });
+        for (auto& count : visits) ASSERT_EQ(count, 1) << round;
+    }
+}
+// Work that another thread did is visible after the loop, and teams come and go.
+TEST(ParallelFor, SumsTheSameForEveryTeam) {
+    for (int round = 0; round < 30; round++) {
+        ScopedThreads scoped(1 + round % 8);
+        std::vector<int64_t> squares(1000);
+        parallel_for(1000, [&](int64_t i) { squares[size_t(i)] = i * i; });
+        EXPECT_EQ(std::accumulate(squares.begin(), squares.end(), int64_t(0)), 332833500);
+    }
+}
+TEST(Processors, AreOneOrMore) { EXPECT_GE(processors(), 1); }
 
 // -- 1.4 Rng ----------------------------------------------------------------------------------------
 

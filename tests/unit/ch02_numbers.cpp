@@ -1,15 +1,7 @@
 // Chapter 2: what the bits of a weight mean.
 #include "unit.h"
 
-// The value of a floating-point code with `exponent_bits` and `fraction_bits`, as IEEE 754 defines it:
-// subnormals below exponent 1, and for `has_infinity` the largest exponent is infinity and NaN.
-static double value_of(uint32_t code, int exponent_bits, int fraction_bits, bool has_infinity) {
-    int bias = (1 << (exponent_bits - 1)) - 1, e = int(code >> fraction_bits) & ((1 << exponent_bits) - 1);
-    double f = double(code & ((1u << fraction_bits) - 1)) / (1 << fraction_bits);
-    double sign = (code >> (exponent_bits + fraction_bits)) & 1 ? -1 : 1;
-    if (has_infinity && e == (1 << exponent_bits) - 1) return f != 0 ? std::nan("") : sign * INFINITY;
-    return sign * (e ? std::pow(2.0, e - bias) * (1 + f) : std::pow(2.0, 1 - bias) * f);
-}
+#include "weights.h"
 
 static bool same_value(double a, double b) {
     return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
@@ -50,12 +42,44 @@ TEST(Load, ReadsAtAnyAddress) {
     const unsigned char bytes[] = {9, 0, 0, 128, 63, 9};   // 1.0f, little-endian, at an odd address
     EXPECT_EQ(load<float>(bytes + 1), 1.0f);
 }
-TEST(SizeOf, EachDtype) {
-    EXPECT_EQ(size_of(Dtype::F32), 4u);
-    EXPECT_EQ(size_of(Dtype::BF16), 2u);
-    EXPECT_EQ(size_of(Dtype::F16), 2u);
-    EXPECT_EQ(size_of(Dtype::F8_E4M3), 1u);
+
+// The sizes, types and minimums of ggml-common.h; F64 and F8_E4M3 are not in GGUF files.
+TEST(Format, EachDtype) {
+    struct Expected {
+        Dtype dtype;
+        const char* name;
+        int values, bytes, ggml_type;
+        bool minimums;
+    };
+    const Expected all[] = {{Dtype::F64, "F64", 1, 8, -1, false},
+                            {Dtype::F32, "F32", 1, 4, 0, false},
+                            {Dtype::BF16, "BF16", 1, 2, 30, false},
+                            {Dtype::F16, "F16", 1, 2, 1, false},
+                            {Dtype::F8_E4M3, "F8_E4M3", 1, 1, -1, false},
+                            {Dtype::Q4_0, "Q4_0", 32, 2 + 16, 2, false},
+                            {Dtype::Q4_1, "Q4_1", 32, 4 + 16, 3, true},
+                            {Dtype::Q5_0, "Q5_0", 32, 2 + 4 + 16, 6, false},
+                            {Dtype::Q5_1, "Q5_1", 32, 4 + 4 + 16, 7, true},
+                            {Dtype::Q8_0, "Q8_0", 32, 2 + 32, 8, false},
+                            {Dtype::Q2_K, "Q2_K", 256, 16 + 64 + 4, 10, true},
+                            {Dtype::Q3_K, "Q3_K", 256, 32 + 64 + 12 + 2, 11, false},
+                            {Dtype::Q4_K, "Q4_K", 256, 4 + 12 + 128, 12, true},
+                            {Dtype::Q5_K, "Q5_K", 256, 4 + 12 + 32 + 128, 13, true},
+                            {Dtype::Q6_K, "Q6_K", 256, 128 + 64 + 16 + 2, 14, false}};
+    EXPECT_EQ(std::size(all), std::size(ALL_DTYPES));
+    for (const Expected& e : all) {
+        const Format& f = format_of(e.dtype);
+        EXPECT_STREQ(f.name, e.name);
+        EXPECT_EQ(f.values, e.values) << e.name;
+        EXPECT_EQ(f.bytes, e.bytes) << e.name;
+        EXPECT_EQ(f.ggml_type, e.ggml_type) << e.name;
+        EXPECT_EQ(f.minimums, e.minimums) << e.name;
+        EXPECT_EQ(quantised(e.dtype), e.values > 1) << e.name;
+        EXPECT_EQ(row_bytes(e.dtype, 768), size_t(768 / e.values * e.bytes)) << e.name;
+    }
 }
+TEST(RowBytes, OfALongRowDoNotOverflow) { EXPECT_EQ(row_bytes(Dtype::F64, 1 << 30), size_t(1) << 33); }
+TEST(Real, HasItsDtype) { EXPECT_EQ(row_bytes(REAL, 1), sizeof(real)); }
 
 // -- 2.2 Matrix -------------------------------------------------------------------------------------
 
@@ -72,7 +96,7 @@ struct ScaledMatrix {
             append_bytes(scales, &s, 4);
         }
         matrix = {reinterpret_cast<const std::byte*>(weights.data()),
-                  reinterpret_cast<const std::byte*>(scales.data()), Dtype::F8_E4M3, rows, cols, 0};
+                  reinterpret_cast<const std::byte*>(scales.data()), Dtype::F8_E4M3, rows, cols, 0, 0};
     }
     // W[r][c] = e4m3(q[r][c]) * scale[r / 128][c / 128], one rounding
     real value(int r, int c) const {
@@ -127,3 +151,253 @@ TEST(Matrix, ViewOfPlainRows) {
     EXPECT_EQ(m.view(1, 2).scale_row(0), nullptr);
 }
 TEST(Matrix, IsFalseWithoutData) { EXPECT_FALSE(Matrix{}); }
+TEST(Matrix, RowsMayBeFurtherApartThanTheyAreLong) {
+    const float data[] = {1, 2, 99, 3, 4, 99, 5, 6, 99};
+    Matrix m{reinterpret_cast<const std::byte*>(data), nullptr, Dtype::F32, 3, 2, 0, 3 * sizeof(float)};
+    real row[2];
+    for (int r = 0; r < 3; r++) {
+        widen_plain(row, m, r);
+        EXPECT_EQ(row[0], 2 * r + 1);
+        EXPECT_EQ(row[1], 2 * r + 2);
+    }
+    widen_plain(row, m.view(1, 2).view(1, 1), 0);          // a view keeps the distance
+    EXPECT_EQ(row[0], 5);
+}
+TEST(Matrix, OfTheProgramsOwnNumbers) {
+    const real data[] = {1, 2, 3, 4, 5, real(1) / 3};
+    Matrix m = real_matrix(data, 2, 3);
+    real row[3];
+    widen_plain(row, m, 1);
+    EXPECT_TRUE(same_bits(row, data + 3, 3));
+    EXPECT_TRUE(m.rows == 2 && m.cols == 3 && m.dtype == REAL);
+}
+TEST(Matrix, ViewsOfQuantisedRows) {
+    for (Dtype dtype : QUANTISED) {
+        RandomMatrix w(dtype, 7, 512, 1);
+        Vector row(512);
+        widen_plain(row.data(), w.matrix.view(2, 4).view(1, 3), 2);
+        EXPECT_TRUE(same_bits(row, w.row(5))) << format_of(dtype).name;
+    }
+}
+
+// -- 2.3 blocks -------------------------------------------------------------------------------------
+
+// A block's integers, scales and minimums are those of the definition, value by value, and the numbers are
+// the exact ones, rounded once: no tolerance.
+static void expect_block(Dtype dtype, const char* bytes) {
+    int values = format_of(dtype).values;
+    Block block;
+    unpack(block, reinterpret_cast<const std::byte*>(bytes), dtype);
+    Defined expected = define(dtype, bytes);
+    ASSERT_EQ(expected.q.size(), size_t(values));
+    EXPECT_TRUE(same_value(double(block.d), expected.d));
+    EXPECT_TRUE(same_value(double(block.m), expected.m));
+    Vector out(256, 7);
+    dequantise(out.data(), block, values);
+    for (int i = 0; i < values; i++) {
+        size_t at = size_t(i);
+        ASSERT_EQ(block.q[i], expected.q[at]) << format_of(dtype).name << " " << i;
+        ASSERT_EQ(block.scale[i / 16], expected.scale[at]) << format_of(dtype).name << " " << i;
+        ASSERT_EQ(block.minimum[i / 16], expected.minimum[at]) << format_of(dtype).name << " " << i;
+        if (!std::isfinite(expected.d) || !std::isfinite(expected.m)) continue;
+        ASSERT_TRUE(same_value(double(out[at]), double(float(expected.value(at)))))
+            << format_of(dtype).name << " " << i;
+    }
+    for (size_t i = size_t(values); i < 256; i++) ASSERT_EQ(out[i], 7);       // and no further
+}
+
+TEST(Blocks, UnpackAsTheirFormatsAreDefined) {
+    for (Dtype dtype : QUANTISED) {
+        Noise noise;
+        for (int round = 0; round < 300; round++) {
+            Contents contents = round % 2 ? Contents::ANY : Contents::TAME;
+            std::string bytes = "x" + random_weights(dtype, format_of(dtype).values, noise, contents);
+            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, bytes.data() + 1));
+        }
+        for (int all : {0x00, 0x0F, 0x80, 0xF0, 0xFF}) {
+            std::string bytes(size_t(format_of(dtype).bytes), char(all));
+            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, bytes.data()));
+        }
+    }
+}
+// Each bit of a block that is no part of d or m is one bit of one integer, scale or minimum.
+TEST(Blocks, EachBitCounts) {
+    for (Dtype dtype : QUANTISED) {
+        Noise noise;
+        std::string bytes = random_weights(dtype, format_of(dtype).values, noise);
+        for (size_t bit = 0; bit < 8 * bytes.size(); bit++) {
+            std::string other = bytes;
+            other[bit / 8] = char(other[bit / 8] ^ 1 << bit % 8);
+            Block a, b;
+            unpack(a, reinterpret_cast<const std::byte*>(bytes.data()), dtype);
+            unpack(b, reinterpret_cast<const std::byte*>(other.data()), dtype);
+            size_t n = size_t(format_of(dtype).values);
+            bool same = a.d == b.d && a.m == b.m && std::equal(a.q, a.q + n, b.q) &&
+                        std::equal(a.scale, a.scale + n / 16, b.scale) &&
+                        std::equal(a.minimum, a.minimum + n / 16, b.minimum);
+            ASSERT_FALSE(same) << format_of(dtype).name << ", bit " << bit;
+            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, other.data()));
+        }
+    }
+}
+
+// tests/golden/blocks: blocks of each format and what gguf-py, llama.cpp's own Python package, makes of them.
+TEST(Blocks, AreTheNumbersOfGgufPy) {
+    fs::path path = "tests/golden/blocks/blocks.safetensors";
+    Mapping mapping(path);
+    TensorFile file = parse_safetensors({mapping.data(), mapping.size()}, path.string());
+    std::map<std::string, const std::byte*> data;
+    std::map<std::string, uint64_t> rows;
+    for (const TensorInfo& t : file.tensors)
+        data[t.name] = mapping.data() + file.data_begin + t.begin, rows[t.name] = t.shape.at(0);
+    EXPECT_EQ(data.size(), 2 * std::size(QUANTISED));
+    for (Dtype dtype : QUANTISED) {
+        std::string name = format_of(dtype).name;
+        uint64_t blocks = rows.at(name);
+        int values = format_of(dtype).values;
+        ASSERT_GE(blocks, 8u) << name;
+        Matrix w{data.at(name), nullptr, dtype, int(blocks), values, 0, 0};
+        Vector row(static_cast<size_t>(values));
+        for (int r = 0; r < w.rows; r++) {
+            widen_plain(row.data(), w, r);
+            for (int i = 0; i < values; i++) {
+                size_t at = size_t(r) * row.size() + size_t(i);
+                float expected = load<float>(data.at(name + ".values") + 4 * at);
+                ASSERT_TRUE(same_value(double(row[size_t(i)]), double(expected)))
+                    << name << ", block " << r << ", value " << i;
+            }
+        }
+    }
+}
+
+// -- narrowing --------------------------------------------------------------------------------------
+
+// x rounded to a 16-bit code: by IEEE 754 the nearest, of two equally near ones the even one. `widen` gives
+// the value of a code; `steps` are the codes from 0 to infinity.
+struct Narrowing {
+    uint16_t (*narrow)(float);
+    float (*widen)(uint16_t);
+    uint32_t infinity;
+    float overflow;                                // half a step beyond the largest number
+};
+constexpr Narrowing NARROWINGS[] = {{float_to_f16, f16_to_float, 0x7C00, 65520.0f},
+                                    {float_to_bf16, bf16_to_float, 0x7F80, 0x1.FFp127f}};
+
+TEST(Narrow, IsTheInverseOfWidening) {
+    for (const Narrowing& n : NARROWINGS) {
+        for (uint32_t code = 0; code < 65536; code++) {
+            float x = n.widen(uint16_t(code));
+            if (std::isnan(x)) {
+                EXPECT_TRUE(std::isnan(n.widen(n.narrow(x)))) << code;
+                EXPECT_EQ(n.narrow(x) & 0x8000u, code & 0x8000) << code;
+            } else {
+                ASSERT_EQ(n.narrow(x), code);
+            }
+        }
+    }
+}
+TEST(Narrow, TakesTheNearestAndOfTwoTheEvenOne) {
+    for (const Narrowing& n : NARROWINGS) {
+        for (uint32_t low = 0; low < n.infinity; low++) {
+            uint32_t high = low + 1, even = low % 2 ? high : low;
+            double above = high == n.infinity ? 2 * double(n.overflow) - double(n.widen(uint16_t(low)))
+                                              : double(n.widen(uint16_t(high)));
+            float middle = float((double(n.widen(uint16_t(low))) + above) / 2);      // exact
+            float before = std::nextafter(middle, 0.0f), after = std::nextafter(middle, INFINITY);
+            for (uint32_t sign : {0u, 0x8000u}) {
+                float s = sign ? -1.0f : 1.0f;
+                ASSERT_EQ(n.narrow(s * middle), sign | even) << low;
+                ASSERT_EQ(n.narrow(s * before), sign | low) << low;
+                ASSERT_EQ(n.narrow(s * after), sign | high) << low;
+            }
+        }
+    }
+}
+TEST(Narrow, AtTheEnds) {
+    for (const Narrowing& n : NARROWINGS) {
+        EXPECT_EQ(n.narrow(INFINITY), n.infinity);
+        EXPECT_EQ(n.narrow(-INFINITY), n.infinity | 0x8000);
+        EXPECT_EQ(n.narrow(n.overflow), n.infinity);
+        EXPECT_EQ(n.narrow(std::nextafter(n.overflow, 0.0f)), n.infinity - 1);
+        EXPECT_EQ(n.narrow(-0.0f), 0x8000);
+        EXPECT_TRUE(std::isnan(n.widen(n.narrow(std::bit_cast<float>(0x7F800001)))));   // NaN by a low bit
+    }
+    EXPECT_EQ(float_to_f16(std::numeric_limits<float>::denorm_min()), 0);
+    EXPECT_EQ(float_to_f16(0x1p-25f), 0);                                               // ties to even
+    EXPECT_EQ(float_to_f16(0x1.000002p-25f), 1);
+}
+
+static Vector widened_q8_0(const std::string& bytes) {
+    Vector out(bytes.size() / 34 * 32);
+    widen_plain(out.data(), {reinterpret_cast<const std::byte*>(bytes.data()), nullptr, Dtype::Q8_0, 1,
+                             int(out.size()), 0, 0}, 0);
+    return out;
+}
+static std::string stored(const Vector& x, Dtype dtype) {
+    std::string out(row_bytes(dtype, int(x.size())), '\x55');
+    store_row(reinterpret_cast<std::byte*>(out.data()), x.data(), int(x.size()), dtype);
+    return out;
+}
+
+// d is the largest / 127 in f16, off by 2^-11 of it, or by half of f16's smallest step 2^-24. The nearest
+// multiple of d is at most d / 2 away, and a little for the roundings of 1 / d and of x / d, 2^-22 of 127 d;
+// the largest numbers may be beyond 127 d by what d lost: 127 * 2^-25 at most, or 127 * 2^-11 d < d / 2.
+TEST(QuantiseQ8_0, IsWithinHalfAStep) {
+    Noise noise;
+    for (int e = -40; e <= 15; e++) {
+        for (int round = 0; round < 50; round++) {
+            Vector x = noise.vector(32);
+            for (real& v : x) v = real(std::ldexp(double(v), e));
+            std::string bytes = stored(x, Dtype::Q8_0);
+            Vector back = widened_q8_0(bytes);
+            long double d = half_at(reinterpret_cast<const uint8_t*>(bytes.data())), top = 0;
+            for (real v : x) top = std::max(top, std::fabs((long double)(v)));
+            ASSERT_LE(std::fabs(d - top / 127), std::max(top / 127 * 0x1p-11L, 0x1p-25L));
+            long double bound = d * (0.5L + 127 * 0x1p-22L) + (d < 0x1p-14L ? 127 * 0x1p-25L : 0);
+            for (size_t i = 0; i < 32; i++)
+                ASSERT_LE(std::fabs(back[i] - (long double)(x[i])), bound) << "exponent " << e;
+        }
+    }
+}
+TEST(QuantiseQ8_0, UsesItsWholeRange) {
+    Vector x(32);
+    for (size_t i = 0; i < 32; i++) x[i] = real(8 * (int(i) - 16) + (i == 0 ? 1 : 0));       // -127 .. 120
+    std::string bytes = stored(x, Dtype::Q8_0);
+    EXPECT_EQ(half_at(reinterpret_cast<const uint8_t*>(bytes.data())), 1);
+    for (size_t i = 0; i < 32; i++) EXPECT_EQ(int8_t(bytes[2 + i]), int(x[i])) << i;
+}
+TEST(QuantiseQ8_0, OfZeroIsZero) {
+    EXPECT_EQ(stored(Vector(32), Dtype::Q8_0), std::string(34, '\0'));
+    EXPECT_EQ(widened_q8_0(stored(Vector(32, real(-1e-30)), Dtype::Q8_0)), Vector(32));
+}
+// A number that is none must not turn into one, or the check of the logits would have nothing to see.
+TEST(QuantiseQ8_0, KeepsWhatIsNotFinite) {
+    for (double bad : {std::nan(""), double(INFINITY), -double(INFINITY)}) {
+        for (size_t place : {0u, 7u, 31u}) {
+            Vector x = Noise{}.vector(64);
+            x[place] = real(bad);
+            Vector back = widened_q8_0(stored(x, Dtype::Q8_0));
+            EXPECT_FALSE(std::isfinite(back[place])) << bad << " at " << place;
+            for (size_t i = 32; i < 64; i++) ASSERT_TRUE(std::isfinite(back[i]));   // the other block
+        }
+    }
+}
+TEST(StoreRow, KeepsRealNumbersAsTheyAre) {
+    Vector x = Noise{}.vector(37);
+    std::string bytes = stored(x, REAL);
+    EXPECT_EQ(std::memcmp(bytes.data(), x.data(), bytes.size()), 0);
+}
+TEST(StoreRow, RoundsToBf16) {
+    Vector x = Noise{}.vector(37);
+    std::string bytes = stored(x, Dtype::BF16);
+    for (size_t i = 0; i < 37; i++)
+        EXPECT_EQ(load<uint16_t>(bytes.data() + 2 * i), float_to_bf16(float(x[i]))) << i;
+}
+TEST(StoreRow, CutsARowIntoBlocksOfQ8_0) {
+    Vector x = Noise{}.vector(96);
+    std::string bytes = stored(x, Dtype::Q8_0);
+    for (size_t b = 0; b < 3; b++) {
+        Vector part(x.begin() + int64_t(32 * b), x.begin() + int64_t(32 * b + 32));
+        EXPECT_EQ(bytes.substr(34 * b, 34), stored(part, Dtype::Q8_0)) << b;
+    }
+}

@@ -722,5 +722,5 @@ TEST(Checkpoint, RefusesAnEmptyFolder) {
     fs::path folder = scratch("none");
     EXPECT_TRUE(refuses([&] { open_checkpoint(folder); }, "neither model.safetensors nor"));
     EXPECT_TRUE(refuses([&] { load_model(folder); }, "no config.json"));
-    EXPECT_TRUE(refuses([&] { load_model(folder / "x"); }, "no such folder"));
+    EXPECT_TRUE(refuses([&] { load_model(folder / "x"); }, "no such file or folder"));
 }

@@ -1,5 +1,7 @@
-// Chapter 5: dot and its order, matmul, exp, softmax, rmsnorm, top_k.
+// Chapter 5: dot and its order, in floating point and in integers, matmul, exp, softmax, rmsnorm, top_k.
 #include "unit.h"
+
+#include "weights.h"
 
 // -- 5.1 dot: the definition, written out a second time ---------------------------------------------
 
@@ -24,40 +26,20 @@ static real defined_scaled_dot(const Vector& w, const Vector& scale, const Vecto
     return tree(lane);
 }
 
-// A matrix of any dtype with random contents, and its numbers (scales apart).
-struct AnyMatrix {
-    std::string bytes, scale_bytes;
-    Vector values, scales;
-    Matrix matrix;
+static real defined_dot(const RandomMatrix& w, int r, const Vector& x) {
+    if (!w.matrix.scale) return defined_dot(w.row(r), x);
+    Vector scale;
+    for (size_t k = 0; k < (w.cols() + 127) / 128; k++) scale.push_back(w.scale(r, k));
+    return defined_scaled_dot(w.row(r), scale, x);
+}
 
-    AnyMatrix(Dtype dtype, int rows, int cols, uint64_t seed) {
-        static const char* const NAMES[] = {"F32", "BF16", "F16", "F8_E4M3"};
-        Noise noise{{seed}};
-        bytes = random_data(NAMES[int(dtype)], uint64_t(rows) * uint64_t(cols), 0, 1, noise);
-        matrix = {reinterpret_cast<const std::byte*>(bytes.data()), nullptr, dtype, rows, cols, 0};
-        for (size_t i = 0; i < size_t(rows) * size_t(cols); i++) {
-            const char* p = bytes.data() + i * size_of(dtype);
-            values.push_back(dtype == Dtype::F32    ? load<float>(p)
-                             : dtype == Dtype::BF16 ? bf16_to_float(load<uint16_t>(p))
-                             : dtype == Dtype::F16  ? f16_to_float(load<uint16_t>(p))
-                                                    : e4m3_to_float(load<uint8_t>(p)));
-        }
-        if (dtype != Dtype::F8_E4M3) return;
-        scale_bytes = random_data("F32", uint64_t((rows + 127) / 128 * ((cols + 127) / 128)), 1, 0.5, noise);
-        for (size_t i = 0; i < scale_bytes.size(); i += 4)
-            scales.push_back(load<float>(scale_bytes.data() + i));
-        matrix.scale = reinterpret_cast<const std::byte*>(scale_bytes.data());
-    }
-    real dot_row(int r, const Vector& x) const {
-        size_t n = size_t(matrix.cols), blocks = (n + 127) / 128;
-        Vector row(values.begin() + int64_t(n) * r, values.begin() + int64_t(n) * (r + 1));
-        if (scales.empty()) return defined_dot(row, x);
-        auto at = scales.begin() + int64_t(blocks) * (r / 128);
-        return defined_scaled_dot(row, Vector(at, at + int64_t(blocks)), x);
-    }
-};
-
-constexpr Dtype DTYPES[] = {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8_E4M3};
+// Numbers of columns: every tail of 16 lanes, and beyond the blocks of scales; whole blocks where there are.
+static std::vector<int> widths(Dtype dtype) {
+    std::vector<int> out;
+    int block = format_of(dtype).values;
+    for (int n = block; n <= (block == 256 ? 2560 : 300); n += block) out.push_back(n);
+    return out;
+}
 
 TEST(Dot, FollowsItsDefinition) {
     Noise noise;
@@ -68,13 +50,25 @@ TEST(Dot, FollowsItsDefinition) {
 }
 TEST(Dot, FollowsItsDefinitionForEveryDtype) {
     Noise noise;
-    for (Dtype dtype : DTYPES) {
-        for (int n = 1; n <= 300; n++) {
-            AnyMatrix w(dtype, 1, n, uint64_t(n));
+    for (Dtype dtype : ALL_DTYPES) {
+        for (int n : widths(dtype)) {
+            RandomMatrix w(dtype, 2, n, uint64_t(n), Contents::TAME, 127);   // rows 127 and 128: two scales
             Vector x = noise.vector(size_t(n));
-            real out = 0;
-            dots_plain(&out, 1, w.matrix, 0, {x.data(), n}, 1);
-            ASSERT_EQ(out, w.dot_row(0, x)) << "dtype " << int(dtype) << ", n " << n;
+            for (int r : {0, 1})
+                ASSERT_EQ(dot_row_plain(w.matrix, r, x.data()), defined_dot(w, r, x))
+                    << format_of(dtype).name << ", n " << n;
+        }
+    }
+}
+TEST(Widen, GivesTheNumbersOfTheDefinition) {
+    for (Dtype dtype : ALL_DTYPES) {
+        for (int n : widths(dtype)) {
+            RandomMatrix w(dtype, 2, n, uint64_t(n), Contents::TAME, 127);
+            Vector row(static_cast<size_t>(n));
+            for (int r : {0, 1}) {
+                widen_plain(row.data(), w.matrix, r);
+                ASSERT_TRUE(same_bits(row, w.scaled_row(r))) << format_of(dtype).name << ", n " << n;
+            }
         }
     }
 }
@@ -98,63 +92,254 @@ TEST(Dot, FusesItsProducts) {
     b[16] = 1 - e;   // both in lane 0: (1 + e) (1 - e) alone would round to 1
     EXPECT_EQ(dot_real_plain(a, b, 17), -e * e);
 }
-TEST(Axpy, IsAChainOfFma) {
-    Noise noise;
-    Vector a = noise.vector(37), b = noise.vector(37), out(37), expected(37);
-    axpy_plain(out.data(), real(0.3), a.data(), 37), axpy_plain(out.data(), real(-1.7), b.data(), 37);
-    for (size_t i = 0; i < 37; i++)
-        expected[i] = std::fma(real(-1.7), b[i], std::fma(real(0.3), a[i], real(0)));
-    EXPECT_EQ(out, expected);
+TEST(RowsPlain, WriteTheirRowsAtTheirStride) {
+    RandomMatrix w(Dtype::F32, 4, 3, 1);
+    Vector x = {1, 0, 0, -9, 0, 1, 0, -9}, out(20, 99);
+    rows_plain({out.data(), 10}, {x.data(), 4}, w.matrix, 2, 1, 3);
+    for (size_t i = 0; i < 20; i++) {
+        bool written = i == 1 || i == 2 || i == 11 || i == 12;
+        EXPECT_EQ(out[i], written ? w.row(int(i % 10))[i / 10] : 99) << i;
+    }
 }
 
-// -- 5.2 matmul -------------------------------------------------------------------------------------
+// out[t][i] is one chain of fma that begins with what was there, in the order of j.
+TEST(Weigh, IsAChainOfFmaInTheOrderOfTheRows) {
+    for (Dtype dtype : ALL_DTYPES) {
+        int cols = std::max(37 * (format_of(dtype).values == 1), format_of(dtype).values), T = 3;
+        RandomMatrix v(dtype, 9, cols, 5, Contents::TAME, 120);
+        Noise noise;
+        size_t n = size_t(cols), stride = n + 2;
+        Vector p = noise.vector(size_t(T) * 11), out = noise.vector(size_t(T) * stride), expected = out;
+        for (int j = 0; j < 8; j++) {                    // of the nine rows
+            Vector row = v.scaled_row(j);
+            for (size_t t = 0; t < size_t(T); t++)
+                for (size_t i = 0; i < n; i++) {
+                    real& y = expected[t * stride + i];
+                    y = std::fma(p[t * 11 + size_t(j)], row[i], y);
+                }
+        }
+        weigh_plain({out.data(), int64_t(stride)}, {p.data(), 11}, v.matrix, T, 8);
+        EXPECT_TRUE(same_bits(out, expected)) << format_of(dtype).name;
+    }
+}
+TEST(Weigh, OfNoRowsLeavesWhatWasThere) {
+    Vector out = {1, 2}, p = {3}, v = {4, 5};
+    weigh_plain({out.data(), 2}, {p.data(), 1}, real_matrix(v.data(), 1, 2), 1, 0);
+    EXPECT_EQ(out, (Vector{1, 2}));
+}
 
-TEST(Matmul, IsADotPerElement) {
+// -- 5.2 dot in small integers ----------------------------------------------------------------------
+
+// The definition a second time: q = x 2047 / top to the nearest, ties to even, and d = top / 2047.
+struct DefinedInts {
+    std::vector<int> q;
+    std::vector<float> d;
+
+    DefinedInts(const Vector& x, size_t block) {
+        for (size_t begin = 0; begin < x.size(); begin += block) {
+            float top = 0;
+            for (size_t i = begin; i < begin + block; i++) top = std::max(top, std::fabs(float(x[i])));
+            d.push_back(top / 2047);
+            float inverse = 2047 / top;
+            for (size_t i = begin; i < begin + block; i++) q.push_back(to_even(float(x[i]) * inverse));
+        }
+    }
+    static int to_even(float x) {
+        int low = int(std::floor(x));
+        float over = x - float(low);
+        return over > 0.5f || (over == 0.5f && low % 2 != 0) ? low + 1 : low;
+    }
+};
+
+static Vector ragged(size_t n, Noise& noise) {           // blocks of very different sizes
+    Vector x = noise.vector(n);
+    for (size_t i = 0; i < n; i++) x[i] *= real(std::ldexp(1.0, int(i / 32 % 7) * 5 - 15));
+    return x;
+}
+
+TEST(QuantiseX, FollowsItsDefinition) {
     Noise noise;
-    for (Dtype dtype : DTYPES) {
-        for (int T : {1, 2, 3, 4, 5, 9}) {
-            int rows = 131 + T, cols = 140;
-            AnyMatrix w(dtype, rows, cols, uint64_t(T));
-            Vector x = noise.vector(size_t(T * cols)), out(size_t(T * rows));
-            matmul(out.data(), x.data(), w.matrix, T);
-            for (int i = 0; i < T * rows; i++) {
-                Vector token(x.begin() + i / rows * cols, x.begin() + (i / rows + 1) * cols);
-                ASSERT_EQ(out[size_t(i)], w.dot_row(i % rows, token))
-                    << "dtype " << int(dtype) << ", element " << i;
+    for (int block : {32, 256}) {
+        for (int round = 0; round < 50; round++) {
+            Vector x = ragged(768, noise);
+            Ints ints(x, 1, block);
+            DefinedInts expected(x, size_t(block));
+            for (size_t i = 0; i < x.size(); i++) ASSERT_EQ(ints.q[i], expected.q[i]) << i;
+            for (size_t b = 0; b < expected.d.size(); b++) ASSERT_EQ(ints.d[b], expected.d[b]) << b;
+            for (size_t g = 0; g < x.size() / 16; g++) {
+                const int* first = &expected.q[16 * g];
+                ASSERT_EQ(ints.sums[g], std::accumulate(first, first + 16, 0)) << g;
             }
         }
     }
 }
-TEST(Matmul, DoesNotDependOnThreads) {
+// Half a step of d, and the roundings of d, of 2047 / top and of the product: 3 * 2^-24 of |x|.
+TEST(QuantiseX, IsWithinHalfAStepAndTwelveBits) {
     Noise noise;
-    AnyMatrix w(Dtype::BF16, 77, 50, 1);
-    Vector x = noise.vector(5 * 50), expected(5 * 77), out(5 * 77);
-    matmul(expected.data(), x.data(), w.matrix, 5);
-    for (int threads = 1; threads <= 8; threads++) {
-        ScopedThreads scoped(threads);
-        std::fill(out.begin(), out.end(), real(0));
-        matmul(out.data(), x.data(), w.matrix, 5);
-        EXPECT_EQ(out, expected) << threads;
+    for (int e = -90; e <= 100; e += 5) {
+        Vector x = noise.vector(256);
+        for (real& v : x) v = real(std::ldexp(double(v), e));
+        Ints ints(x, 1, 256);
+        int largest = 0;
+        for (size_t i = 0; i < 256; i++) {
+            long double d = ints.d[0], size = std::fabs((long double)(x[i]));
+            largest = std::max(largest, std::abs(int(ints.q[i])));
+            ASSERT_LE(std::fabs(d * ints.q[i] - (long double)(x[i])), d / 2 + 3.01L * 0x1p-24L * size) << e;
+        }
+        EXPECT_EQ(largest, 2047) << e;
     }
 }
-TEST(Matmul, RowsWriteAtTheirStride) {
-    AnyMatrix w(Dtype::F32, 4, 3, 1);
-    Vector x = {1, 0, 0, -9, 0, 1, 0, -9}, out(20, 99);
-    matmul_rows({out.data(), 10}, {x.data(), 4}, w.matrix, 2, 1, 3);
-    for (size_t i = 0; i < 20; i++) {
-        bool written = i == 1 || i == 2 || i == 11 || i == 12;
-        EXPECT_EQ(out[i], written ? w.values[i % 10 * 3 + i / 10] : 99) << i;
+TEST(QuantiseX, SendsTiesToTheEvenInteger) {
+    Vector x(32);
+    const float halves[] = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 2045.5f, -2046.5f};
+    std::copy(std::begin(halves), std::end(halves), x.begin()), x[31] = 2047;      // d = 1
+    Ints ints(x, 1, 32);
+    EXPECT_EQ(ints.d[0], 1);
+    EXPECT_EQ((std::vector<int>(ints.q.begin(), ints.q.begin() + 8)),
+              (std::vector<int>{0, 2, 2, 0, -2, -2, 2046, -2046}));
+}
+TEST(QuantiseX, OfZeroIsZero) {
+    for (real tiny : {real(0), real(-0.0), real(1e-37), real(-1e-31)}) {           // below 2^-100 is nothing
+        Ints ints(Vector(64, tiny), 1, 32);
+        EXPECT_EQ(ints.q, std::vector<int16_t>(64)) << tiny;
+        EXPECT_EQ(ints.sums, std::vector<int16_t>(4)) << tiny;
+        EXPECT_EQ(ints.d, std::vector<float>(2)) << tiny;
     }
 }
-TEST(AddBias, ToEachToken) {
-    Vector out = {1, 2, 3, 4, 5, 6}, bias = {10, 20, 30};
-    add_bias(out.data(), bias, 2);
-    EXPECT_EQ(out, (Vector{11, 22, 33, 14, 25, 36}));
+TEST(QuantiseX, SumsFit16Bits) {
+    Ints ints(Vector(32, real(-3)), 1, 32);
+    EXPECT_EQ(ints.q, std::vector<int16_t>(32, -2047));
+    EXPECT_EQ(ints.sums, std::vector<int16_t>(2, -16 * 2047));
 }
-TEST(Add, InPlace) {
-    Vector out = {1, 2, 3}, x = {10, 20, 30};
-    add(out.data(), x.data(), 2);
-    EXPECT_EQ(out, (Vector{11, 22, 3}));
+
+// The definition in 64-bit integers, from the blocks as ch. 2's tests define them.
+static float defined_int_dot(const RandomMatrix& w, int r, const DefinedInts& x) {
+    float lane[8] = {};
+    std::vector<Defined> blocks = w.blocks(r);
+    for (size_t b = 0; b < blocks.size(); b++) {
+        const Defined& block = blocks[b];
+        int64_t sum = 0, minimum = 0;
+        for (size_t i = 0; i < block.q.size(); i++) {
+            int64_t q = x.q[b * block.q.size() + i];
+            sum += q * block.scale[i] * block.q[i], minimum += q * block.minimum[i];
+        }
+        EXPECT_LT(std::max(std::abs(sum), std::abs(minimum)), int64_t(1) << 31);
+        float& y = lane[b % 8];
+        y = std::fma(float(block.d) * x.d[b], float(sum), y);
+        if (format_of(w.matrix.dtype).minimums) y = std::fma(-(float(block.m) * x.d[b]), float(minimum), y);
+    }
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+TEST(IntDot, FollowsItsDefinition) {
+    Noise noise;
+    for (Dtype dtype : QUANTISED) {
+        int block = format_of(dtype).values;
+        for (int n = block; n <= 20 * block; n += block) {
+            RandomMatrix w(dtype, 2, n, uint64_t(n));
+            Vector x = ragged(size_t(n), noise);
+            Ints ints(x, 1, block);
+            DefinedInts defined(x, size_t(block));
+            for (int r : {0, 1})
+                ASSERT_EQ(int_dot_plain(w.matrix, r, ints.rows), defined_int_dot(w, r, defined))
+                    << format_of(dtype).name << ", n " << n;
+        }
+    }
+}
+
+// The exact sum over the exact weights, and how far int_dot may be from it:
+//
+//   - x is off by half a step of its d, and 3 * 2^-24 of itself (see above), times |w|;
+//   - a block's integers are exact. Its term is rounded as an integer turned to float, as a product of scales
+//     and in the fma of its lane, which has two for each block (one without minimums), and then in 3 levels
+//     of the tree: chain_error on |d dx I| + |m dx M|.
+struct ExactSum {
+    long double sum = 0, bound = 0;
+};
+static ExactSum exact_int_dot(const RandomMatrix& w, int r, const Vector& x, const Ints& ints) {
+    constexpr long double u = 0x1p-24L;                  // int_dot computes in float whatever `real` is
+    ExactSum out;
+    long double size = 0;
+    std::vector<Defined> blocks = w.blocks(r);
+    for (size_t b = 0; b < blocks.size(); b++) {
+        long double dx = ints.d[b], sum = 0, minimum = 0;
+        for (size_t i = 0; i < blocks[b].q.size(); i++) {
+            size_t at = b * blocks[b].q.size() + i;
+            long double weight = blocks[b].value(i);
+            out.sum += weight * x[at];
+            out.bound += std::fabs(weight) * (dx / 2 + 3.01L * u * std::fabs((long double)(x[at])));
+            sum += (long double)(ints.q[at]) * blocks[b].scale[i] * blocks[b].q[i];
+            minimum += (long double)(ints.q[at]) * blocks[b].minimum[i];
+        }
+        size += std::fabs(blocks[b].d * dx * sum) + std::fabs(blocks[b].m * dx * minimum);
+    }
+    long double roundings = 2 + 2 * ((long double)(blocks.size() + 7) / 8) + 3;
+    out.bound += roundings * u / (1 - roundings * u) * size;
+    return out;
+}
+
+TEST(IntDot, IsNearTheSum) {
+    Noise noise;
+    for (Dtype dtype : QUANTISED) {
+        int block = format_of(dtype).values;
+        for (int n : {block, 3 * block, 40 * block}) {
+            RandomMatrix w(dtype, 20, n, uint64_t(n));
+            Vector x = ragged(size_t(n), noise);
+            Ints ints(x, 1, block);
+            for (int r = 0; r < 20; r++) {
+                ExactSum exact = exact_int_dot(w, r, x, ints);
+                ASSERT_LE(std::fabs(int_dot_plain(w.matrix, r, ints.rows) - exact.sum), exact.bound)
+                    << format_of(dtype).name << ", n " << n;
+            }
+        }
+    }
+}
+// All weights and all activations at their largest, of one sign: the sums stay below 2^31 (compared in 64
+// bits), and are what they should be.
+TEST(IntDot, DoesNotOverflow) {
+    for (Dtype dtype : QUANTISED) {
+        int block = format_of(dtype).values, n = 10 * block;
+        std::string extreme = extreme_block(dtype);
+        RandomMatrix w(dtype, 1, n, 1);
+        for (size_t b = 0; b < 10; b++)
+            w.bytes.replace(1 + b * extreme.size(), extreme.size(), extreme);
+        int largest = 0;
+        for (size_t i = 0; i < size_t(block); i++)
+            largest = std::max(largest, std::abs(w.blocks(0)[0].scale[i] * w.blocks(0)[0].q[i]));
+        EXPECT_EQ(largest, extreme_size(dtype)) << format_of(dtype).name;
+        EXPECT_LT(int64_t(largest) * 2047 * block, int64_t(1) << 31);
+        for (real sign : {real(1), real(-1)}) {
+            Vector x(size_t(n), 2047 * sign);
+            Ints ints(x, 1, block);
+            float sum = int_dot_plain(w.matrix, 0, ints.rows);
+            EXPECT_EQ(sum, defined_int_dot(w, 0, DefinedInts(x, size_t(block)))) << format_of(dtype).name;
+            ExactSum exact = exact_int_dot(w, 0, x, ints);
+            EXPECT_LE(std::fabs(sum - exact.sum), exact.bound)
+                << format_of(dtype).name;
+        }
+    }
+}
+TEST(IntDot, OfARowThatIsNotFiniteIsNotANumber) {
+    for (Dtype dtype : QUANTISED) {
+        int block = format_of(dtype).values, n = 3 * block;
+        RandomMatrix w(dtype, 1, n, 1);
+        for (real bad : {real(NAN), real(INFINITY), real(-INFINITY)}) {
+            for (int place : {0, block + 5, n - 1}) {
+                Vector x = Noise{}.vector(size_t(n));
+                x[size_t(place)] = bad;
+                Ints ints(x, 1, block);
+                EXPECT_TRUE(std::isnan(int_dot_plain(w.matrix, 0, ints.rows))) << format_of(dtype).name;
+            }
+        }
+    }
+}
+TEST(IntDot, OfZeroIsZero) {
+    for (Dtype dtype : QUANTISED) {
+        int block = format_of(dtype).values;
+        RandomMatrix w(dtype, 1, 3 * block, 1);
+        Ints ints(Vector(size_t(3 * block)), 1, block);
+        EXPECT_EQ(int_dot_plain(w.matrix, 0, ints.rows), 0) << format_of(dtype).name;
+    }
 }
 
 // -- 5.3 exp, sigmoid, silu, softmax ----------------------------------------------------------------
@@ -205,11 +390,30 @@ TEST(Sigmoid, AtTheEnds) {
     EXPECT_EQ(sigmoid(real(INFINITY)), 1);
     EXPECT_EQ(sigmoid(real(-INFINITY)), 0);
 }
-TEST(Silu, IsNearTheFormula) {
+// As sigmoid, and one more product.
+TEST(SiluTimes, IsNearTheFormula) {
+    Noise noise;
     for (double z = -80; z <= 80; z += 0.01) {
-        long double x = real(z), exact = x / (1 + std::exp(-x));
-        ASSERT_LE(std::fabs(silu(real(z)) - exact), std::fabs(exact) * (EXP_ERROR + 2.01L * U)) << z;
+        real gate = real(z), up = real(noise.next());
+        long double x = gate, exact = x / (1 + std::exp(-x)) * up;
+        silu_times_plain(&gate, &up, 1);
+        ASSERT_LE(std::fabs(gate - exact), std::fabs(exact) * (EXP_ERROR + 3.01L * U)) << z;
     }
+}
+TEST(SiluTimes, AtTheEnds) {
+    const real one = 1, inf = real(INFINITY), large = 10000;
+    const std::pair<real, real> cases[] = {{real(0), real(0)}, {inf, inf}, {large, large}, {-large, real(0)}};
+    for (auto [z, expected] : cases) {
+        real gate = z;
+        silu_times_plain(&gate, &one, 1);
+        EXPECT_EQ(gate, expected) << z;
+    }
+}
+TEST(ExpBelow, IsExpOfTheDifference) {
+    Noise noise;
+    Vector z = noise.vector(100), out = z;
+    exp_below_plain(out.data(), real(0.3), 100);
+    for (size_t i = 0; i < 100; i++) EXPECT_EQ(out[i], exp_of(real(z[i] - real(0.3)))) << i;
 }
 
 TEST(Softmax, IsNearTheFormula) {
@@ -221,6 +425,19 @@ TEST(Softmax, IsNearTheFormula) {
         softmax(z.data(), n);
         for (size_t i = 0; i < z.size(); i++)
             ASSERT_LE(std::fabs(z[i] - exact[i]), softmax_error(n, 40) * exact[i]) << n;
+    }
+}
+// The sum has sixteen lanes and the tree of a dot.
+TEST(Softmax, SumsLikeADot) {
+    Noise noise;
+    for (int n : {1, 15, 16, 17, 100, 333}) {
+        Vector z = noise.vector(size_t(n)), e = z;
+        real top = *std::max_element(z.begin(), z.end());
+        for (real& v : e) v = exp_of(v - top);
+        real sum = defined_dot(e, Vector(e.size(), 1));
+        for (real& v : e) v /= sum;
+        softmax(z.data(), n);
+        EXPECT_TRUE(same_bits(z, e)) << n;
     }
 }
 TEST(Softmax, OfOneIsOne) {
@@ -249,7 +466,145 @@ TEST(Softmax, DoesNotSeeAShiftThatIsExact) {
     EXPECT_EQ(a, b);
 }
 
-// -- 5.4 rmsnorm ------------------------------------------------------------------------------------
+// -- 5.5 matmul -------------------------------------------------------------------------------------
+
+// Element r of W x by definition, in the way that the kernels in use ask for.
+static real defined_product(const RandomMatrix& w, int r, const Vector& x) {
+    if (!in_integers(w.matrix)) return defined_dot(w, r, x);
+    return defined_int_dot(w, r, DefinedInts(x, size_t(format_of(w.matrix.dtype).values)));
+}
+static Vector slice(const Vector& x, size_t begin, size_t n) {
+    return Vector(x.begin() + int64_t(begin), x.begin() + int64_t(begin + n));
+}
+static Kernels plain_kernels(bool integers) {
+    Kernels k;
+    k.integers = integers;
+    return k;
+}
+constexpr bool IN_FLOAT = sizeof(real) == 4;
+
+TEST(Matmul, IsADotPerElement) {
+    Noise noise;
+    for (bool integers : {false, IN_FLOAT}) {
+        ScopedKernels scoped(plain_kernels(integers));
+        for (Dtype dtype : ALL_DTYPES) {
+            for (int T : {1, 2, 3, 4, 5, 9}) {
+                int rows = 131 + T, cols = format_of(dtype).values == 1 ? 140 : format_of(dtype).values;
+                RandomMatrix w(dtype, rows, cols, uint64_t(T));
+                Vector x = noise.vector(size_t(T * cols)), out(size_t(T * rows));
+                matmul(out.data(), x.data(), w.matrix, T);
+                for (int i = 0; i < T * rows; i++) {
+                    Vector token = slice(x, size_t(i / rows * cols), size_t(cols));
+                    ASSERT_EQ(out[size_t(i)], defined_product(w, i % rows, token))
+                        << format_of(dtype).name << ", element " << i;
+                }
+            }
+        }
+    }
+}
+TEST(Matmul, IntegersAreTheDefaultForQuantisedWeightsAlone) {
+    for (Dtype dtype : ALL_DTYPES) {
+        Matrix w;
+        w.dtype = dtype;
+        EXPECT_EQ(in_integers(w), IN_FLOAT && quantised(dtype)) << format_of(dtype).name;
+    }
+}
+TEST(Matmul, DoesNotDependOnThreads) {
+    Noise noise;
+    for (Dtype dtype : ALL_DTYPES) {
+        for (int T : {1, 5}) {
+            RandomMatrix w(dtype, 777, 256, 1);
+            Vector x = noise.vector(size_t(T) * 256), expected(size_t(T) * 777), out(expected.size());
+            matmul(expected.data(), x.data(), w.matrix, T);
+            for (int threads = 1; threads <= 8; threads++) {
+                ScopedThreads scoped(threads);
+                std::fill(out.begin(), out.end(), real(0));
+                matmul(out.data(), x.data(), w.matrix, T);
+                EXPECT_EQ(out, expected) << format_of(dtype).name << ", " << threads;
+            }
+        }
+    }
+}
+
+// Products of one call, with inputs that lie at the same place and are yet not the same: another number of
+// tokens, of columns, of numbers between tokens, or other blocks. Each is as if it were alone.
+TEST(Matmul, SeveralProductsAreAsEachAlone) {
+    Noise noise;
+    Vector x = noise.vector(9 * 1024), y = noise.vector(9 * 512);
+    std::deque<RandomMatrix> w;
+    std::deque<Vector> out;
+    std::vector<Product> products;
+    auto add = [&](Dtype dtype, int rows, int cols, ConstRows in, int T) {
+        const RandomMatrix& m = w.emplace_back(dtype, rows, cols, uint64_t(w.size()));
+        Vector& o = out.emplace_back(size_t(std::max(T, 1) * (rows + 3)), real(99));
+        products.push_back({{o.data(), rows + 3}, in, &m.matrix, T});
+    };
+    for (Dtype dtype : {Dtype::Q4_K, Dtype::Q8_0, Dtype::Q6_K, Dtype::BF16, Dtype::Q4_0}) {
+        add(dtype, 40, 512, {x.data(), 512}, 2), add(dtype, 100, 512, {x.data(), 512}, 9);
+        add(dtype, 41, 256, {x.data(), 512}, 2), add(dtype, 42, 512, {x.data(), 1024}, 2);
+        add(dtype, 1, 512, {x.data(), 512}, 1), add(dtype, 7, 512, {y.data(), 512}, 2);
+        add(dtype, 43, 512, {x.data() + 1, 512}, 2), add(dtype, 5, 512, {x.data(), 512}, 0);
+    }
+    for (int threads : {1, 3, 8}) {
+        ScopedThreads scoped(threads);
+        for (Vector& o : out) std::fill(o.begin(), o.end(), real(99));
+        matmul(products);
+        for (size_t p = 0; p < products.size(); p++) {
+            const Product& product = products[p];
+            size_t rows = size_t(product.w->rows), cols = size_t(product.w->cols);
+            for (size_t i = 0; i < out[p].size(); i++) {
+                size_t t = i / (rows + 3), r = i % (rows + 3);
+                bool written = r < rows && t < size_t(product.T);
+                Vector token(product.x[int64_t(t)], product.x[int64_t(t)] + cols);
+                ASSERT_EQ(out[p][i], written ? defined_product(w[p], int(r), token) : real(99))
+                    << "product " << p << ", element " << i << ", " << threads << " threads";
+            }
+        }
+    }
+}
+TEST(Matmul, OfNothingDoesNothing) { matmul(std::span<const Product>{}); }
+TEST(MatmulAlone, IsAMatmul) {
+    Noise noise;
+    for (bool integers : {false, IN_FLOAT}) {
+        ScopedKernels scoped(plain_kernels(integers));
+        for (Dtype dtype : ALL_DTYPES) {
+            RandomMatrix w(dtype, 21, 256, 3);
+            Vector x = noise.vector(4 * 300), out(4 * 30, 99);
+            matmul_alone({out.data(), 30}, {x.data(), 300}, w.matrix, 4);
+            for (size_t i = 0; i < out.size(); i++) {
+                Vector token = slice(x, i / 30 * 300, 256);
+                ASSERT_EQ(out[i], i % 30 < 21 ? defined_product(w, int(i % 30), token) : 99) << i;
+            }
+        }
+    }
+}
+// W^T x: the rows of W times the numbers of x, in their order, from 0.
+TEST(MatmulTransposed, IsAChainOverTheRows) {
+    Noise noise;
+    for (Dtype dtype : ALL_DTYPES) {
+        RandomMatrix w(dtype, 10, 256, 3);
+        Vector x = noise.vector(3 * 12), out(3 * 260, 99);
+        matmul_transposed({out.data(), 260}, {x.data(), 12}, w.matrix, 3);
+        for (size_t i = 0; i < out.size(); i++) {
+            real expected = i % 260 < 256 ? 0 : 99;
+            for (int j = 0; i % 260 < 256 && j < 10; j++)
+                expected = std::fma(x[i / 260 * 12 + size_t(j)], w.scaled_row(j)[i % 260], expected);
+            ASSERT_EQ(out[i], expected) << format_of(dtype).name << " " << i;
+        }
+    }
+}
+TEST(AddBias, ToEachToken) {
+    Vector out = {1, 2, 3, 4, 5, 6}, bias = {10, 20, 30};
+    add_bias(out.data(), bias, 2);
+    EXPECT_EQ(out, (Vector{11, 22, 33, 14, 25, 36}));
+}
+TEST(Add, InPlace) {
+    Vector out = {1, 2, 3}, x = {10, 20, 30};
+    add(out.data(), x.data(), 2);
+    EXPECT_EQ(out, (Vector{11, 22, 3}));
+}
+
+// -- 5.6 rmsnorm ------------------------------------------------------------------------------------
 
 // Roundings: of the sum of squares dot_roundings(n), division by n, eps (twice: itself and the addition); the
 // square root halves what came before and adds one; then 1 / root and two products.
@@ -278,7 +633,7 @@ TEST(Rmsnorm, KeepsToItsStridesAndWorksInPlace) {
     EXPECT_EQ(x, (Vector{1, 2, 99, 1, 2, 99}));
 }
 
-// -- 5.5 top_k --------------------------------------------------------------------------------------
+// -- 5.7 top_k --------------------------------------------------------------------------------------
 
 static std::vector<int> top(const Vector& v, int k) {
     std::vector<int> idx(static_cast<size_t>(k));

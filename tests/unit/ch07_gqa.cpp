@@ -1,82 +1,266 @@
-// Chapter 7: one query against n keys, and which head reads which keys.
+// Chapter 7: some queries against n keys, which head reads which keys, and what the cache keeps.
 #include "unit.h"
+
+#include "weights.h"
+
+// -- 7.1 the cache ----------------------------------------------------------------------------------
+
+constexpr Dtype CACHES[] = {REAL, Dtype::BF16, Dtype::Q8_0};
+
+// Six heads of 32 on two kv heads: rows that Q8_0 can store.
+static Keys wide_dense() { return with(tiny_dense("qwen2"), {{"head_dim", "32"}}); }
+
+TEST(GqaCache, NumbersPerTokenAndLayer) {
+    Config c = config_of(with(tiny_dense("qwen2"), {{"num_attention_heads", "12"}, {"head_dim", "128"}}));
+    EXPECT_EQ(c.cache_width(), 512);   // R1-Distill-Qwen-1.5B: 2 kv heads of 128, keys and values
+    EXPECT_EQ(Cache::parts_of(c), 4);
+    EXPECT_EQ(Cache::width_of(c), 128);
+}
+// R1-Distill-Qwen-1.5B, 28 layers: 28,672 bytes in 16 bits; 8 bits and an f16 a 32 numbers are 17 / 32 of it.
+TEST(GqaCache, BytesPerToken) {
+    Config c = config_of(with(tiny_dense("qwen2"), {{"num_attention_heads", "12"}, {"head_dim", "128"},
+                                                    {"num_hidden_layers", "28"}}));
+    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::F32), 1000u * 57344);
+    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::BF16), 1000u * 28672);
+    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::Q8_0), 1000u * 28672 * 17 / 32);
+}
+// The matrices of all layers and parts lie one after the other and fill the cache.
+TEST(GqaCache, PartsFollowEachOther) {
+    for (Dtype dtype : CACHES) {
+        Config c = config_of(wide_dense());
+        Cache cache(c, 5, dtype);
+        EXPECT_EQ(cache.pages.size(), Cache::bytes(c, 5, dtype));
+        const std::byte* at = cache.pages.data();
+        for (int l = 0; l < c.n_layers; l++) {
+            for (int part = 0; part < 4; part++) {
+                Matrix m = cache.matrix(l, part);
+                EXPECT_TRUE(m.dtype == dtype && m.rows == 5 && m.cols == 32);
+                EXPECT_EQ(m.data, at) << l << " " << part;
+                at = m.row(5);
+            }
+        }
+        EXPECT_EQ(at, cache.pages.data() + cache.pages.size());
+    }
+}
+TEST(GqaCache, StoresARowAndNothingElse) {
+    for (Dtype dtype : CACHES) {
+        Cache cache(config_of(wide_dense()), 5, dtype);
+        Vector x = Noise{}.vector(32), row(32);
+        cache.store(1, 2, 3, x.data());
+        std::string bytes(row_bytes(dtype, 32), '\0');
+        store_row(reinterpret_cast<std::byte*>(bytes.data()), x.data(), 32, dtype);
+        const std::byte *begin = cache.matrix(1, 2).row(3), *end = begin + bytes.size();
+        EXPECT_EQ(std::memcmp(begin, bytes.data(), bytes.size()), 0);
+        for (const std::byte* p = cache.pages.data(); p < cache.pages.data() + cache.pages.size(); p++) {
+            if (p < begin || p >= end) { ASSERT_EQ(*p, std::byte{0}); }
+        }
+    }
+}
+// What a number may lose: nothing; half a step of 8 significant bits, 2^-8 of it; half a step of the block's
+// d, as derived for QuantiseQ8_0.
+TEST(GqaCache, LosesHalfAStepAtMost) {
+    Noise noise;
+    for (Dtype dtype : CACHES) {
+        Cache cache(config_of(wide_dense()), 50, dtype);
+        for (int pos = 0; pos < 50; pos++) {
+            Vector x = noise.vector(32), row(32);
+            cache.store(0, 1, pos, x.data());
+            widen_plain(row.data(), cache.matrix(0, 1), pos);
+            real top = 0;
+            for (real v : x) top = std::max(top, std::fabs(v));
+            long double d = (long double)(top) / 127 * (1 + 0x1p-11L);
+            for (size_t i = 0; i < 32; i++) {
+                long double number = x[i], lost = std::fabs(number - row[i]), size = std::fabs(number);
+                long double bound = dtype == REAL ? 0 : dtype == Dtype::BF16 ? size * 0x1p-8L : d * 0.5001L;
+                ASSERT_LE(lost, bound) << format_of(dtype).name;
+            }
+        }
+    }
+}
 
 // -- 7.2 attend -------------------------------------------------------------------------------------
 
-struct AttendCase {
-    int n, dk, dv;
-    real scale;
+// A session that attends: of its model only the context counts.
+struct Attending {
+    Model model;
+    std::unique_ptr<Session> session;
+
+    explicit Attending(int context) {
+        model.config = config_of(tiny_dense("llama"));
+        session = std::make_unique<Session>(model, SessionOptions{context, 1, MlaForm::ABSORBED});
+    }
 };
 
-// Errors of one query. A score: dot_roundings(dk) and the scale's product, on sum |q k|. That moves a weight
-// by a factor e^(2 score error); softmax_error on top; then n products and sums a value.
-static void expect_attention(const AttendCase& a, Noise& noise) {
-    Vector q = noise.vector(size_t(a.dk)), k = noise.vector(size_t(a.n * a.dk)),
-           v = noise.vector(size_t(a.n * a.dv));
-    Vector out(static_cast<size_t>(a.dv)), scores(static_cast<size_t>(a.n));
-    attend(out.data(), q.data(), {{k.data(), a.dk}, {v.data(), a.dv}, a.dk, a.dv, a.scale}, a.n,
-           scores.data());
+// Keys or values, stored like a cache: rows of `dtype` that lie `gap` bytes apart, and what they are worth.
+struct StoredRows {
+    std::string bytes;
+    Vector values;
+    Matrix matrix;
 
-    std::vector<long double> p(size_t(a.n));
-    long double top = -INFINITY, bottom = INFINITY, largest = 0, sum = 0;
-    for (size_t j = 0; j < p.size(); j++) {
-        long double size = 0;
-        for (size_t i = 0; i < q.size(); i++) {
-            long double product = (long double)(q[i]) * k[j * q.size() + i] * a.scale;
-            p[j] += product, size += std::fabs(product);
+    StoredRows(int n, int width, Dtype dtype, size_t gap, Noise& noise) : values(size_t(n * width)) {
+        size_t row = row_bytes(dtype, width), stride = row + gap;
+        bytes = std::string(size_t(n) * stride, '\x7F');
+        std::byte* data = reinterpret_cast<std::byte*>(bytes.data());
+        matrix = {data, nullptr, dtype, n, width, 0, gap ? stride : 0};
+        for (int j = 0; j < n; j++) {
+            Vector x = noise.vector(size_t(width));
+            store_row(data + size_t(j) * stride, x.data(), width, dtype);
+            widen_plain(values.data() + j * width, matrix, j);
         }
-        top = std::max(top, p[j]), bottom = std::min(bottom, p[j]), largest = std::max(largest, size);
+    }
+    StoredRows(const StoredRows&) = delete;
+};
+
+struct AttendCase {
+    int dk, dv;
+    std::vector<int> n;                                  // what each query sees
+    Dtype dtype = REAL;
+    size_t gap = 0;
+    real scale = real(0.7);
+};
+
+// For each number of x the step of its block of 32 in integers of 12 bits.
+static std::vector<long double> integer_steps(const real* x, size_t n) {
+    std::vector<long double> steps;
+    for (size_t i = 0; i < n; i++) {
+        long double top = 0;
+        for (size_t j = i / 32 * 32; j < std::min(n, i / 32 * 32 + 32); j++)
+            top = std::max(top, std::fabs((long double)(x[j])));
+        steps.push_back(top / 2047);
+    }
+    return steps;
+}
+
+// Errors of one query. A score: dot_roundings(dk), or the 2 + 2 ceil(blocks / 8) + 3 of int_dot, and the
+// scale's product, on sum |q k|; where q is made integers, half a step and 3 U of itself too. That moves a
+// weight by a factor e^(2 score error); softmax_error on top; then n products and sums a value.
+static void expect_query(const AttendCase& a, int n, const real* q, const StoredRows& k, const StoredRows& v,
+                         const real* out) {
+    bool integers = in_integers(k.matrix);
+    size_t dk = size_t(a.dk), dv = size_t(a.dv);
+    std::vector<long double> p(static_cast<size_t>(n)), steps = integer_steps(q, dk);
+    long double top = -INFINITY, bottom = INFINITY, score_error = 0, sum = 0;
+    int roundings = std::max(dot_roundings(a.dk), 2 + 2 * ((a.dk / 32 + 7) / 8) + 3) + 1;
+    for (size_t j = 0; j < p.size(); j++) {
+        long double size = 0, step = 0;
+        for (size_t i = 0; i < dk; i++) {
+            long double key = k.values[j * dk + i] * (long double)(a.scale), product = q[i] * key;
+            p[j] += product, size += std::fabs(product);
+            if (integers) step += std::fabs(key) * steps[i] / 2 + 3.01L * U * std::fabs(product);
+        }
+        top = std::max(top, p[j]), bottom = std::min(bottom, p[j]);
+        score_error = std::max(score_error, chain_error(roundings) * (size + step) + step);
     }
     for (long double& x : p) sum += x = std::exp(x - top);
-    long double score_error = chain_error(dot_roundings(a.dk) + 1) * largest;
-    long double error = std::expm1(2 * score_error) + softmax_error(a.n, top - bottom) + chain_error(a.n);
-    for (size_t i = 0; i < out.size(); i++) {
+    long double error = std::expm1(2 * score_error) + softmax_error(n, top - bottom + 2 * score_error) +
+                        chain_error(n);
+    for (size_t i = 0; i < dv; i++) {
         long double exact = 0, size = 0;
         for (size_t j = 0; j < p.size(); j++) {
-            long double term = p[j] / sum * v[j * out.size() + i];
+            long double term = p[j] / sum * v.values[j * dv + i];
             exact += term, size += std::fabs(term);
         }
-        ASSERT_LE(std::fabs(out[i] - exact), 1.01L * error * size) << a.n << " keys of " << a.dk;
+        ASSERT_LE(std::fabs(out[i] - exact), 1.01L * error * size) << n << " keys of " << a.dk;
+    }
+}
+
+// All queries at once: each near the formula, and with the bits that it has alone.
+static void expect_attention(const AttendCase& a, Noise& noise) {
+    int Q = int(a.n.size()), n = a.n.back();
+    Attending at(n + 3);
+    StoredRows k(n, a.dk, a.dtype, a.gap, noise), v(n, a.dv, a.dtype, a.gap, noise);
+    Vector q = noise.vector(size_t(Q * (a.dk + 1))), out(size_t(Q * (a.dv + 2)), 99);
+    Past past{k.matrix, v.matrix, a.scale};
+    attend(*at.session, {out.data(), a.dv + 2}, {q.data(), a.dk + 1}, past, a.n);
+    for (int i = 0; i < Q; i++) {
+        const real *query = q.data() + i * (a.dk + 1), *got = out.data() + i * (a.dv + 2);
+        int seen = a.n[size_t(i)];
+        ASSERT_NO_FATAL_FAILURE(expect_query(a, seen, query, k, v, got));
+        Vector alone(static_cast<size_t>(a.dv));
+        attend(*at.session, {alone.data(), a.dv}, {query, a.dk}, past, {&seen, 1});
+        ASSERT_TRUE(same_bits(alone.data(), got, alone.size())) << "query " << i << " of " << Q;
+        ASSERT_TRUE(got[a.dv] == 99 && got[a.dv + 1] == 99);
     }
 }
 
 TEST(Attend, IsNearTheFormula) {
     Noise noise;
     for (int n : {1, 2, 3, 17, 200}) {
-        for (int dk : {1, 2, 16, 33, 192}) expect_attention({n, dk, 7 + dk / 2, real(0.7)}, noise);
+        for (int dk : {1, 2, 16, 33, 192}) expect_attention({dk, 7 + dk / 2, {n}}, noise);
     }
 }
+TEST(Attend, ManyQueriesAreAsEachAlone) {
+    Noise noise;
+    for (int Q = 1; Q <= QUERY_TILE; Q++) {
+        for (int heads : {1, 3, 16}) {                   // queries that see the same keys
+            std::vector<int> n;
+            for (int i = 0; i < Q; i++) n.push_back(60 + i / heads);
+            expect_attention({33, 20, n}, noise);
+        }
+    }
+    expect_attention({16, 16, {1, 1, 2, 40, 41, 130}}, noise);
+}
+TEST(Attend, ReadsRowsOfAnyKindAndDistance) {
+    Noise noise;
+    for (bool integers : {true, false}) {
+        for (const Kernels& k : available_kernels()) {
+            ScopedKernels scoped(k);
+            kernels.integers = integers && sizeof(real) == 4;
+            for (Dtype dtype : CACHES) {
+                for (size_t gap : {size_t(0), 3 * sizeof(real)})
+                    expect_attention({64, 96, {5, 70, 70, 71, 71, 72}, dtype, gap}, noise);
+            }
+        }
+    }
+}
+// Without integers, a cache in fewer bits is a cache of the numbers that were kept: to the bit.
+TEST(Attend, OverFewerBitsIsOverTheirNumbers) {
+    Noise noise;
+    ScopedKernels scoped(kernels);
+    kernels.integers = false;
+    for (Dtype dtype : {Dtype::BF16, Dtype::Q8_0}) {
+        StoredRows k(50, 64, dtype, 0, noise), v(50, 32, dtype, 0, noise);
+        Vector q = noise.vector(3 * 64), out(3 * 32), expected(3 * 32);
+        std::vector<int> n = {48, 49, 50};
+        Attending at(50);
+        attend(*at.session, {out.data(), 32}, {q.data(), 64}, {k.matrix, v.matrix, 1}, n);
+        Past numbers{real_matrix(k.values.data(), 50, 64), real_matrix(v.values.data(), 50, 32), 1};
+        attend(*at.session, {expected.data(), 32}, {q.data(), 64}, numbers, n);
+        EXPECT_TRUE(same_bits(out, expected)) << format_of(dtype).name;
+    }
+}
+
+// Keys, values and one query of the program's own numbers.
+static Vector attend_one(const Vector& q, const Vector& k, const Vector& v, real scale, int n) {
+    Attending at(n);
+    int dk = int(q.size()), rows = int(k.size()) / dk, dv = int(v.size()) / rows;
+    Vector out(static_cast<size_t>(dv));
+    Past past{real_matrix(k.data(), rows, dk), real_matrix(v.data(), rows, dv), scale};
+    attend(*at.session, {out.data(), dv}, {q.data(), dk}, past, {&n, 1});
+    return out;
+}
 TEST(Attend, OfOneKeyIsItsValue) {
-    Vector q = {1, -2}, k = {5, 6}, v = {real(0.1), real(0.2), real(0.3)}, out(3);
-    real score;
-    attend(out.data(), q.data(), {{k.data(), 2}, {v.data(), 3}, 2, 3, real(0.7)}, 1, &score);
-    EXPECT_EQ(out, v);
+    Vector v = {real(0.1), real(0.2), real(0.3)};
+    EXPECT_EQ(attend_one({1, -2}, {5, 6}, v, real(0.7), 1), v);
 }
 TEST(Attend, OfEqualKeysIsTheMean) {
-    Vector q = {1, 1}, k = {3, 4, 3, 4, 3, 4, 3, 4}, v = {1, 2, 3, 6}, out(1), scores(4);
-    attend(out.data(), q.data(), {{k.data(), 2}, {v.data(), 1}, 2, 1, 1}, 4, scores.data());
-    EXPECT_EQ(out[0], 3);
+    EXPECT_EQ(attend_one({1, 1}, {3, 4, 3, 4, 3, 4, 3, 4}, {1, 2, 3, 6}, 1, 4), Vector{3});
 }
 TEST(Attend, ReadsNoFurtherThanN) {
     real nan = std::numeric_limits<real>::quiet_NaN();
-    Vector q = {1}, k = {1, 1, nan}, v = {2, 4, nan}, out(1), scores(3);
-    attend(out.data(), q.data(), {{k.data(), 1}, {v.data(), 1}, 1, 1, 1}, 2, scores.data());
-    EXPECT_EQ(out[0], 3);
+    EXPECT_EQ(attend_one({1}, {1, 1, nan}, {2, 4, nan}, 1, 2), Vector{3});
 }
-
-// -- 7.1 the cache ----------------------------------------------------------------------------------
-
-TEST(GqaCache, NumbersPerTokenAndLayer) {
-    Config c = config_of(with(tiny_dense("qwen2"), {{"num_attention_heads", "12"}, {"head_dim", "128"}}));
-    EXPECT_EQ(c.cache_width(), 512);   // R1-Distill-Qwen-1.5B: 2 kv heads of 128, keys and values
-}
-TEST(GqaCache, ALayersRowsFollowEachOther) {
-    Config c = config_of(tiny_dense("llama"));
-    Cache cache(c, 5);
-    EXPECT_EQ(cache.pages.size(), Cache::bytes(c, 5));
-    EXPECT_EQ(cache.layer(1)[0] - cache.layer(0)[0], 5 * c.cache_width());
-    EXPECT_EQ(reinterpret_cast<std::byte*>(cache.layer(c.n_layers - 1)[5]),
-              cache.pages.data() + cache.pages.size());
+// A query that sees less is not touched by what another of the same tile sees.
+TEST(Attend, EachQuerySeesItsOwnPast) {
+    real nan = std::numeric_limits<real>::quiet_NaN();
+    Attending at(4);
+    Vector q = {1, 1, 1}, k = {1, 1, nan, 1}, v = {2, 4, nan, 1}, out(3);
+    std::vector<int> n = {1, 2, 3};
+    Past past{real_matrix(k.data(), 4, 1), real_matrix(v.data(), 4, 1), 1};
+    attend(*at.session, {out.data(), 1}, {q.data(), 1}, past, n);
+    EXPECT_EQ(out[0], 2);
+    EXPECT_EQ(out[1], 3);
+    EXPECT_TRUE(std::isnan(out[2]));
 }
 
 // -- 7.3 gqa ----------------------------------------------------------------------------------------
@@ -88,7 +272,7 @@ TEST(Gqa, HeadsShareKvHeadsInOrder) {
     std::vector<float> zeros(60 * 60), identity(60 * 60);
     for (size_t i = 0; i < 60; i++) identity[61 * i] = 1;
     auto matrix = [](const std::vector<float>& data, int rows) {
-        return Matrix{reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, 60, 0};
+        return Matrix{reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, 60, 0, 0};
     };
     Gqa w{matrix(zeros, 60), matrix(zeros, 20), matrix(zeros, 20), matrix(identity, 60),
           Vector(60),        Vector(20),        Vector(20)};
@@ -109,15 +293,73 @@ TEST(Gqa, KeysAreCachedRotatedAndValuesAsTheyAre) {
     const Gqa& w = model.layers[0].gqa;
     Session s(model, {4, 4, MlaForm::ABSORBED});
     Noise noise;
-    Vector u = noise.vector(size_t(c.D)), k(20), v(20), table(10);
+    Vector u = noise.vector(size_t(c.D)), k(20), v(20), table(10), row(10);
     std::copy(u.begin(), u.end(), s.a.u);
     rope_table(s.a.cos_sin, model.rope, 1, 3), rope_table(table.data(), model.rope, 1, 3);
     gqa(s, w, 0, 1, 3);
     matmul(k.data(), u.data(), w.wk, 1), add_bias(k.data(), w.bk, 1);
     matmul(v.data(), u.data(), w.wv, 1), add_bias(v.data(), w.bv, 1);
-    for (int g = 0; g < 2; g++) rope_half(k.data() + 10 * g, table.data(), 10);
-    EXPECT_TRUE(same_bits(s.cache.layer(0)[3], k.data(), 20));
-    EXPECT_TRUE(same_bits(s.cache.layer(0)[3] + 20, v.data(), 20));
+    for (int g = 0; g < 2; g++) {
+        rope_half(k.data() + 10 * g, table.data(), 10);
+        widen_plain(row.data(), s.cache.matrix(0, 2 * g), 3);
+        EXPECT_TRUE(same_bits(row.data(), k.data() + 10 * g, 10)) << g;
+        widen_plain(row.data(), s.cache.matrix(0, 2 * g + 1), 3);
+        EXPECT_TRUE(same_bits(row.data(), v.data() + 10 * g, 10)) << g;
+    }
+}
+
+// T tokens behind five others, which another call has put into the cache.
+struct GqaRun {
+    Vector q, o, y;
+
+    GqaRun(const Model& model, Dtype kv, int T, int threads) {
+        ScopedThreads scoped(threads);
+        const Config& c = model.config;
+        Session s(model, {40, 30, MlaForm::ABSORBED, kv});
+        Noise noise;
+        for (auto [pos, n] : {std::pair{0, 5}, std::pair{5, T}}) {
+            Vector u = noise.vector(size_t(n * c.D));
+            std::copy(u.begin(), u.end(), s.a.u);
+            rope_table(s.a.cos_sin, model.rope, n, pos);
+            gqa(s, model.layers[1].gqa, 1, n, pos);
+        }
+        q.assign(s.a.q, s.a.q + T * c.H * c.head_dim), o.assign(s.a.o, s.a.o + T * c.H * c.head_dim);
+        y.assign(s.a.y, s.a.y + T * c.D);
+        if (threads == 1) expect_each_alone(s, T);
+    }
+    // The query of each head at each token, attending alone over its kv head's part of the cache.
+    void expect_each_alone(const Session& s, int T) {
+        const Config& c = s.model.config;
+        Vector out(static_cast<size_t>(c.head_dim));
+        for (int i = 0; i < T * c.H; i++) {
+            int h = i % c.H, g = h / (c.H / c.G), n = 5 + i / c.H + 1;
+            Matrix k = s.cache.matrix(1, 2 * g), v = s.cache.matrix(1, 2 * g + 1);
+            Past past{k, v, 1 / std::sqrt(real(c.head_dim))};
+            attend(s, {out.data(), c.head_dim}, {q.data() + i * c.head_dim, c.head_dim}, past, {&n, 1});
+            ASSERT_TRUE(same_bits(out.data(), o.data() + i * c.head_dim, out.size())) << "query " << i;
+        }
+    }
+};
+
+// Groups of 1, 3, 16, 20 and 40 heads: below, at and above QUERY_TILE, and split among threads in every way.
+TEST(Gqa, TilesDoNotShowInItsBits) {
+    const std::pair<const char*, const char*> heads[] = {{"4", "4"}, {"6", "2"}, {"16", "1"}, {"40", "2"},
+                                                         {"40", "1"}};
+    for (auto [H, G] : heads) {
+        Model model = random_model(
+            "tiles", with(wide_dense(), {{"num_attention_heads", H}, {"num_key_value_heads", G}}));
+        for (Dtype kv : CACHES) {
+            for (int T : {1, 2, 7, 30}) {
+                GqaRun expected(model, kv, T, 1);
+                for (int threads = 2; threads <= 8; threads++) {
+                    GqaRun run(model, kv, T, threads);
+                    ASSERT_TRUE(same_bits(run.o, expected.o) && same_bits(run.y, expected.y))
+                        << H << " heads on " << G << ", " << T << " tokens, " << threads << " threads, "
+                        << format_of(kv).name;
+                }
+            }
+        }
+    }
 }
 
 static void expect_causal(const Model& model, MlaForm form) {

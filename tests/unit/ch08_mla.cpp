@@ -1,37 +1,73 @@
 // Chapter 8: the two forms of MLA against the equations, the latent cache.
 #include "unit.h"
 
+#include "weights.h"
+
 // -- 8.1 naive and absorbed -------------------------------------------------------------------------
 
-// One layer's attention core with random queries, cache and kv_b_proj.
+// How a case keeps W^UK: as it is, or transposed.
+enum class Keep : uint8_t { W_UK, TRANSPOSED };
+
+// One layer's attention core with random queries, cache and kv_b_proj. `cache` has the numbers that are kept
+// in `kv`, so that a cache in fewer bits adds no error of its own.
 struct MlaCase {
     Model model;
-    std::string bytes, scale_bytes;
+    RandomMatrix wkv_b;
     Mla w;
+    std::deque<Vector> transposed;
     int T, pos;
+    Dtype kv;
     Vector q, cache;
 
-    MlaCase(const Keys& keys, const char* dtype, int T, int pos, uint64_t seed) : T(T), pos(pos) {
+    MlaCase(const Keys& keys, Dtype dtype, int T, int pos, uint64_t seed, Dtype kv = REAL)
+        : wkv_b(dtype, rows_of(config_of(keys)), config_of(keys).Rkv, seed), T(T), pos(pos), kv(kv) {
         Config& c = model.config = config_of(keys);
         model.rope = make_rope(c.rope, c.Dr);
+        for (size_t i = 1; i < wkv_b.scale_bytes.size(); i += 4) {       // e4m3 reaches 448
+            float small = load<float>(wkv_b.scale_bytes.data() + i) / 100;
+            std::memcpy(wkv_b.scale_bytes.data() + i, &small, 4);
+        }
+        for (int h = 0; h < c.H; h++) {
+            Matrix k = wkv_b.matrix.view(h * (c.Dn + c.Dv), c.Dn);
+            w.wk_b.push_back(k), w.wv_b.push_back(wkv_b.matrix.view(h * (c.Dn + c.Dv) + c.Dn, c.Dv));
+            w.wk_b_t.push_back(transpose(k));
+        }
         Noise noise{{seed}};
-        int rows = c.H * (c.Dn + c.Dv);
-        bytes = random_data(dtype, uint64_t(rows) * uint64_t(c.Rkv), 0, 1, noise);
-        bool fp8 = std::string(dtype) == "F8_E4M3";
-        scale_bytes = random_data("F32", uint64_t((rows + 127) / 128 * ((c.Rkv + 127) / 128)), 0.01, 0.005,
-                                  noise);
-        w.wkv_b = {reinterpret_cast<const std::byte*>(bytes.data()),
-                   fp8 ? reinterpret_cast<const std::byte*>(scale_bytes.data()) : nullptr,
-                   fp8 ? Dtype::F8_E4M3 : Dtype::BF16, rows, c.Rkv, 0};
-        q = noise.vector(size_t(T * c.H * c.q_dim())),
-        cache = noise.vector(size_t((pos + T) * c.cache_width()));
+        q = noise.vector(size_t(T * c.H * c.q_dim()));
+        std::string bytes(row_bytes(kv, c.cache_width()), '\0');
+        for (int j = 0; j < pos + T; j++) {
+            Vector row = noise.vector(size_t(c.cache_width()));
+            store_row(reinterpret_cast<std::byte*>(bytes.data()), row.data(), c.cache_width(), kv);
+            widen_plain(row.data(), {reinterpret_cast<const std::byte*>(bytes.data()), nullptr, kv, 1,
+                                     c.cache_width(), 0, 0}, 0);
+            cache.insert(cache.end(), row.begin(), row.end());
+        }
+    }
+    static int rows_of(const Config& c) { return c.H * (c.Dn + c.Dv); }
+
+    Matrix transpose(const Matrix& m) {
+        Vector row(size_t(m.cols)), &out = transposed.emplace_back(size_t(m.rows) * size_t(m.cols));
+        for (int r = 0; r < m.rows; r++) {
+            widen_plain(row.data(), m, r);
+            for (int col = 0; col < m.cols; col++) out[size_t(col * m.rows + r)] = row[size_t(col)];
+        }
+        return real_matrix(out.data(), m.cols, m.rows);
     }
     // (T, H, Dv)
-    Vector run(MlaForm form) const {
-        Session s(model, {pos + T, T, form});
+    Vector run(MlaForm form, Keep keep = Keep::W_UK, int threads = 1) const {
+        ScopedThreads scoped(threads);
+        Mla weights = w;
+        (keep == Keep::W_UK ? weights.wk_b_t : weights.wk_b).clear();
+        Session s(model, {pos + T, T, form, kv});
         std::copy(q.begin(), q.end(), s.a.q);
-        std::copy(cache.begin(), cache.end(), s.cache.layer(0)[0]);
-        (form == MlaForm::NAIVE ? mla_naive : mla_absorbed)(s, w, 0, T, pos);
+        Vector row(size_t(model.config.cache_width()));
+        for (int j = 0; j < pos + T; j++) {
+            const real* numbers = cache.data() + size_t(j) * row.size();
+            s.cache.store(0, 0, j, numbers);
+            widen_plain(row.data(), s.cache.matrix(0, 0), j);
+            EXPECT_TRUE(same_bits(row.data(), numbers, row.size())) << "kept numbers are kept once more";
+        }
+        (form == MlaForm::NAIVE ? mla_naive : mla_absorbed)(s, weights, 0, T, pos);
         return Vector(s.a.o, s.a.o + T * model.config.H * model.config.Dv);
     }
 };
@@ -49,7 +85,7 @@ struct Expanded {
             std::vector<long double>& sum = value.emplace_back(width);
             std::vector<long double>& absolute = size.emplace_back(width);
             for (int r = 0; r < width; r++) {
-                widen_plain(row.data(), m.w.wkv_b, h * width + r);   // chapter 2's tests vouch for it
+                widen_plain(row.data(), m.wkv_b.matrix, h * width + r);   // chapter 2's tests vouch for it
                 for (size_t i = 0; i < row.size(); i++) {
                     sum[size_t(r)] += (long double)(row[i]) * latent[i];
                     absolute[size_t(r)] += std::fabs((long double)(row[i]) * latent[i]);
@@ -64,10 +100,10 @@ struct Weights {
     std::vector<long double> p;
     long double error;
 
-    // A score's roundings: for naive a row of W^UK with c, then the key with q; for absorbed W^UK^T q by a
-    // chain of Dn, then the latent with it; an e4m3 weight's product with its scale 2 more, the softmax scale
-    // 2 more. The larger of both, on S = |q|^T |W| |c|. A score error moves a weight by a factor e^(2 error),
-    // as in chapter 7.
+    // A score's roundings: for naive a row of W^UK with c (transposed: a chain of Rkv), then the key with q;
+    // for absorbed W^UK^T q by a chain of Dn (transposed: a dot), then the latent with it; an e4m3 weight's
+    // product with its scale 2 more, the softmax scale 2 more. The largest of all, on S = |q|^T |W| |c|. A
+    // score error moves a weight by a factor e^(2 error), as in chapter 7.
     Weights(const MlaCase& m, const Expanded& kv, int h, int t) {
         const Config& c = m.model.config;
         const real* q = m.q.data() + (t * c.H + h) * c.q_dim();
@@ -87,8 +123,8 @@ struct Weights {
         long double top = *high, range = *high - *low;
         for (long double& x : p) sum += x = std::exp(x - top);
         for (long double& x : p) x /= sum;
-        int naive = dot_roundings(c.Rkv) + dot_roundings(c.q_dim()),
-            absorbed = c.Dn + dot_roundings(c.cache_width());
+        int naive = std::max(c.Rkv, dot_roundings(c.Rkv)) + dot_roundings(c.q_dim());
+        int absorbed = std::max(c.Dn, dot_roundings(c.Dn)) + dot_roundings(c.cache_width());
         long double score_error = chain_error(std::max(naive, absorbed) + 4) * largest;
         error = std::expm1(2 * score_error) + softmax_error(int(p.size()), range);
     }
@@ -111,31 +147,87 @@ static void expect_near(const MlaCase& m, const Vector& out, int h, int t, const
 }
 
 static void expect_both_forms(const MlaCase& m) {
-    Vector naive = m.run(MlaForm::NAIVE), absorbed = m.run(MlaForm::ABSORBED);
+    std::vector<Vector> outs;
+    for (MlaForm form : {MlaForm::NAIVE, MlaForm::ABSORBED})
+        for (Keep keep : {Keep::W_UK, Keep::TRANSPOSED}) outs.push_back(m.run(form, keep));
     for (int h = 0; h < m.model.config.H; h++) {
         Expanded kv(m, h);
-        for (int t = 0; t < m.T; t++) expect_near(m, naive, h, t, kv), expect_near(m, absorbed, h, t, kv);
+        for (int t = 0; t < m.T; t++)
+            for (const Vector& out : outs) ASSERT_NO_FATAL_FAILURE(expect_near(m, out, h, t, kv));
     }
-    EXPECT_FALSE(same_bits(naive, absorbed));   // two ways of computing it, not one under two names
+    for (size_t i = 1; i < 4; i++)   // four ways of computing it, not one under four names
+        for (size_t j = 0; j < i; j++) EXPECT_FALSE(same_bits(outs[i], outs[j])) << i << " " << j;
 }
 
 TEST(Mla, BothFormsAreNearTheEquations) {
-    expect_both_forms(MlaCase(tiny_v3(), "BF16", 5, 0, 1));
-    expect_both_forms(MlaCase(tiny_v2_lite(), "BF16", 3, 20, 2));   // with YaRN's score scale
+    expect_both_forms(MlaCase(tiny_v3(), Dtype::BF16, 5, 0, 1));
+    expect_both_forms(MlaCase(tiny_v2_lite(), Dtype::BF16, 3, 20, 2));   // with YaRN's score scale
 }
 TEST(Mla, BothFormsReadScaleBlocksThatHeadsStraddle) {
     Keys keys = tiny_fp8();   // heads of 57 rows, blocks of 128
-    expect_both_forms(MlaCase(keys, "F8_E4M3", 4, 3, 3));
+    expect_both_forms(MlaCase(keys, Dtype::F8_E4M3, 4, 3, 3));
+}
+
+// Latents of 64 and rotated keys of 32: rows that Q8_0 can store, weights that blocks of 32 can hold.
+static Keys wide_mla() {
+    return with(tiny_v3(), {{"kv_lora_rank", "64"}, {"qk_rope_head_dim", "32"}, {"qk_nope_head_dim", "32"}});
+}
+
+// Dequantised; in integers, queries would be rounded to 12 bits.
+TEST(Mla, BothFormsReadQuantisedWeights) {
+    ScopedKernels scoped(kernels);
+    kernels.integers = false;
+    for (Dtype dtype : {Dtype::Q8_0, Dtype::Q4_0, Dtype::Q5_1})
+        expect_both_forms(MlaCase(wide_mla(), dtype, 4, 3, 3));
+}
+TEST(Mla, BothFormsReadACacheInFewerBits) {
+    for (const Kernels& k : available_kernels()) {
+        ScopedKernels scoped(k);
+        kernels.integers = false;
+        for (Dtype kv : {Dtype::BF16, Dtype::Q8_0})
+            expect_both_forms(MlaCase(wide_mla(), Dtype::BF16, 4, 30, 3, kv));
+    }
+}
+static void expect_no_trace_of_threads(const MlaCase& m) {
+    for (MlaForm form : {MlaForm::NAIVE, MlaForm::ABSORBED}) {
+        for (Keep keep : {Keep::W_UK, Keep::TRANSPOSED}) {
+            Vector expected = m.run(form, keep);
+            for (int threads : {2, 3, 5, 8})
+                ASSERT_TRUE(same_bits(m.run(form, keep, threads), expected))
+                    << m.model.config.H << " heads, " << m.T << " tokens, " << threads << " threads";
+        }
+    }
+}
+TEST(Mla, GivesTheSameBitsForEveryNumberOfThreads) {
+    Keys many = with(wide_mla(), {{"num_attention_heads", "40"}, {"num_key_value_heads", "40"}});
+    for (const Keys& keys : {wide_mla(), many}) {         // fewer and more heads than QUERY_TILE
+        for (Dtype kv : {REAL, Dtype::BF16, Dtype::Q8_0}) {
+            ASSERT_NO_FATAL_FAILURE(expect_no_trace_of_threads(MlaCase(keys, Dtype::Q8_0, 1, 30, 5, kv)));
+            ASSERT_NO_FATAL_FAILURE(expect_no_trace_of_threads(MlaCase(keys, Dtype::Q8_0, 9, 30, 5, kv)));
+        }
+    }
+}
+TEST(Mla, ATokenHasTheBitsItHasInCompany) {
+    for (Dtype kv : {REAL, Dtype::Q8_0}) {
+        MlaCase all(wide_mla(), Dtype::BF16, 20, 0, 5, kv), last(wide_mla(), Dtype::BF16, 1, 19, 5, kv);
+        size_t q = last.q.size(), o = size_t(all.model.config.H * all.model.config.Dv);
+        last.cache = all.cache;
+        std::copy(all.q.end() - int64_t(q), all.q.end(), last.q.begin());
+        for (MlaForm form : {MlaForm::NAIVE, MlaForm::ABSORBED}) {
+            Vector company = all.run(form), alone = last.run(form);
+            EXPECT_TRUE(same_bits(alone.data(), company.data() + 19 * o, o));
+        }
+    }
 }
 TEST(Mla, AloneATokenReadsItsOwnValue) {
-    MlaCase m(tiny_v3(), "BF16", 1, 0, 4);
+    MlaCase m(tiny_v3(), Dtype::BF16, 1, 0, 4);
     const Config& c = m.model.config;
-    Vector naive = m.run(MlaForm::NAIVE), one(1);
+    Vector naive = m.run(MlaForm::NAIVE);
     for (int h = 0; h < c.H; h++) {
         for (int i = 0; i < c.Dv; i++) {
             int row = h * (c.Dn + c.Dv) + c.Dn + i;
-            dots_plain(one.data(), 1, m.w.wkv_b, row, {m.cache.data(), c.Rkv}, 1);
-            EXPECT_EQ(naive[size_t(h * c.Dv + i)], one[0]) << h << " " << i;
+            real own = dot_row_plain(m.wkv_b.matrix, row, m.cache.data());
+            EXPECT_EQ(naive[size_t(h * c.Dv + i)], own) << h << " " << i;
         }
     }
 }
@@ -162,15 +254,29 @@ static Config mla_config(const char* layers) {
 
 TEST(MlaCache, Is576NumbersPerTokenAndLayer) { EXPECT_EQ(mla_config("61").cache_width(), 576); }
 
-// Published for bf16: V3 70,272 bytes a token, V2 69,120, V2-Lite 31,104.
+// Published for bf16: V3 70,272 bytes a token, V2 69,120, V2-Lite 31,104. Q8_0 takes 34 bytes for 32 numbers.
 TEST(MlaCache, BytesPerTokenOfTheReleasedModels) {
     const std::pair<const char*, size_t> expected[] = {{"61", 70272}, {"60", 69120}, {"27", 31104}};
-    for (auto [layers, bytes] : expected)
-        EXPECT_EQ(Cache::bytes(mla_config(layers), 1000), 1000 * bytes * sizeof(real) / 2) << layers;
+    for (auto [layers, bytes] : expected) {
+        Config c = mla_config(layers);
+        EXPECT_EQ(Cache::bytes(c, 1000, REAL), 1000 * bytes * sizeof(real) / 2) << layers;
+        EXPECT_EQ(Cache::bytes(c, 1000, Dtype::BF16), 1000 * bytes) << layers;
+        EXPECT_EQ(Cache::bytes(c, 1000, Dtype::Q8_0), 1000 * bytes * 17 / 32) << layers;
+    }
 }
 TEST(MlaCache, TheMtpModuleHasALayerOfItsOwn) {
     Config c = config_of(tiny_v3());
-    EXPECT_EQ(Cache::bytes(c, 1), size_t(3 + 1) * 24 * sizeof(real));
+    EXPECT_EQ(Cache::bytes(c, 1, REAL), size_t(3 + 1) * 24 * sizeof(real));
+}
+TEST(MlaCache, IsOneMatrixALayer) {
+    Config c = config_of(tiny_v3());
+    Cache cache(c, 5, REAL);
+    EXPECT_EQ(cache.parts, 1);
+    for (int l = 0; l <= c.n_layers; l++) {
+        Matrix m = cache.matrix(l, 0);
+        EXPECT_EQ(m.data, cache.pages.data() + size_t(l) * 5 * 24 * sizeof(real));
+        EXPECT_TRUE(m.rows == 5 && m.cols == 24 && m.dtype == REAL);
+    }
 }
 
 // What forward leaves in the cache: c_kv after its norm (eps 1e-6), k_rope rotated and not normalised.
@@ -180,12 +286,13 @@ TEST(MlaCache, HoldsTheNormedLatentAndTheRotatedKey) {
     const Mla& w = model.layers[0].mla;
     Session s(model, {4, 4, MlaForm::ABSORBED});
     Noise noise;
-    Vector u = noise.vector(size_t(c.D)), kv(24), table(6);
+    Vector u = noise.vector(size_t(c.D)), kv(24), table(6), row(24);
     std::copy(u.begin(), u.end(), s.a.u);
     rope_table(s.a.cos_sin, model.rope, 1, 3), rope_table(table.data(), model.rope, 1, 3);
     mla(s, w, 0, 1, 3);
     matmul(kv.data(), u.data(), w.wkv_a, 1);
     rmsnorm({kv.data(), 18}, {kv.data(), 18}, w.kv_norm, 1, 1e-6);
     rope_interleaved(kv.data() + 18, table.data(), 6);
-    EXPECT_TRUE(same_bits(s.cache.layer(0)[3], kv.data(), 24));
+    widen_plain(row.data(), s.cache.matrix(0, 0), 3);
+    EXPECT_TRUE(same_bits(row, kv));
 }

@@ -28,6 +28,31 @@ static std::pair<long double, long double> exact_row(const Matrix& w, int r,
     return {sum, size};
 }
 
+// Each row of numbers on its own, whatever their number and the threads.
+TEST(GateRows, MultipliesBySilu) {
+    Noise noise;
+    for (int width : {1, 7, 8, 40, 3000}) {
+        for (int T : {1, 2, 9}) {
+            Vector gate = noise.vector(size_t(width * T)), up = noise.vector(gate.size());
+            for (real& z : gate) z *= 10;
+            for (int threads : {1, 3, 8}) {
+                ScopedThreads scoped(threads);
+                Vector out = gate;
+                gate_rows(out.data(), up.data(), width, T);
+                for (size_t i = 0; i < out.size(); i++) {
+                    long double x = gate[i], exact = x / (1 + std::exp(-x)) * up[i];
+                    ASSERT_LE(std::fabs(out[i] - exact), std::fabs(exact) * (EXP_ERROR + 3.01L * U)) << i;
+                }
+            }
+        }
+    }
+}
+TEST(GateRows, OfNoRowsWritesNothing) {
+    real gate = 5, up = 7;
+    gate_rows(&gate, &up, 1, 0);
+    EXPECT_EQ(gate, 5);
+}
+
 // gate and up: dot_roundings(D). silu has a slope of at most 1.1 and EXP_ERROR + 2 U of its own; one product.
 // Each hidden number carries that into its column of W_down, whose dot adds dot_roundings(F) roundings.
 TEST(Swiglu, IsNearTheFormula) {

@@ -219,12 +219,12 @@ struct NamedExperts {
 
     Matrix constant(int rows, int cols, float value) {
         const std::vector<float>& data = store.emplace_back(size_t(rows * cols), value);
-        return {reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, cols, 0};
+        return {reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, cols, 0, 0};
     }
     explicit NamedExperts(const Config& c) {
         std::vector<float>& gate = store.emplace_back(size_t(c.E * c.D));
         for (size_t e = 0; e < size_t(c.E); e++) gate[e * size_t(c.D)] = float((e * 5) % 8) / 4;
-        w.gate_w = {reinterpret_cast<const std::byte*>(gate.data()), nullptr, Dtype::F32, c.E, c.D, 0};
+        w.gate_w = {reinterpret_cast<const std::byte*>(gate.data()), nullptr, Dtype::F32, c.E, c.D, 0, 0};
         w.gate_bias = Vector(size_t(c.E));
         float one = 1 / float(c.D);                        // D inputs of 1 make 1; D = 16 keeps it exact
         for (int e = 0; e < c.E; e++)
@@ -242,7 +242,7 @@ TEST(Moe, MixesTheExpertsThatWerePickedAndTheSharedOne) {
     Session s(model, {1, 1, MlaForm::ABSORBED});
     std::fill_n(s.a.u, c.D, real(1));
     moe(s, experts.w, 1, 1);
-    long double expected = 0, weights = 0, unit = silu(1);
+    long double expected = 0, weights = 0, unit = sigmoid(1);       // silu(1)
     for (int k = 0; k < c.K; k++) {
         expected += (long double)(s.a.gate_weight[k]) * (s.a.expert_idx[k] + 1) * unit;
         weights += s.a.gate_weight[k];
@@ -253,6 +253,58 @@ TEST(Moe, MixesTheExpertsThatWerePickedAndTheSharedOne) {
         EXPECT_LE(std::fabs(s.a.y[i] - (expected + 100 * unit)),
                   (expected + 100 * unit) * chain_error(c.K + 3))
             << i;
+}
+
+// One expert on one token, by the definitions of chapters 5 and 9.
+static Vector expert_alone(const Mlp& w, const real* u) {
+    Vector hidden, out;
+    for (int r = 0; r < w.w_gate.rows; r++) {
+        real gate = dot_row_plain(w.w_gate, r, u), up = dot_row_plain(w.w_up, r, u);
+        silu_times_plain(&gate, &up, 1);
+        hidden.push_back(gate);
+    }
+    for (int r = 0; r < w.w_down.rows; r++) out.push_back(dot_row_plain(w.w_down, r, hidden.data()));
+    return out;
+}
+
+// Slot by slot, to the bit: expert_out of a slot is its expert's answer to its token, and y is the shared
+// expert's to each. Experts 0 to 2 have many tokens, 3 to 6 some and 7 none.
+static void expect_experts(const Model& model, int T, int threads) {
+    ScopedThreads scoped(threads);
+    const Config& c = model.config;
+    const Moe& w = model.layers[1].moe;
+    size_t D = size_t(c.D);
+    Noise noise{{uint64_t(T)}};
+    Session s(model, {T, T, MlaForm::ABSORBED});
+    Vector u = noise.vector(size_t(T) * D);
+    std::copy(u.begin(), u.end(), s.a.u);
+    for (int i = 0; i < T * c.K; i++)
+        s.a.expert_idx[i] = i % c.K == 0 ? noise.below(3) : 2 + 2 * (i % c.K) - noise.below(2);
+    std::vector<int> first = dispatch(s.a, c, T);
+    run_experts(s.a, w, c, first, T);
+    for (size_t e = 0; e < size_t(c.E); e++) {
+        for (int slot = first[e]; slot < first[e + 1]; slot++) {
+            Vector expected = expert_alone(w.experts[e], u.data() + size_t(s.a.slot_token[slot]) * D);
+            ASSERT_TRUE(same_bits(s.a.expert_out + size_t(slot) * D, expected.data(), D))
+                << T << " tokens, expert " << e << ", slot " << slot << ", " << threads << " threads";
+        }
+    }
+    for (int t = 0; c.n_shared && t < T; t++) {
+        Vector expected = expert_alone(w.shared, u.data() + size_t(t) * D);
+        ASSERT_TRUE(same_bits(s.a.y + size_t(t) * D, expected.data(), D)) << T << " tokens, token " << t;
+    }
+}
+
+TEST(RunExperts, EachSeesItsTokensAndNoOthers) {
+    for (const Keys& keys : {tiny_v3(), with(tiny_v3(), {{"n_shared_experts", "3"}}), tiny_fp8(),
+                             with(tiny_v3(), {{"n_shared_experts", "0"}})}) {
+        Model model = random_model("experts", keys, keys.count("quantization_config") ? "F8_E4M3" : "BF16");
+        for (const Kernels& k : available_kernels()) {
+            ScopedKernels scoped(k);
+            for (int T : {1, 2, 3, 11, 50})
+                for (int threads : {1, 3, 8}) ASSERT_NO_FATAL_FAILURE(expect_experts(model, T, threads));
+        }
+    }
 }
 
 static Vector run_moe(Session& s, const Moe& w, const Vector& u, int T) {

@@ -5,14 +5,21 @@ struct Variant {
     const char* name;
     Keys keys;
     const char* dtype;
+    Dtype kv = REAL;
 };
 static std::vector<Variant> variants() {
+    Keys latent = with(tiny_v3(), {{"kv_lora_rank", "64"}, {"qk_rope_head_dim", "32"}});   // rows for Q8_0
+    Keys dense = with(tiny_dense("llama"), {{"head_dim", "32"}});
     return {{"v3", tiny_v3(), "BF16"},
             {"v2-lite", tiny_v2_lite(), "F32"},
             {"fp8", tiny_fp8(), "F8_E4M3"},
             {"f16", tiny_v3(), "F16"},
             {"qwen2", tiny_dense("qwen2"), "BF16"},
-            {"llama", tiny_dense("llama"), "BF16"}};
+            {"llama", tiny_dense("llama"), "BF16"},
+            {"v3, cache in bf16", tiny_v3(), "BF16", Dtype::BF16},
+            {"qwen2, cache in bf16", tiny_dense("qwen2"), "BF16", Dtype::BF16},
+            {"v3, cache in q8_0", latent, "BF16", Dtype::Q8_0},
+            {"llama, cache in q8_0", dense, "BF16", Dtype::Q8_0}};
 }
 
 // -- 11.1 bind --------------------------------------------------------------------------------------
@@ -163,9 +170,9 @@ TEST(Forward, GivesTheSameBitsForEveryChunk) {
         Model model = random_model("chunks", v.keys, v.dtype);
         std::vector<int> ids = random_ids(70, model.config.V);
         for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
-            Answer whole = answer(model, ids, {70, 70, form}, true);
+            Answer whole = answer(model, ids, {70, 70, form, v.kv}, true);
             for (int chunk : {1, 3, 7, 64})
-                expect_same(answer(model, ids, {70, chunk, form}, true), whole,
+                expect_same(answer(model, ids, {70, chunk, form, v.kv}, true), whole,
                             text_of("%s, chunk %d", v.name, chunk));
             if (!model.config.mla()) break;
         }
@@ -174,12 +181,14 @@ TEST(Forward, GivesTheSameBitsForEveryChunk) {
 TEST(Forward, GivesTheSameBitsForEveryNumberOfThreads) {
     for (const Variant& v : variants()) {
         Model model = random_model("threads", v.keys, v.dtype);
-        std::vector<int> ids = random_ids(9, model.config.V);
-        Answer expected = answer(model, ids, {9, 9, MlaForm::ABSORBED}, true);
-        for (int threads : {2, 3, 8}) {
-            ScopedThreads scoped(threads);
-            expect_same(answer(model, ids, {9, 9, MlaForm::ABSORBED}, true), expected,
-                        text_of("%s, %d threads", v.name, threads));
+        for (int T : {1, 9, 40}) {
+            std::vector<int> ids = random_ids(T, model.config.V);
+            Answer expected = answer(model, ids, {T, T, MlaForm::ABSORBED, v.kv}, true);
+            for (int threads : {2, 3, 8}) {
+                ScopedThreads scoped(threads);
+                expect_same(answer(model, ids, {T, T, MlaForm::ABSORBED, v.kv}, true), expected,
+                            text_of("%s, %d threads", v.name, threads));
+            }
         }
     }
 }
@@ -187,10 +196,10 @@ TEST(Forward, GivesTheSameBitsWithEveryKernel) {
     for (const Variant& v : variants()) {
         Model model = random_model("kernels", v.keys, v.dtype);
         std::vector<int> ids = random_ids(20, model.config.V);
-        Answer expected = answer(model, ids, {20, 20, MlaForm::ABSORBED}, true);
+        Answer expected = answer(model, ids, {20, 20, MlaForm::ABSORBED, v.kv}, true);
         for (const Kernels& k : available_kernels()) {
             ScopedKernels scoped(k);
-            expect_same(answer(model, ids, {20, 20, MlaForm::ABSORBED}, true), expected,
+            expect_same(answer(model, ids, {20, 20, MlaForm::ABSORBED, v.kv}, true), expected,
                         text_of("%s, %s", v.name, k.name));
         }
     }

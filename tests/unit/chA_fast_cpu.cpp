@@ -1,34 +1,14 @@
 // Appendix A: every kernel gives the bits of its plain twin.
 #include "unit.h"
 
-enum class Contents { TAME, ANY };
+#include "weights.h"
 
-// A matrix at an odd address whose bytes are tame numbers, or any bits at all: NaN, infinities, subnormals. A
-// view of it begins inside a scale block.
-struct Weights8 {
-    std::string bytes, scales;
-    Matrix matrix;
-
-    Weights8(Dtype dtype, int rows, int cols, Contents contents, int first_row) {
-        static const char* const NAMES[] = {"F32", "BF16", "F16", "F8_E4M3"};
-        Noise noise{{uint64_t(cols * 10 + int(dtype))}};
-        bytes = "x";
-        if (contents == Contents::TAME)
-            bytes += random_data(NAMES[int(dtype)], uint64_t(rows) * uint64_t(cols), 0, 1, noise);
-        while (bytes.size() <= size_t(rows) * size_t(cols) * size_of(dtype)) bytes += char(noise.below(256));
-        scales = "y" + random_data("F32", uint64_t((rows + 127) / 128 + 1) * uint64_t((cols + 127) / 128), 1,
-                                   0.5, noise);
-        bool scaled = dtype == Dtype::F8_E4M3;
-        matrix = {reinterpret_cast<const std::byte*>(bytes.data() + 1),
-                  scaled ? reinterpret_cast<const std::byte*>(scales.data() + 1) : nullptr,
-                  dtype,
-                  rows,
-                  cols,
-                  first_row};
-    }
-};
-
-constexpr Dtype ALL_DTYPES[] = {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8_E4M3};
+// All but the plain ones.
+static std::vector<Kernels> fast_kernels() {
+    std::vector<Kernels> all = available_kernels();
+    all.erase(all.begin());
+    return all;
+}
 
 // T vectors, a little apart; with `wild`, some numbers are infinite, NaN or subnormal.
 static Vector activations(int T, int stride, bool wild, Noise& noise) {
@@ -45,90 +25,178 @@ static Vector activations(int T, int stride, bool wild, Noise& noise) {
     return x;
 }
 
-static void expect_dots(const Kernels& k, const Weights8& w, const Vector& x, int stride, int T) {
-    Vector expected(size_t(T * 3), 7), out = expected;         // every third is written
-    for (int r = 0; r < w.matrix.rows; r++) {
-        dots_plain(expected.data(), 3, w.matrix, r, {x.data(), stride}, T);
-        k.dots(out.data(), 3, w.matrix, r, {x.data(), stride}, T);
-        ASSERT_TRUE(same_bits(expected, out))
-            << k.name << ", dtype " << int(w.matrix.dtype) << ", n " << w.matrix.cols << ", T " << T;
+// -- A.2, A.3, A.6, A.7 products --------------------------------------------------------------------
+
+// T tokens on the rows begin .. end. What else is in the output must stay.
+struct Part {
+    int T, begin, end;
+};
+static void products(const Kernels& k, const Matrix& w, bool wild, Part p) {
+    Noise noise{{uint64_t(w.cols + p.T)}};
+    int stride = w.cols + 3;
+    auto label = [&] {
+        return text_of("%s, %s (%d, %d), rows %d to %d, T %d", k.name, format_of(w.dtype).name, w.rows,
+                       w.cols, p.begin, p.end, p.T);
+    };
+    Vector x = activations(p.T, stride, wild, noise);
+    Vector expected(size_t(p.T) * size_t(w.rows + 1), 7), out = expected;
+    rows_plain({expected.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
+    k.rows({out.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
+    ASSERT_TRUE(same_bits(expected, out)) << label();
+    if (!quantised(w.dtype)) return;
+    Ints ints(activations(p.T, w.cols, wild, noise), p.T, format_of(w.dtype).values);
+    int_rows_plain({expected.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
+    k.int_rows({out.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
+    ASSERT_TRUE(same_bits(expected, out)) << label() << ", integers";
+}
+
+// For each fast kernel and each dtype.
+static void for_each(const std::function<void(const Kernels&, Dtype)>& body) {
+    for (const Kernels& k : fast_kernels()) {
+        for (Dtype dtype : ALL_DTYPES) {
+            body(k, dtype);
+            if (testing::Test::HasFatalFailure()) return;
+        }
+    }
+}
+static int block_of(Dtype dtype) { return format_of(dtype).values; }
+// `n` columns, or `blocks` blocks.
+static int columns(Dtype dtype, int n, int blocks) {
+    return block_of(dtype) == 1 ? n : blocks * block_of(dtype);
+}
+
+// Few tokens, one more than few, and many. Every width up to 300, or up to some blocks.
+TEST(FastCpu, ProductsEqualPlainForEveryWidth) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        int block = block_of(dtype);
+        for (int n = block; n <= std::max(300, 10 * block); n += block) {
+            RandomMatrix w(dtype, 2, n, uint64_t(n), Contents::TAME, 127);   // rows 127 and 128: two scales
+            for (int T = 1; T <= 9; T++) ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 0, 2}));
+        }
+    });
+}
+// Blocks have 12 or 16 rows, and a thread takes 48: all that may be left over.
+TEST(FastCpu, ProductsEqualPlainForEveryNumberOfRows) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix w(dtype, 55, columns(dtype, 40, 1), 1, Contents::TAME, 100);
+        for (int rows = 1; rows <= 50; rows++) {
+            int begin = rows % 6;
+            for (int T = 1; T <= 9; T++)
+                ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, begin, begin + rows}));
+        }
+    });
+}
+// A block takes 128 tokens.
+TEST(FastCpu, ProductsEqualPlainForManyTokens) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix w(dtype, 19, columns(dtype, 150, 2), 1);
+        for (int T : {15, 16, 17, 127, 128, 129, 130, 131, 132, 133, 255, 256, 257, 300})
+            ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 1, 19}));
+    });
+}
+// Columns are taken 256 or 512 at a time.
+TEST(FastCpu, ProductsEqualPlainForLongRows) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        for (int n : {511, 512, 513, 767, 768, 769, 1023, 1024, 1025, 1040, 1536, 2049, 4352}) {
+            int whole = (n + block_of(dtype) - 1) / block_of(dtype) * block_of(dtype);
+            RandomMatrix w(dtype, 17, whole, uint64_t(n));
+            for (int T : {1, 3, 4, 9}) ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 0, 17}));
+        }
+    });
+}
+TEST(FastCpu, ProductsEqualPlainForAnyBits) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        int block = block_of(dtype);
+        for (int n = block; n <= std::max(300, 10 * block); n += block * (1 + n / block / 40)) {
+            RandomMatrix w(dtype, 14, n, uint64_t(n), Contents::ANY);
+            for (int T : {1, 2, 3, 4, 5}) {
+                ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 0, 14}));
+                ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, true, {T, 0, 14}));
+            }
+        }
+    });
+}
+TEST(FastCpu, ProductsEqualPlainForTameWeightsAndWildActivations) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix w(dtype, 14, 1024, 1);
+        for (int T = 1; T <= 9; T++) ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, true, {T, 0, 14}));
+    });
+}
+// One NaN, infinity or subnormal among tame weights, at every place.
+TEST(FastCpu, ProductsEqualPlainWhereverASpecialWeightStands) {
+    const std::pair<Dtype, int> special[] = {
+        {Dtype::F8_E4M3, 0x7F}, {Dtype::F8_E4M3, 0xFF}, {Dtype::F8_E4M3, 0x01}, {Dtype::BF16, 0x7F80},
+        {Dtype::BF16, 0x0001},  {Dtype::F16, 0xFC00},   {Dtype::F16, 0x7E00},   {Dtype::F16, 0x8001}};
+    for (const Kernels& k : fast_kernels()) {
+        for (auto [dtype, code] : special) {
+            for (size_t place = 0; place < 150; place++) {
+                RandomMatrix w(dtype, 1, 150, 1);
+                std::memcpy(w.bytes.data() + 1 + place * row_bytes(dtype, 1), &code, row_bytes(dtype, 1));
+                for (int T : {1, 4}) ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 0, 1}));
+            }
+        }
+    }
+}
+TEST(FastCpu, ProductsReadViewsInsideScaleBlocks) {
+    for (const Kernels& k : fast_kernels()) {
+        RandomMatrix w(Dtype::F8_E4M3, 300, 200, 1);
+        Matrix view = w.matrix.view(90, 200).view(30, 150);     // rows 120 .. 269: three blocks
+        for (int T : {1, 3, 5}) ASSERT_NO_FATAL_FAILURE(products(k, view, false, {T, 0, 150}));
+    }
+}
+TEST(FastCpu, ProductsReadRowsThatAreApart) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix w(dtype, 20, 768, 1);
+        Matrix part = w.matrix;
+        part.cols = 512, part.stride = row_bytes(dtype, 768);
+        if (dtype == Dtype::F8_E4M3) return;                    // scales know no stride
+        for (int T : {1, 3, 5}) ASSERT_NO_FATAL_FAILURE(products(k, part, false, {T, 0, 20}));
+    });
+}
+// All weights and all activations at their largest, in each way through the kernels; UBSan watches.
+TEST(FastCpu, IntegersDoNotOverflow) {
+    for (const Kernels& k : fast_kernels()) {
+        for (Dtype dtype : QUANTISED) {
+            int block = block_of(dtype), n = 1024;
+            std::string extreme = extreme_block(dtype);
+            RandomMatrix w(dtype, 17, n, 1);
+            for (size_t at = 1; at < w.bytes.size(); at += extreme.size())
+                w.bytes.replace(at, extreme.size(), extreme);
+            for (int T : {1, 2, 3, 4, 5, 129}) {
+                Vector x(size_t(T * n), 2047), expected(size_t(T) * 17), out = expected;
+                for (size_t i = 0; i < x.size(); i++) if (i / size_t(n) % 2) x[i] = -2047;
+                Ints ints(x, T, block);
+                int_rows_plain({expected.data(), 17}, ints.rows, w.matrix, T, 0, 17);
+                k.int_rows({out.data(), 17}, ints.rows, w.matrix, T, 0, 17);
+                ASSERT_TRUE(same_bits(expected, out)) << format_of(dtype).name << ", T " << T;
+            }
+        }
     }
 }
 
-TEST(FastCpu, DotsEqualPlain) {
-    for (const Kernels& k : available_kernels()) {
-        for (Dtype dtype : ALL_DTYPES) {
-            Noise noise;
-            for (int n = 1; n <= 300; n++) {
-                Weights8 w(dtype, 2, n, Contents::TAME, 127);   // rows 127 and 128 of some larger matrix
-                Vector x = activations(9, n + 3, false, noise);
-                for (int T = 1; T <= 9; T++) ASSERT_NO_FATAL_FAILURE(expect_dots(k, w, x, n + 3, T));
-            }
-        }
-    }
-}
-TEST(FastCpu, DotsEqualPlainForAnyBits) {
-    for (const Kernels& k : available_kernels()) {
-        for (Dtype dtype : ALL_DTYPES) {
-            Noise noise;
-            for (int n = 1; n <= 300; n += 1 + n / 40) {
-                Weights8 w(dtype, 3, n, Contents::ANY, 0);
-                for (bool wild : {false, true}) {
-                    Vector x = activations(5, n + 1, wild, noise);
-                    for (int T : {1, 2, 3, 4, 5}) ASSERT_NO_FATAL_FAILURE(expect_dots(k, w, x, n + 1, T));
-                }
-            }
-        }
-    }
-}
-// One NaN, infinity or subnormal among tame weights, at every place.
-TEST(FastCpu, DotsEqualPlainWhereverASpecialWeightStands) {
-    for (const Kernels& k : available_kernels()) {
-        for (auto [dtype, code] :
-             {std::pair{Dtype::F8_E4M3, 0x7F}, std::pair{Dtype::F8_E4M3, 0xFF},
-              std::pair{Dtype::F8_E4M3, 0x01}, std::pair{Dtype::BF16, 0x7F80}, std::pair{Dtype::BF16, 0x0001},
-              std::pair{Dtype::F16, 0xFC00}, std::pair{Dtype::F16, 0x7E00}, std::pair{Dtype::F16, 0x8001}}) {
-            Noise noise;
-            Vector x = activations(4, 150, false, noise);
-            for (size_t place = 0; place < 150; place++) {
-                Weights8 w(dtype, 1, 150, Contents::TAME, 0);
-                std::memcpy(w.bytes.data() + 1 + place * size_of(dtype), &code, size_of(dtype));
-                ASSERT_NO_FATAL_FAILURE(expect_dots(k, w, x, 150, 4));
-            }
-        }
-    }
-}
-TEST(FastCpu, DotsReadViewsInsideScaleBlocks) {
-    for (const Kernels& k : available_kernels()) {
-        Noise noise;
-        Weights8 w(Dtype::F8_E4M3, 300, 200, Contents::TAME, 0);
-        Vector x = activations(3, 200, false, noise);
-        w.matrix = w.matrix.view(90, 200).view(30, 150);        // rows 120 .. 269: three blocks
-        ASSERT_NO_FATAL_FAILURE(expect_dots(k, w, x, 200, 3));
-    }
-}
+// -- A.1 widening -----------------------------------------------------------------------------------
+
 TEST(FastCpu, WidenEqualsPlain) {
-    for (const Kernels& k : available_kernels()) {
-        for (Dtype dtype : ALL_DTYPES) {
-            for (int n = 1; n <= 300; n++) {
-                Weights8 w(dtype, 2, n, n % 2 ? Contents::TAME : Contents::ANY, 127);
-                Vector expected(size_t(n) + 1, 7), out = expected;
-                for (int r = 0; r < 2; r++) {
-                    widen_plain(expected.data(), w.matrix, r), k.widen(out.data(), w.matrix, r);
-                    ASSERT_TRUE(same_bits(expected, out))
-                        << k.name << ", dtype " << int(dtype) << ", n " << n;
-                }
+    for_each([](const Kernels& k, Dtype dtype) {
+        int block = block_of(dtype);
+        for (int n = block; n <= std::max(300, 5 * block); n += block) {
+            RandomMatrix w(dtype, 2, n, uint64_t(n), n / block % 2 ? Contents::TAME : Contents::ANY, 127);
+            Vector expected(size_t(n) + 1, 7), out = expected;
+            for (int r = 0; r < 2; r++) {
+                widen_plain(expected.data(), w.matrix, r), k.widen(out.data(), w.matrix, r);
+                ASSERT_TRUE(same_bits(expected, out))
+                    << k.name << ", " << format_of(dtype).name << ", n " << n;
             }
         }
-    }
+    });
 }
 TEST(FastCpu, WidenKnowsAllCodesOfTheShortFormats) {
-    for (const Kernels& k : available_kernels()) {
+    for (const Kernels& k : fast_kernels()) {
         std::string bytes;
         for (int code = 0; code < 65536; code++) append_bytes(bytes, &code, 2);
         Vector expected(65536), out(65536);
         for (Dtype dtype : {Dtype::BF16, Dtype::F16}) {
-            Matrix m{reinterpret_cast<const std::byte*>(bytes.data()), nullptr, dtype, 1, 65536, 0};
+            Matrix m{reinterpret_cast<const std::byte*>(bytes.data()), nullptr, dtype, 1, 65536, 0, 0};
             widen_plain(expected.data(), m, 0), k.widen(out.data(), m, 0);
             EXPECT_TRUE(same_bits(expected, out)) << k.name;
         }
@@ -137,14 +205,14 @@ TEST(FastCpu, WidenKnowsAllCodesOfTheShortFormats) {
         for (float one : {1.0f, 1.0f}) append_bytes(ones, &one, 4);
         k.widen(out.data(),
                 {reinterpret_cast<const std::byte*>(codes.data()),
-                 reinterpret_cast<const std::byte*>(ones.data()), Dtype::F8_E4M3, 1, 256, 0},
+                 reinterpret_cast<const std::byte*>(ones.data()), Dtype::F8_E4M3, 1, 256, 0, 0},
                 0);
         Vector table(E4M3.begin(), E4M3.end());
         EXPECT_TRUE(same_bits(out.data(), table.data(), 256)) << k.name;
     }
 }
 TEST(FastCpu, DotRealEqualsPlain) {
-    for (const Kernels& k : available_kernels()) {
+    for (const Kernels& k : fast_kernels()) {
         Noise noise;
         for (int n = 0; n <= 300; n++) {
             Vector a = activations(1, n + 1, n % 3 == 0, noise), b = activations(1, n + 1, n % 3 == 1, noise);
@@ -156,34 +224,164 @@ TEST(FastCpu, DotRealEqualsPlain) {
         }
     }
 }
-TEST(FastCpu, AxpyEqualsPlain) {
-    for (const Kernels& k : available_kernels()) {
+
+// -- A.4 weighted sums ------------------------------------------------------------------------------
+
+static void expect_weigh(const Kernels& k, const Matrix& v, int T, int n, bool wild) {
+    Noise noise{{uint64_t(T * 1000 + n)}};
+    int stride = v.cols + 2;
+    Vector p = activations(T, v.rows + 1, wild, noise), expected = activations(T, stride, wild, noise);
+    Vector out = expected;
+    weigh_plain({expected.data(), stride}, {p.data(), v.rows + 1}, v, T, n);
+    k.weigh({out.data(), stride}, {p.data(), v.rows + 1}, v, T, n);
+    ASSERT_TRUE(same_bits(expected, out)) << k.name << ", " << format_of(v.dtype).name << ", " << v.cols
+                                          << " columns, T " << T << ", n " << n;
+}
+
+// Six tokens at a time, 64 rows at a time, 16 or 8 or single columns.
+TEST(FastCpu, WeighEqualsPlain) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        int block = block_of(dtype);
+        for (int cols = block; cols <= std::max(40, 2 * block); cols += block) {
+            RandomMatrix v(dtype, 70, cols, uint64_t(cols), Contents::TAME, 100);
+            for (int T = 1; T <= 16; T++)
+                for (int n : {0, 1, 7, 70}) ASSERT_NO_FATAL_FAILURE(expect_weigh(k, v.matrix, T, n, false));
+        }
+        RandomMatrix v(dtype, 200, columns(dtype, 136, 1), 1, Contents::TAME, 100);
+        for (int n = 0; n <= 200; n += n < 60 || n > 130 ? 7 : 1)
+            ASSERT_NO_FATAL_FAILURE(expect_weigh(k, v.matrix, 1 + n % 16, n, n % 3 == 0));
+    });
+}
+TEST(FastCpu, WeighEqualsPlainForAnyBits) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix v(dtype, 70, columns(dtype, 45, 1), 1, Contents::ANY);
+        for (int T : {1, 2, 6, 7, 16})
+            for (int n : {1, 2, 65}) ASSERT_NO_FATAL_FAILURE(expect_weigh(k, v.matrix, T, n, T % 2));
+    });
+}
+TEST(FastCpu, WeighReadsRowsThatAreApart) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        RandomMatrix w(dtype, 70, 512, 1);
+        Matrix part = w.matrix;
+        part.cols = 256, part.stride = row_bytes(dtype, 512);
+        if (dtype == Dtype::F8_E4M3) return;                    // scales know no stride
+        for (int T : {1, 7}) ASSERT_NO_FATAL_FAILURE(expect_weigh(k, part, T, 70, false));
+    });
+}
+
+// -- A.7 activations in small integers --------------------------------------------------------------
+
+static void expect_quantise(const Kernels& k, const Vector& x, int block) {
+    Ints expected(x, 1, block), out(x, 1, block, k.quantise);
+    ASSERT_EQ(expected.q, out.q) << k.name << ", block " << block;
+    ASSERT_EQ(expected.sums, out.sums) << k.name << ", block " << block;
+    Vector d(expected.d.begin(), expected.d.end()), other(out.d.begin(), out.d.end());
+    ASSERT_TRUE(same_bits(d, other)) << k.name << ", block " << block;
+}
+
+TEST(FastCpu, QuantiseEqualsPlain) {
+    for (const Kernels& k : fast_kernels()) {
         Noise noise;
-        for (int n = 0; n <= 300; n++) {
-            Vector v = activations(1, n + 2, n % 2 == 0, noise),
-                   expected = activations(1, n + 2, n % 5 == 0, noise), out = expected;
-            real factor = real(noise.next());
-            axpy_plain(expected.data() + 1, factor, v.data() + 1, n),
-                k.axpy(out.data() + 1, factor, v.data() + 1, n);
-            ASSERT_TRUE(same_bits(expected, out)) << k.name << " " << n;
+        for (int round = 0; round < 500; round++) {
+            int block = round % 2 ? 32 : 256;
+            Vector x = activations(1, 256 * (1 + round % 5), round % 4 == 3, noise);
+            for (real& v : x) v = real(std::ldexp(double(v), round % 300 - 149));
+            ASSERT_NO_FATAL_FAILURE(expect_quantise(k, x, block));
+        }
+    }
+}
+TEST(FastCpu, QuantiseEqualsPlainAtTiesAndEnds) {
+    for (const Kernels& k : fast_kernels()) {
+        Noise noise;
+        for (int block : {32, 256}) {
+            Vector halves(256);                                 // the largest is 2047: every number is a tie
+            for (real& v : halves) v = real(noise.below(4094)) - real(2046.5);
+            for (size_t i = 0; i < 256; i += 32) halves[i] = 2047;
+            ASSERT_NO_FATAL_FAILURE(expect_quantise(k, halves, block));
+            for (double all : {0.0, -0.0, 1.0, -1.0, 0x1p-100, 0x1.Fp-101, 3e38})
+                ASSERT_NO_FATAL_FAILURE(expect_quantise(k, Vector(256, real(all)), block));
+            for (real bad : {real(NAN), real(-NAN), real(INFINITY), real(-INFINITY)}) {
+                for (size_t place = 0; place < 256; place += 5) {
+                    Vector x = noise.vector(256);
+                    x[place] = bad;
+                    ASSERT_NO_FATAL_FAILURE(expect_quantise(k, x, block));
+                }
+            }
         }
     }
 }
 
+// -- A.8 exp ----------------------------------------------------------------------------------------
+
+// A sweep over all floats: normal, subnormal, infinite, NaN, of both signs.
+static Vector all_kinds_of_numbers() {
+    Vector out;
+    for (uint64_t bits = 0; bits < uint64_t(1) << 32; bits += 9973)
+        out.push_back(real(std::bit_cast<float>(uint32_t(bits))));
+    for (double x = -110; x < 95; x += 1.0 / 1024) out.push_back(real(x));
+    for (float x : {-104.0f, 88.8f, 88.72283f})
+        for (float y : {std::nextafter(x, -INFINITY), x, std::nextafter(x, INFINITY)}) out.push_back(real(y));
+    for (double x : {0.0, -0.0, double(INFINITY), -double(INFINITY), std::nan("")}) out.push_back(real(x));
+    return out;
+}
+TEST(FastCpu, ExpBelowEqualsPlain) {
+    for (const Kernels& k : fast_kernels()) {
+        Vector z = all_kinds_of_numbers();
+        for (real top : {real(0), real(0.7), real(-3), real(50)}) {
+            Vector expected = z, out = z;
+            exp_below_plain(expected.data(), top, int(z.size())), k.exp_below(out.data(), top, int(z.size()));
+            EXPECT_TRUE(same_bits(expected, out)) << k.name << ", top " << top;
+        }
+        for (int n = 0; n <= 40; n++) {
+            Vector expected(z.end() - 60, z.end()), out = expected;
+            exp_below_plain(expected.data() + 1, 1, n), k.exp_below(out.data() + 1, 1, n);
+            EXPECT_TRUE(same_bits(expected, out)) << k.name << ", n " << n;
+        }
+    }
+}
+TEST(FastCpu, SiluTimesEqualsPlain) {
+    for (const Kernels& k : fast_kernels()) {
+        Noise noise;
+        Vector z = all_kinds_of_numbers(), up = activations(1, int(z.size()), true, noise);
+        Vector expected = z, out = z;
+        silu_times_plain(expected.data(), up.data(), int(z.size()));
+        k.silu_times(out.data(), up.data(), int(z.size()));
+        EXPECT_TRUE(same_bits(expected, out)) << k.name;
+        for (int n = 0; n <= 40; n++) {
+            expected.assign(z.end() - 60, z.end()), out = expected;
+            silu_times_plain(expected.data() + 1, up.data(), n), k.silu_times(out.data() + 1, up.data(), n);
+            EXPECT_TRUE(same_bits(expected, out)) << k.name << ", n " << n;
+        }
+    }
+}
+
+// -- A.9 choose_kernels -----------------------------------------------------------------------------
+
 TEST(ChooseKernels, TakesTheLastOfTheList) {
     ScopedKernels before(kernels);
-    choose_kernels("");
+    choose_kernels("", false);
     EXPECT_STREQ(kernels.name, available_kernels().back().name);
 }
 TEST(ChooseKernels, TakesWhatIsAskedFor) {
     ScopedKernels before(kernels);
     for (const Kernels& k : available_kernels()) {
-        choose_kernels(k.name);
+        choose_kernels(k.name, false);
         EXPECT_STREQ(kernels.name, k.name);
+        EXPECT_EQ(kernels.rows, k.rows);
+    }
+}
+TEST(ChooseKernels, ExactLeavesTheIntegersOut) {
+    ScopedKernels before(kernels);
+    for (const Kernels& k : available_kernels()) {
+        choose_kernels(k.name, true);
+        EXPECT_FALSE(kernels.integers) << k.name;
+        EXPECT_STREQ(kernels.name, k.name);
+        choose_kernels(k.name, false);
+        EXPECT_EQ(kernels.integers, sizeof(real) == 4) << k.name;
     }
 }
 TEST(ChooseKernels, RefusesWhatThisProcessorLacks) {
     ScopedKernels before(kernels);
-    EXPECT_TRUE(refuses([] { choose_kernels("avx9"); }, "avx9"));
+    EXPECT_TRUE(refuses([] { choose_kernels("avx9", false); }, "avx9"));
 }
 TEST(ChooseKernels, PlainComesFirst) { EXPECT_STREQ(available_kernels()[0].name, "plain"); }

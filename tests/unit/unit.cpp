@@ -1,6 +1,6 @@
 // All unit tests in one program: deepseek.cpp is compiled once.
 //
-//   g++ -std=c++20 -O1 -ffp-contract=off -fopenmp -I. tests/unit/unit.cpp -o build/unit
+//   g++ -std=c++20 -O1 -ffp-contract=off -pthread -I. tests/unit/unit.cpp -o build/unit
 //       -lgtest -lgtest_main -lsimdjson -lpcre2-8 -lutf8proc
 //   build/unit                            from the top of the repository
 //   build/unit --gtest_filter='Gate*'     one chapter's tests: names begin with its subject

@@ -29,9 +29,10 @@ constexpr int dot_roundings(int n) { return (n + LANES - 1) / LANES + 4; }
 constexpr long double EXP_ERROR = 2 * U;
 
 // The relative error of a softmax over n numbers that lie up to `range` below the largest: the difference
-// moves a term by range * U, exp_of by EXP_ERROR; the same for the sum, and n - 1 additions; one division.
+// moves a term by range * U, exp_of by EXP_ERROR; the same for the sum, which has the lanes and the tree of a
+// dot, or n - 1 additions if that is less; one division.
 constexpr long double softmax_error(int n, long double range) {
-    return 1.01L * (2 * (range * U + EXP_ERROR) + n * U);
+    return 1.01L * (2 * (range * U + EXP_ERROR) + std::min(n, dot_roundings(n)) * U);
 }
 
 // Equal bits. NaNs are equal wherever they stand: their payload is no part of the contract.
@@ -79,12 +80,10 @@ struct Noise {
 };
 
 // Tests run on one thread, but for those that compare numbers of threads: tiny models gain nothing from more.
-inline const bool ONE_THREAD = (omp_set_num_threads(1), true);
-
 struct ScopedThreads {
-    int before = omp_get_max_threads();
-    explicit ScopedThreads(int n) { omp_set_num_threads(n); }
-    ~ScopedThreads() { omp_set_num_threads(before); }
+    int before = n_threads();
+    explicit ScopedThreads(int n) { set_threads(n); }
+    ~ScopedThreads() { set_threads(before); }
 };
 
 struct ScopedKernels {
@@ -431,7 +430,7 @@ private:
     template <class Value> Matrix matrix(int rows, int cols, const Value& value) {
         std::vector<float>& data = store_.emplace_back();
         for (int i = 0; i < rows * cols; i++) data.push_back(value(i / cols, i % cols));
-        return {reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, cols, 0};
+        return {reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, cols, 0, 0};
     }
     Layer idle_layer() {
         auto zeros = [&](int rows, int cols) { return matrix(rows, cols, [](int, int) { return 0.0f; }); };
