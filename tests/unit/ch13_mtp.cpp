@@ -190,7 +190,6 @@ TEST(Mtp, CatchesUpOnceAndOnlyWhereTheNextTokenIsKnown) {
     EXPECT_EQ(mtp_catch_up(s), 1);
 }
 TEST(MtpDeathTest, ALostHiddenStateIsAMistakeOfOurs) {
-    GTEST_FLAG_SET(death_test_style, "threadsafe");
     Model model = random_model("mtp", tiny_v3());
     Session s(model, {23, 8, MlaForm::ABSORBED});
     s.tokens = random_ids(9, 31);
