@@ -644,6 +644,7 @@ private:
     void read_step(const Json& step) {
         std::string type = step.at("type").string();
         if (byte_level_) step.fail("stands after ByteLevel");
+        if (splits_.size() > 99) step.fail("is one regex too many");         // each is a level of recursion
         if (type == "Sequence") {
             auto steps = step.find("normalizers");
             for (const Json& s : (steps ? *steps : step.at("pretokenizers")).items()) read_step(s);
@@ -668,7 +669,7 @@ private:
         std::string content = item.at("content").string();
         int id = item.at("id").id();
         bool normalised = item.at("normalized").boolean(), special = item.at("special").boolean();
-        if (content.empty()) item.fail("has no content");
+        if (content.empty() || content.size() > 256) item.fail("has no content, or more than 256 bytes");
         if (!bytes(id).empty() && bytes(id) != content) item.fail("has the id of another token");
         special |= content.starts_with("<｜") || content.starts_with("<|");
         if (special && content != "<think>" && content != "</think>") special_.insert(id);

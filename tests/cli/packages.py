@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Makefile on machines that lack something: what it installs, what it says, and what it does without apt.
 
-The machine is a PATH: real tools for make's recipes, and stand-ins for the compilers, dpkg, apt-get, sudo and id.
+The machine is a PATH: real tools for make's recipes, and stand-ins for compilers, dpkg, apt-get, sudo and id.
 """
 import os
 import pathlib
@@ -37,9 +37,11 @@ class Machine(unittest.TestCase):
         shutil.copy(ROOT / "Makefile", self.home)
         for name in REAL:
             os.symlink(shutil.which(name), self.tools / name)
-        for name, text in (("g++", COMPILER), ("clang++", COMPILER), ("python3", "exit 0"), ("curl", "exit 0"),
-                           ("clang-tidy", COMPILER), ("git", "exit 0"), ("dpkg", DPKG), ("apt-get", APT_GET),
-                           ("id", "echo 0"), ("sudo", 'echo "sudo $1" >>"$HERE/calls"; "$@"')):
+        sudo = 'echo "sudo $1" >>"$HERE/calls"; "$@"'
+        stand_ins = {"g++": COMPILER, "clang++": COMPILER, "clang-tidy": COMPILER, "python3": "exit 0",
+                     "curl": "exit 0", "git": "exit 0", "dpkg": DPKG, "apt-get": APT_GET, "id": "echo 0",
+                     "sudo": sudo}
+        for name, text in stand_ins.items():
             self.tool(name, text)
         (self.home / "installed").write_text("libpcre2-dev ")
         (self.home / "calls").write_text("")
@@ -65,7 +67,8 @@ class Machine(unittest.TestCase):
         out, calls = self.make("build/have-run")
         self.assertEqual(out, "Installing Debian packages, as the program needs them: "
                               "g++ libsimdjson-dev libutf8proc-dev libcli11-dev\n")
-        self.assertEqual([re.findall(r"(?<!-)(update|install)\b", call) for call in calls], [["update"], ["install"]])
+        verbs = [re.findall(r"(?<!-)(update|install)\b", call) for call in calls]
+        self.assertEqual(verbs, [["update"], ["install"]])
         self.assertTrue(all(call.startswith("noninteractive ") for call in calls), calls)
         self.assertTrue(calls[1].endswith("g++ libsimdjson-dev libutf8proc-dev libcli11-dev"), calls)
         self.assertEqual(self.make("build/have-run"), ("make: 'build/have-run' is up to date.\n", calls))

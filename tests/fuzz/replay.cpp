@@ -37,9 +37,9 @@ constexpr Target TARGETS[] = {{"safetensors", fuzz_safetensors},
 
 // Copies to the heap, where a sanitizer sees a read beyond the end.
 void run_on(const Target& target, std::string_view text) {
-    std::vector<uint8_t> bytes(text.begin(), text.end());
-    bytes.shrink_to_fit();
-    target.run(bytes.data(), bytes.size());
+    std::unique_ptr<uint8_t[]> bytes(new uint8_t[text.size()]);
+    std::copy(text.begin(), text.end(), bytes.get());
+    target.run(bytes.get(), text.size());
 }
 
 void run_near(const Target& target, const std::string& text) {

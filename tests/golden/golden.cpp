@@ -349,7 +349,7 @@ void check_double(const std::string& name, const Golden& golden, const Results& 
         double R = error_of(golden, g);
         return [R, &g](size_t i) { return g.reals.empty() ? 0 : U * std::abs(g.reals[i]) + U * R; };
     });
-    EXPECT_EQ(text, "") << form_name(form) << ", double build against golden";
+    EXPECT_TRUE(text.empty()) << form_name(form) << ", double build against golden\n" << text;
 }
 
 void check_float(const std::string& name, const Golden& golden, const Results& ours, MlaForm form) {
@@ -367,12 +367,12 @@ void check_float(const std::string& name, const Golden& golden, const Results& o
         };
     };
     std::string text = differences(name, ours, golden.results, limit_of);
-    EXPECT_EQ(text, "") << form_name(form) << ", float build against golden";
+    EXPECT_TRUE(text.empty()) << form_name(form) << ", float build against golden\n" << text;
     text = differences(name, ours, yardstick, [&](const Values&, const Values& d) -> Limit {
         double R = error_of(golden, d);
         return [R](size_t) { return SAME_SIZE * R; };
     });
-    EXPECT_EQ(text, "") << form_name(form) << ", float build against double build";
+    EXPECT_TRUE(text.empty()) << form_name(form) << ", float build against double build\n" << text;
 }
 
 // One line a model: the errors of the logits that the rules above speak of.
@@ -434,7 +434,7 @@ TEST_P(OfMlaModel, NaiveAndAbsorbedAgree) {
         return [R](size_t) { return 2 * (IN_DOUBLE ? U : SAME_SIZE) * R; };
     };
     std::string text = differences(name, results(MlaForm::NAIVE), results(MlaForm::ABSORBED), limit_of);
-    EXPECT_EQ(text, "");
+    EXPECT_TRUE(text.empty()) << "naive against absorbed\n" << text;
 }
 
 // -- a cache in fewer bits ----------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ TEST_P(OfModel, HasTheSameBitsInEveryWay) {
         Taps expected = run(model, ids, plain);
         for (const Way& way : other_ways(form)) {
             std::string text = bit_difference(expected, run(model, ids, way));
-            EXPECT_EQ(text, "") << "first difference: " << name << " " << text << " (" << way.text() << ")";
+            EXPECT_TRUE(text.empty()) << "first difference: " << name << " " << text << "\n" << way.text();
         }
     }
 }

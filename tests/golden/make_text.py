@@ -59,6 +59,7 @@ def train_unicode():
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spec = json.loads(t.to_str())
     spec["pre_tokenizer"] = json.loads(pre)
+    spec["decoder"] = read_json(TINY, "tokenizer.json")["decoder"]
     t = tokenizers.Tokenizer.from_str(json.dumps(spec))
     alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), ["<｜begin▁of▁sentence｜>"]
     t.train_from_iterator(TRAINING, tokenizers.trainers.BpeTrainer(

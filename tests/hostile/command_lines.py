@@ -192,7 +192,7 @@ def text_lines():
         ("line 1",),
         True,
     )
-    yield ("tokenize_not_utf8", ["tokenize", "-m", "GOOD"], b"abc\xff", ("UTF-8", "3"))
+    yield ("tokenize_not_utf8", ["tokenize", "-m", "GOOD"], b"abc\xff", ("UTF-8",))
     yield ("tokenize_decode_and_chat", ["tokenize", "-m", "GOOD", "--decode", "--chat"], b"", ("--chat",))
     yield ("tokenize_ids_without_chat", ["tokenize", "-m", "GOOD", "--ids"], b"", ("--chat",))
 

@@ -808,6 +808,14 @@ def tokenizer_cases():
     yield Case("tokenizer_token_twice", swap(TOKENIZER, twice), (TOKENIZER, "vocab"), TEXT)
     same = json_file(TOKENIZER, {"model/vocab/" + word: model["vocab"]["a"]})
     yield Case("tokenizer_id_twice", same, (TOKENIZER, "vocab"), TEXT)
+    added = json.loads(GOOD[TOKENIZER])["added_tokens"]
+    lengths = [added[-1] | {"id": 600 + i, "content": "a" * i + "b"} for i in range(3000)]
+    yield Case(
+        "tokenizer_added_tokens_of_3000_lengths",
+        json_file(TOKENIZER, {"added_tokens": added + lengths}),
+        (TOKENIZER, "added_tokens"),
+        ("tokenize-aaaa",),
+    )
     lone = GOOD[TOKENIZER].replace(b'"content": "<think>"', b'"content": "\\ud800"', 1)
     yield Case("tokenizer_lone_surrogate", swap(TOKENIZER, lone), (TOKENIZER,), TEXT)
 
@@ -853,6 +861,9 @@ def regex_cases():
         yield Case(f"regex_{what}", pre_tokenizer(pattern), (TOKENIZER, "pre_tokenizer"), TEXT)
     blown_up = pre_tokenizer("(?:a|aa|a?a)+[bc]")
     yield Case("regex_that_blows_up", blown_up, (TOKENIZER, "pre_tokenizer"), ("tokenize-aaaa",))
+    steps = json.loads(GOOD[TOKENIZER])["pre_tokenizer"]["pretokenizers"]
+    many = json_file(TOKENIZER, {"pre_tokenizer/pretokenizers": steps[:1] * 30_000 + steps})
+    yield Case("regexes_enough_for_a_stack_overflow", many, (TOKENIZER, "pre_tokenizer"), TEXT)
     dropped = json_file(TOKENIZER, {"pre_tokenizer/pretokenizers/0/pattern/Regex": DROP})
     yield Case("regex_missing", dropped, (TOKENIZER, "pre_tokenizer"), TEXT)
 

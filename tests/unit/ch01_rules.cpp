@@ -19,7 +19,6 @@ TEST(Fail, TextOfFormatsNothing) { EXPECT_EQ(text_of("%s", ""), ""); }
 TEST(Fail, IsARuntimeError) { EXPECT_THROW(fail("no"), std::runtime_error); }
 
 TEST(CheckDeathTest, AbortsWithPlaceConditionAndText) {
-    GTEST_FLAG_SET(death_test_style, "threadsafe");
     EXPECT_DEATH(CHECK(1 + 1 == 3, "layer %d", 7),
                  "ch01_rules.cpp:[0-9]+: CHECK.1 . 1 == 3. failed: layer 7");
 }
