@@ -2055,16 +2055,16 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
     parallel_for(T, [&](int64_t t) {
         const real* cos_sin = a.cos_sin + t * d;
         for (int g = 0; g < c.G; g++) {
-            real* head = k + t * width + g * d;
-            if (c.pair_order) undo_pair_order(head, d);
-            rope_half(head, cos_sin, d);
-            s.cache.store(l, 2 * g, pos + int(t), head);
+            real* key = k + t * width + g * d;
+            if (c.pair_order) undo_pair_order(key, d);
+            rope_half(key, cos_sin, d);
+            s.cache.store(l, 2 * g, pos + int(t), key);
             s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
         }
         for (int h = 0; h < c.H; h++) {
-            real* head = a.q + (t * c.H + h) * d;
-            if (c.pair_order) undo_pair_order(head, d);
-            rope_half(head, cos_sin, d);
+            real* query = a.q + (t * c.H + h) * d;
+            if (c.pair_order) undo_pair_order(query, d);
+            rope_half(query, cos_sin, d);
         }
     }, c.H * d);
     int share = (T * c.H + n_threads() - 1) / n_threads();

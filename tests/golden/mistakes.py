@@ -66,7 +66,7 @@ inline std::string with_ascii_letters(std::string regex) {
 }
 """
 
-SCORES = "scores[j] = «kv.scale * kernels.dot_real(q, kv.k[j], kv.dk)»;"
+SCORES = "«scores[i][j] *= past.scale;»"
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
 UP_TO_2 = "std::exp2(std::ceil(std::log2(load<float>(scale))))"
 GATE = "case Gate::NOAUX_TC: «gate_noaux_tc(r, bias, c);» break;"
@@ -74,12 +74,11 @@ SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]
 ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
 TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
         ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
-DISPATCH = ("«std::copy_n(a.u + int64_t(a.slot_token[first[e] + i]) * c.D, c.D, "
-            "a.expert_in + int64_t(i) * c.D);»")
-WEIGHT = "kernels.axpy(mix, «a.gate_weight[t * c.K + k]»,"
-WEIGHTED_INPUT = """int64_t pair = std::find(a.slot, a.slot + T * c.K, first[e] + i) - a.slot;
-    const real* u = a.u + int64_t(a.slot_token[first[e] + i]) * c.D;
-    for (int d = 0; d < c.D; d++) a.expert_in[int64_t(i) * c.D + d] = a.gate_weight[pair] * u[d];"""
+DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D);»"
+MIX = "«kernels.weigh({mix, 0}, {a.gate_weight + t * c.K + k, 0}, real_matrix(out, 1, c.D), 1, 1);»"
+WEIGHTED_INPUT = """int64_t pair = std::find(a.slot, a.slot + slots, int(i)) - a.slot;
+    const real* u = a.u + a.slot_token[i] * D;
+    for (int d = 0; d < D; d++) a.expert_in[i * D + d] = a.gate_weight[pair] * u[d];"""
 SWAP = """for (int t = 0; t < T; t++) {
         real* in = a.mtp_in + 2 * int64_t(t) * c.D;
         std::swap_ranges(in, in + c.D, in + c.D);
@@ -107,13 +106,13 @@ MISTAKES = [
 
     # 2. RoPE: which two numbers form a pair.
     Mistake("rope", "half layout in MLA", "v3-bf16", "layers.0.q_rope",
-            [("«rope_interleaved(k_rope, cos_sin, c.Dr);»", "rope_half(k_rope, cos_sin, c.Dr);"),
+            [("«rope_interleaved(a.kv + t * width + c.Rkv, cos_sin, c.Dr);»",
+              "rope_half(a.kv + t * width + c.Rkv, cos_sin, c.Dr);"),
              ("«rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);»",
               "rope_half(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);")]),
     Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.attn_out",
-            [("«rope_half(row + g * d, cos_sin, d);»", "rope_interleaved(row + g * d, cos_sin, d);"),
-             ("«rope_half(a.q + (t * c.H + h) * d, cos_sin, d);»",
-              "rope_interleaved(a.q + (t * c.H + h) * d, cos_sin, d);")]),
+            [("«rope_half(key, cos_sin, d);»", "rope_interleaved(key, cos_sin, d);"),
+             ("«rope_half(query, cos_sin, d);»", "rope_interleaved(query, cos_sin, d);")]),
 
     # 3. The correction bias picks experts and must not enter the mixture.
     Mistake("bias", "mixture weights from biased scores", "v3-bf16", "layers.1.expert_weight",
@@ -157,7 +156,7 @@ MISTAKES = [
     # 8. The routing weight belongs to an expert's output. Before the down projection it would only round
     # differently (a product commutes with a matrix); before the activation it changes the result.
     Mistake("weight", "routing weight on an expert's input", "v3-bf16", "layers.1.ffn_out",
-            [(DISPATCH, WEIGHTED_INPUT), (WEIGHT, "real(1)")]),
+            [(DISPATCH, WEIGHTED_INPUT), (MIX, "add(mix, out, size_t(c.D));")]),
 
     # 9. MTP. (Positions shifted by one would not show: RoPE sees distances alone.)
     Mistake("mtp", "hidden state first, embedding second", "v3-mtp", "mtp.in",
@@ -188,9 +187,9 @@ MISTAKES = [
 
     # 11. fp16, and what breaks when a prompt takes two forward passes.
     Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.attn_out",
-            [(SCORES, "as_f16(kv.scale * kernels.dot_real(q, kv.k[j], kv.dk))")]),
+            [(SCORES, "scores[i][j] = as_f16(past.scale * scores[i][j]);")]),
     Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.attn_out",
-            [(SCORES, "as_f16(real(0x1p20) * kernels.dot_real(q, kv.k[j], kv.dk))")]),
+            [(SCORES, "scores[i][j] = as_f16(real(0x1p20) * scores[i][j]);")]),
     Mistake("fp16", "residual stream in fp16", "v3-bf16", "layers.0.out",
             [('"ffn_out", a.y, T, {c.D}); «add(x, a.y, n);»',
               "add(x, a.y, n); for (size_t i = 0; i < n; i++) x[i] = as_f16(x[i]);")]),
@@ -198,15 +197,15 @@ MISTAKES = [
             [("rope_table(a.cos_sin, m.rope, T, «pos»); for (int t = 0; t < T; t++) kernels.widen(a.x", "0")],
             BITS),
     Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
-            [("rmsnorm({past[«pos»], width}, {a.kv, width}", "0")], BITS),
+            [("s.cache.store(l, 0, «pos» + int(t), a.kv + t * width);", "0")], BITS),
     Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
-            [("latent, «pos + int(i / c.H) + 1», thread_scores(s)", "int(i / c.H) + 1")], BITS),
+            [("n[k] = «pos + (int(first) + k) / c.H + 1»;", "(int(first) + k) / c.H + 1")], BITS),
     Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
-            [("attend(a.o + i * d, a.q + i * d, kv, «pos + t + 1»,", "t + 1")], BITS),
+            [("n[i] = «pos + t0 + i / heads + 1»;", "t0 + i / heads + 1")], BITS),
 
     # 12. Expert parallelism: physical and logical experts confused, a combine that takes another's rows.
     Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.ffn_out",
-            [("a.expert_in, «w.experts[e]», n, a)", "w.experts[(e + 1) % w.experts.size()]")]),
+            [("in, &«w.experts[e]».w_gate, n", "w.experts[(e + 1) % w.experts.size()]")]),
     Mistake("experts", "combine takes another pick's row", "v3-bf16", "layers.1.ffn_out",
             [("a.expert_out + int64_t(«a.slot[t * c.K + k]») * c.D", "a.slot[t * c.K + (k + 1) % c.K]")]),
 
