@@ -106,7 +106,8 @@ compile = @echo "compiling $@"; mkdir -p $(@D) build/deps;
 else
 compile = mkdir -p $(@D) build/deps;
 endif
-compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@ $(LIBS) $(4)
+compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@
+compile += $(LIBS) $(4)
 
 FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT)
 build/flags: always

@@ -10,10 +10,10 @@
 //
 //   0   How to read this file      contents, notation, reading routes
 //   1   Ground rules               errors, memory, the parallel loop, random numbers, taps
-//   2   Numbers                    bf16, f16, e4m3 and the 128 x 128 scale blocks
+//   2   Numbers                    bf16, f16, e4m3 with scale blocks, blocks of integers
 //   3   Files                      config.json, safetensors, binding a tensor to its place
 //   4   Text to tokens             one prompt on its way through tokenizer.h
-//   5   Small operations           dot, matmul, rmsnorm, softmax, silu, top_k
+//   5   Small operations           dot, matmul, softmax, silu, rmsnorm, top_k
 //   6   Positions                  RoPE in two layouts, YaRN, llama3 scaling
 //   7   Attention I: GQA           one query against many keys; what MLA replaces
 //   8   Attention II: MLA          the latent cache, the naive and the absorbed form
@@ -23,9 +23,13 @@
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   A   Fast CPU                   SIMD kernels, equal to chapter 5 to the bit
-//   C   Command line               the commands, then main
-//   D   GGUF                       llama.cpp's files, read as if they were a folder
-//   E   Quantising                 weights in fewer bits, while loading or into a GGUF file
+//   C   Command line               options, run, chat, main
+//   D   Tools                      tokenize, logits, perplexity, info, bench, quantize
+//   E   Fast integers              SIMD kernels for quantised weights
+//   F   GGUF files                 the container of llama.cpp
+//   G   GGUF models                its metadata as a Config, its vocabulary as a tokenizer
+//   H   Quantising                 blocks by least squares, mixtures of formats
+//   I   GGUF: writing              a model as a file that llama.cpp reads
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -202,10 +206,10 @@ struct Arena {
 
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 
-// A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads of a team
-// wait for the next loop awake, for a while. A loop is over when each index is done, not when each thread has
-// arrived: one whose core another program uses at the moment is not waited for. (OpenMP's loops wait for every
-// thread, and with a busy neighbour that costs a time slice a loop.)
+// A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads
+// of a team wait for the next loop awake, for a while. A loop is over when each index is done, not when
+// each thread has arrived: one whose core another program uses at the moment is not waited for. (OpenMP's
+// loops wait for every thread, and with a busy neighbour that costs a time slice a loop.)
 class Team {
 public:
     explicit Team(int size) {
@@ -233,7 +237,7 @@ public:
 
 private:
     static constexpr int SPINS = 1 << 12;              // some 100 microseconds
-    std::atomic<uint64_t> loop_{0};                    // number of the loop << 32 | indices that nobody has taken
+    std::atomic<uint64_t> loop_{0};   // number of the loop << 32 | indices that nobody has taken
     std::atomic<uint32_t> done_{0};
     std::atomic<bool> leave_{false};
     void (*job_)(void*, int64_t) = nullptr;
@@ -261,7 +265,8 @@ private:
         while (!leave_) {
             work();
             uint64_t seen = loop_.load();
-            for (int spins = 0; spins < SPINS && loop_.load(std::memory_order_relaxed) == seen; spins++) rest(0);
+            for (int spins = 0; spins < SPINS && loop_.load(std::memory_order_relaxed) == seen; spins++)
+                rest(0);
             if (uint32_t(seen) == 0 && !leave_) loop_.wait(seen);
         }
     }
@@ -283,15 +288,16 @@ inline void set_threads(int n) {
 // Processors that this process may run on.
 inline int processors() {
     cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
+                                                       : int(std::thread::hardware_concurrency());
 }
 
 // So many multiplications take about as long as waking the other threads does.
 constexpr int64_t WORTH_WAKING = 1 << 16;
 
-// body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost` multiplications are
-// not worth it. Each i writes its own outputs and no sum crosses an i, so the result does not depend on the number
-// of threads. What a body throws (memory may run out) comes out here.
+// body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost`
+// multiplications are not worth it. Each i writes its own outputs and no sum crosses an i, so the result
+// does not depend on the number of threads. What a body throws (memory may run out) comes out here.
 template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cost = WORTH_WAKING) {
     if (n <= 1 || n_threads() == 1 || Team::busy || n * cost < WORTH_WAKING) {
         for (int64_t i = 0; i < n; i++) body(i);
@@ -370,6 +376,187 @@ inline double seconds() {
 
 inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every long loop looks at it
 
+// -- 1.7  Json: reading objects strictly ---------------------------------------------------------
+
+using Json = simdjson::dom::element;
+
+// A parsed document. simdjson is strict about syntax and depth; the padding it needs is copied here.
+struct Document {
+    simdjson::dom::parser parser{size_t(1) << 30};
+    Json root;
+
+    Document(std::string_view text, const std::string& file) {
+        auto error = parser.parse(text.data(), text.size(), true).get(root);
+        if (error) fail("%s: not valid JSON: %s", file.c_str(), simdjson::error_message(error));
+    }
+};
+
+// The members of one JSON object, each name once. Getters check type and range and name file and field.
+class Fields {
+public:
+    Fields(Json json, const std::string& where) : where_(where) {
+        simdjson::dom::object object;
+        if (json.get(object)) fail("%s: not a JSON object", where.c_str());
+        for (auto [key, value] : object) {
+            if (key.find('\0') != key.npos)
+                fail("%s: a NUL in key '%s'", where.c_str(), printable(key).c_str());
+            if (!values_.emplace(std::string(key), value).second)
+                fail("%s: duplicate key '%s'", where.c_str(), printable(key).c_str());
+        }
+    }
+    bool has(const char* key) const { return values_.count(key) && !values_.at(key).is_null(); }
+    const std::map<std::string, Json>& all() const { return values_; }
+    const std::string& where() const { return where_; }
+
+    Json get(const char* key) const {
+        auto at = values_.find(key);
+        if (at == values_.end()) fail("%s: no field '%s'", where_.c_str(), key);
+        return at->second;
+    }
+    int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        int64_t value = 0;
+        if (get(key).get(value)) fail("%s: '%s' is not an integer", where_.c_str(), key);
+        if (value < low || value > high)
+            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value,
+                 (long long)low, (long long)high);
+        return value;
+    }
+    double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        double value = 0;
+        if (get(key).get(value)) fail("%s: '%s' is not a number", where_.c_str(), key);
+        if (!(value >= low && value <= high))
+            fail("%s: '%s' is %g, outside %g to %g", where_.c_str(), key, value, low, high);
+        return value;
+    }
+    bool boolean(const char* key, std::optional<bool> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        bool value = false;
+        if (get(key).get(value)) fail("%s: '%s' is neither true nor false", where_.c_str(), key);
+        return value;
+    }
+    std::string text(const char* key, std::optional<std::string> absent = {}) const {
+        if (absent && !has(key)) return *absent;
+        std::string_view value;
+        if (get(key).get(value)) fail("%s: '%s' is not a string", where_.c_str(), key);
+        return std::string(value);
+    }
+    // The position of the text in `choices`; anything else is an unknown value.
+    int choice(const char* key, std::initializer_list<const char*> choices,
+               std::optional<std::string> absent = {}) const {
+        std::string value = text(key, absent);
+        int i = 0;
+        for (const char* c : choices) {
+            if (value == c) return i;
+            i++;
+        }
+        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key,
+             printable(value).c_str());
+    }
+    // For messages: at most 80 bytes, control characters replaced, so that one line stays one line.
+    static std::string printable(std::string_view text) {
+        std::string out(text.substr(0, 80));
+        for (char& c : out) if (uint8_t(c) < 32 || c == 127) c = '?';
+        return out;
+    }
+
+private:
+    std::string where_;
+    std::map<std::string, Json> values_;
+};
+
+constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000;
+
+// All of a stream, which may be a pipe or a device without end.
+std::string read_stream(std::istream& in, const std::string& name, size_t limit) {
+    std::string text, part(size_t(1) << 16, '\0');
+    while (in.read(part.data(), std::streamsize(part.size())), in.gcount() > 0) {
+        text.append(part, 0, size_t(in.gcount()));
+        if (text.size() > limit) fail("%s: larger than %zu bytes", name.c_str(), limit);
+    }
+    if (in.bad()) fail("%s: cannot be read", name.c_str());
+    return text;
+}
+
+std::string read_file(const fs::path& path, size_t limit = TEXT_LIMIT) {
+    std::error_code error;
+    if (fs::is_directory(path, error)) fail("%s: is a directory", path.c_str());
+    std::ifstream in(path, std::ios::binary);
+    if (!in) fail("%s: %s", path.c_str(), std::strerror(errno));
+    return read_stream(in, path.string(), limit);
+}
+
+// One of a model's JSON files: a regular file, since opening a pipe could wait for ever.
+std::string read_json_file(const fs::path& path) {
+    std::error_code error;
+    fs::file_status status = fs::status(path, error);
+    if (fs::exists(status) && !fs::is_directory(status) && !fs::is_regular_file(status))
+        fail("%s: not a regular file", path.c_str());
+    return read_file(path, JSON_LIMIT);
+}
+
+// -- 1.8  write_safetensors: results, whole or not at all ----------------------------------------
+
+struct OutputTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    const void* data;
+    size_t bytes;
+};
+
+// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
+class AtomicFile {
+public:
+    explicit AtomicFile(const std::string& path)
+        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
+        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
+        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
+        file_ = std::fopen(temporary_.c_str(), "wbx");
+        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
+    }
+    ~AtomicFile() {
+        if (!file_) return;
+        std::remove(temporary_.c_str());
+        std::fclose(file_);
+    }
+    AtomicFile(const AtomicFile&) = delete;
+    void write(const void* data, size_t bytes) {
+        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
+            fail("%s: %s", path_.c_str(), std::strerror(errno));
+    }
+    void commit() {
+        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
+        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        std::fclose(std::exchange(file_, nullptr));
+    }
+
+private:
+    std::string path_, temporary_;
+    std::FILE* file_ = nullptr;
+};
+
+void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
+    std::string header = "{";
+    size_t at = 0;
+    for (const OutputTensor& t : tensors) {
+        std::string shape;
+        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
+        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
+                          at, at + t.bytes);
+        at += t.bytes;
+    }
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');
+    uint64_t n = header.size();
+    file.write(&n, 8);
+    file.write(header.data(), header.size());
+    for (const OutputTensor& t : tensors) file.write(t.data, t.bytes);
+    file.commit();
+}
+
 // =================================================================================================
 // Chapter 2. Numbers
 // =================================================================================================
@@ -395,7 +582,7 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
 // them. Every widening is exact.
 
-// GGUF files (appendix D) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+// GGUF files (appendix F) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
 
 enum class Dtype : uint8_t {
     F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
@@ -474,7 +661,9 @@ struct Matrix {
     size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
 
     explicit operator bool() const { return data != nullptr; }
-    const std::byte* row(int r) const { return data + size_t(r) * (stride ? stride : row_bytes(dtype, cols)); }
+    const std::byte* row(int r) const {
+        return data + size_t(r) * (stride ? stride : row_bytes(dtype, cols));
+    }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
         return scale +
@@ -497,13 +686,13 @@ using Vector = std::vector<real>;
 
 // -- 2.3  blocks of small integers ---------------------------------------------------------------
 //
-// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how they
-// are packed; unpacked, each of them says for its value i, in group g = i / 16:
+// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how
+// they are packed; unpacked, each of them says for its value i, in group g = i / 16:
 //
 //      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
 //
-// Q8_0, Q4_0 and their like: 32 values, scale 1. The K formats: 256 values, a scale (and a minimum) for each 16
-// or 32 of them, so that outliers spoil few neighbours. Layouts: ggml-common.h of llama.cpp.
+// Q8_0, Q4_0 and their like: 32 values, scale 1. The K formats: 256 values, a scale (and a minimum) for
+// each 16 or 32 of them, so that outliers spoil few neighbours. Layouts: ggml-common.h of llama.cpp.
 
 struct Block {
     int8_t q[256];
@@ -632,127 +821,7 @@ inline void dequantise(real* out, const Block& b, int values) {
 // overlap, and the model and the files must name the same tensors with the same shapes. A value that this
 // program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
 
-// -- 3.1  Json: reading objects strictly ---------------------------------------------------------
-
-using Json = simdjson::dom::element;
-
-// A parsed document. simdjson is strict about syntax and depth; the padding it needs is copied here.
-struct Document {
-    simdjson::dom::parser parser{size_t(1) << 30};
-    Json root;
-
-    Document(std::string_view text, const std::string& file) {
-        auto error = parser.parse(text.data(), text.size(), true).get(root);
-        if (error) fail("%s: not valid JSON: %s", file.c_str(), simdjson::error_message(error));
-    }
-};
-
-// The members of one JSON object, each name once. Getters check type and range and name file and field.
-class Fields {
-public:
-    Fields(Json json, const std::string& where) : where_(where) {
-        simdjson::dom::object object;
-        if (json.get(object)) fail("%s: not a JSON object", where.c_str());
-        for (auto [key, value] : object) {
-            if (key.find('\0') != key.npos)
-                fail("%s: a NUL in key '%s'", where.c_str(), printable(key).c_str());
-            if (!values_.emplace(std::string(key), value).second)
-                fail("%s: duplicate key '%s'", where.c_str(), printable(key).c_str());
-        }
-    }
-    bool has(const char* key) const { return values_.count(key) && !values_.at(key).is_null(); }
-    const std::map<std::string, Json>& all() const { return values_; }
-    const std::string& where() const { return where_; }
-
-    Json get(const char* key) const {
-        auto at = values_.find(key);
-        if (at == values_.end()) fail("%s: no field '%s'", where_.c_str(), key);
-        return at->second;
-    }
-    int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        int64_t value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not an integer", where_.c_str(), key);
-        if (value < low || value > high)
-            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value,
-                 (long long)low, (long long)high);
-        return value;
-    }
-    double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        double value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not a number", where_.c_str(), key);
-        if (!(value >= low && value <= high))
-            fail("%s: '%s' is %g, outside %g to %g", where_.c_str(), key, value, low, high);
-        return value;
-    }
-    bool boolean(const char* key, std::optional<bool> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        bool value = false;
-        if (get(key).get(value)) fail("%s: '%s' is neither true nor false", where_.c_str(), key);
-        return value;
-    }
-    std::string text(const char* key, std::optional<std::string> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        std::string_view value;
-        if (get(key).get(value)) fail("%s: '%s' is not a string", where_.c_str(), key);
-        return std::string(value);
-    }
-    // The position of the text in `choices`; anything else is an unknown value.
-    int choice(const char* key, std::initializer_list<const char*> choices,
-               std::optional<std::string> absent = {}) const {
-        std::string value = text(key, absent);
-        int i = 0;
-        for (const char* c : choices) {
-            if (value == c) return i;
-            i++;
-        }
-        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key,
-             printable(value).c_str());
-    }
-    // For messages: at most 80 bytes, control characters replaced, so that one line stays one line.
-    static std::string printable(std::string_view text) {
-        std::string out(text.substr(0, 80));
-        for (char& c : out) if (uint8_t(c) < 32 || c == 127) c = '?';
-        return out;
-    }
-
-private:
-    std::string where_;
-    std::map<std::string, Json> values_;
-};
-
-constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000;
-
-// All of a stream, which may be a pipe or a device without end.
-std::string read_stream(std::istream& in, const std::string& name, size_t limit) {
-    std::string text, part(size_t(1) << 16, '\0');
-    while (in.read(part.data(), std::streamsize(part.size())), in.gcount() > 0) {
-        text.append(part, 0, size_t(in.gcount()));
-        if (text.size() > limit) fail("%s: larger than %zu bytes", name.c_str(), limit);
-    }
-    if (in.bad()) fail("%s: cannot be read", name.c_str());
-    return text;
-}
-
-std::string read_file(const fs::path& path, size_t limit = TEXT_LIMIT) {
-    std::error_code error;
-    if (fs::is_directory(path, error)) fail("%s: is a directory", path.c_str());
-    std::ifstream in(path, std::ios::binary);
-    if (!in) fail("%s: %s", path.c_str(), std::strerror(errno));
-    return read_stream(in, path.string(), limit);
-}
-
-// One of a model's JSON files: a regular file, since opening a pipe could wait for ever.
-std::string read_json_file(const fs::path& path) {
-    std::error_code error;
-    fs::file_status status = fs::status(path, error);
-    if (fs::exists(status) && !fs::is_directory(status) && !fs::is_regular_file(status))
-        fail("%s: not a regular file", path.c_str());
-    return read_file(path, JSON_LIMIT);
-}
-
-// -- 3.2  Config: the shape of the network -------------------------------------------------------
+// -- 3.1  Config: the shape of the network -------------------------------------------------------
 
 enum class Gate : uint8_t { GREEDY, GROUP_LIMITED_GREEDY, NOAUX_TC };
 enum class Scaling : uint8_t { NONE, LLAMA3, YARN };
@@ -773,7 +842,7 @@ struct Config {
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
     bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false, fp8 = false;
-    bool pair_order = false;                                // rows of wq and wk: the pairs of RoPE side by side
+    bool pair_order = false;   // rows of wq and wk: the pairs of RoPE side by side
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
     std::vector<int> eos;
@@ -965,7 +1034,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     return c;
 }
 
-// -- 3.3  safetensors: a header that must be right, and bytes ------------------------------------
+// -- 3.2  safetensors: a header that must be right, and bytes ------------------------------------
 
 struct TensorInfo {
     std::string name, dtype;
@@ -1093,7 +1162,7 @@ TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.4  Checkpoint: all tensors of a folder, by name -------------------------------------------
+// -- 3.3  Checkpoint: all tensors of a folder, by name -------------------------------------------
 
 struct Tensor {
     std::string file, dtype;
@@ -1170,67 +1239,6 @@ Checkpoint open_checkpoint(const fs::path& folder) {
             fail("%s: tensor '%s' is not in the index", tensor.file.c_str(), Fields::printable(name).c_str());
     }
     return checkpoint;
-}
-
-// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------
-
-struct OutputTensor {
-    std::string name, dtype;
-    std::vector<size_t> shape;
-    const void* data;
-    size_t bytes;
-};
-
-// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
-class AtomicFile {
-public:
-    explicit AtomicFile(const std::string& path)
-        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
-        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
-        file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
-    }
-    ~AtomicFile() {
-        if (!file_) return;
-        std::remove(temporary_.c_str());
-        std::fclose(file_);
-    }
-    AtomicFile(const AtomicFile&) = delete;
-    void write(const void* data, size_t bytes) {
-        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
-            fail("%s: %s", path_.c_str(), std::strerror(errno));
-    }
-    void commit() {
-        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
-        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
-        std::fclose(std::exchange(file_, nullptr));
-    }
-
-private:
-    std::string path_, temporary_;
-    std::FILE* file_ = nullptr;
-};
-
-void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
-    std::string header = "{";
-    size_t at = 0;
-    for (const OutputTensor& t : tensors) {
-        std::string shape;
-        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
-        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
-                          at, at + t.bytes);
-        at += t.bytes;
-    }
-    header += "}";
-    header.resize((header.size() + 7) / 8 * 8, ' ');
-    uint64_t n = header.size();
-    file.write(&n, 8);
-    file.write(header.data(), header.size());
-    for (const OutputTensor& t : tensors) file.write(t.data, t.bytes);
-    file.commit();
 }
 
 // =================================================================================================
@@ -1447,9 +1455,10 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 
 // -- 5.2  dot in small integers ------------------------------------------------------------------
 //
-// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine adds, and
-// whatever width its registers have, the sum is the same. So the activations are made integers too, q = x / d
-// rounded to 12 bits, with one d for as many numbers as share a scale of the weights (a block b of 32 or 256):
+// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine
+// adds, and whatever width its registers have, the sum is the same. So the activations are made integers
+// too, q = x / d rounded to 12 bits, with one d for as many numbers as share a scale of the weights (a
+// block b of 32 or 256):
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
@@ -1494,11 +1503,13 @@ inline void quantise_plain(const IntRows& out, const real* x) {
     constexpr float TO_INTEGER = 0x1.8p23f;
     for (int begin = 0; begin < out.n; begin += out.block) {
         uint32_t largest = 0;
-        for (int i = begin; i < begin + out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
+        for (int i = begin; i < begin + out.block; i++)
+            largest = std::max(largest, magnitude_bits(float(x[i])));
         IntScale s = int_scale(largest);
         out.d[begin / out.block] = s.d;
         for (int i = begin; i < begin + out.block; i++)
-            out.q[i] = s.inverse == 0 ? int16_t(0) : int16_t(float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER);
+            out.q[i] =
+                s.inverse == 0 ? int16_t(0) : int16_t(float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER);
     }
     for (int g = 0; g < out.n / GROUP; g++) {
         int sum = 0;
@@ -1543,13 +1554,15 @@ inline void int_rows_plain(Rows out, const IntRows& x, const Matrix& w, int T, i
 // e^x. The C library's expf differs between systems in the last bit. Here: e^x = 2^k e^r, |r| <= ln(2)/2, a
 // polynomial in double (error below 1e-12 of the value), rounded once: the same bits everywhere.
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453, TO_INTEGER_F64 = 0x1.8p52;
-constexpr double EXP_SERIES[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
-                                 1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
+constexpr double EXP_SERIES[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                 1.0 / 5040,     1.0 / 720,     1.0 / 120,    1.0 / 24,
+                                 1.0 / 6,        0.5,           1.0,          1.0};
 
 inline float exp_of(float x) {
     if (!(x > -104.0f)) return std::isnan(x) ? x : 0.0f;
     if (x > 88.8f) return std::numeric_limits<float>::infinity();
-    double k = std::fma(double(x), LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64, r = std::fma(k, -LN_2, double(x));
+    double k = std::fma(double(x), LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64,
+           r = std::fma(k, -LN_2, double(x));
     double p = EXP_SERIES[0];
     for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = std::fma(p, r, EXP_SERIES[i]);
     return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
@@ -1573,7 +1586,7 @@ inline void exp_below_plain(real* z, real top, int n) {
 // Plain, or the fastest that this processor has (appendix A), with the same bits.
 struct Kernels {
     const char* name = "plain";
-    bool integers = sizeof(real) == 4;     // quantised weights: in small integers; false: dequantised (--exact)
+    bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
     void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) = rows_plain;
     void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n) = weigh_plain;
     void (*widen)(real* out, const Matrix& w, int r) = widen_plain;
@@ -1897,9 +1910,9 @@ struct Model {
     std::vector<Mtp> mtp;                  // 0 or 1
 };
 
-// Keys and values of the past. A layer has a matrix (context, width) for each kv head's keys and one for its values
-// (GQA: k_0, v_0, k_1, v_1, ...), or one for all heads, [c_kv | k_rope] (MLA). They may be stored in fewer bits than
-// they are computed with: Options --kv.
+// Keys and values of the past. A layer has a matrix (context, width) for each kv head's keys and one for
+// its values (GQA: k_0, v_0, k_1, v_1, ...), or one for all heads, [c_kv | k_rope] (MLA). They may be
+// stored in fewer bits than they are computed with: Options --kv.
 struct Cache {
     Dtype dtype;
     int context, parts, width;
@@ -1908,13 +1921,16 @@ struct Cache {
     static int parts_of(const Config& c) { return c.mla() ? 1 : 2 * c.G; }
     static int width_of(const Config& c) { return c.cache_width() / parts_of(c); }
     static size_t bytes(const Config& c, int context, Dtype dtype) {
-        return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(parts_of(c)) * row_bytes(dtype, width_of(c));
+        return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(parts_of(c)) *
+               row_bytes(dtype, width_of(c));
     }
     Cache(const Config& c, int context, Dtype dtype)
-        : dtype(dtype), context(context), parts(parts_of(c)), width(width_of(c)), pages(bytes(c, context, dtype)) {}
+        : dtype(dtype), context(context), parts(parts_of(c)), width(width_of(c)),
+          pages(bytes(c, context, dtype)) {}
     Matrix matrix(int l, int part) const {
         size_t i = size_t(l) * size_t(parts) + size_t(part);
-        return {pages.data() + i * size_t(context) * row_bytes(dtype, width), nullptr, dtype, context, width, 0, 0};
+        const std::byte* data = pages.data() + i * size_t(context) * row_bytes(dtype, width);
+        return {data, nullptr, dtype, context, width, 0, 0};
     }
     // x: (width), the row of position `pos`
     void store(int l, int part, int pos, const real* x) const {
@@ -2010,7 +2026,8 @@ struct Past {
 // A thread's share of one of the activations' scratch arrays.
 inline real* own(real* array, size_t size) { return array + size_t(Team::index) * size; }
 
-// out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to QUERY_TILE queries
+// out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to
+// QUERY_TILE queries
 // with n[0] <= n[1] <= ...   q: (dk) each
 inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, std::span<const int> n) {
     int Q = int(n.size()), context = s.options.context;
@@ -2034,7 +2051,8 @@ inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, st
 inline void gqa_tile(const Session& s, int l, int pos, int t0, int tokens, int h0, int heads) {
     const Config& c = s.model.config;
     int d = c.head_dim, g = h0 / (c.H / c.G), Q = tokens * heads, n[QUERY_TILE];
-    Rows q{own(s.a.queries, size_t(QUERY_TILE) * size_t(d)), d}, o{own(s.a.outputs, size_t(QUERY_TILE) * size_t(d)), d};
+    Rows q{own(s.a.queries, size_t(QUERY_TILE) * size_t(d)), d},
+        o{own(s.a.outputs, size_t(QUERY_TILE) * size_t(d)), d};
     auto place = [&](int i) { return (int64_t(t0 + i / heads) * c.H + h0 + i % heads) * d; };
     for (int i = 0; i < Q; i++) std::copy_n(s.a.q + place(i), d, q[i]), n[i] = pos + t0 + i / heads + 1;
     Past past{s.cache.matrix(l, 2 * g), s.cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d))};
@@ -2049,7 +2067,8 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
     int d = c.head_dim, width = c.G * d, group = c.H / c.G;
     real *k = a.kv, *v = a.kv + int64_t(T) * width;                        // (T, G, d) each
     ConstRows u{a.u, c.D};
-    Product products[] = {{{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
+    Product products[] = {
+        {{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
     matmul(products);
     if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
     parallel_for(T, [&](int64_t t) {
@@ -2118,7 +2137,7 @@ inline real mla_scale(const Model& m) {
 inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Matrix past = s.cache.matrix(l, 0);
-    int latent = c.Rkv + c.Dr, expanded = c.q_dim() + c.Dv, n = pos + T;                // [k_nope | k_rope | v]
+    int latent = c.Rkv + c.Dr, expanded = c.q_dim() + c.Dv, n = pos + T;   // [k_nope | k_rope | v]
     parallel_for(c.H, [&](int64_t h) {
         real* memory = own(s.a.expanded, size_t(s.options.context) * size_t(latent + expanded));
         Rows row{memory, latent}, k{memory + int64_t(n) * latent, expanded}, v{k[0] + c.q_dim(), expanded};
@@ -2156,10 +2175,12 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
         int64_t first = i * tile;
         int n[QUERY_TILE], Q = std::min(tile, queries - int(first));
         for (int k = 0; k < Q; k++) n[k] = pos + (int(first) + k) / c.H + 1;
-        attend(s, {a.z + first * c.Rkv, c.Rkv}, {a.q_absorbed + first * width, width}, latent, {n, size_t(Q)});
+        attend(s, {a.z + first * c.Rkv, c.Rkv}, {a.q_absorbed + first * width, width}, latent,
+               {n, size_t(Q)});
     }, int64_t(tile) * (pos + T) * width);
-    parallel_for(c.H, [&](int64_t h) {
-        matmul_alone({a.o + h * c.Dv, c.H * c.Dv}, {a.z + h * c.Rkv, c.H * c.Rkv}, w.wv_b[size_t(h)], T);   // W^UV z
+    parallel_for(c.H, [&](int64_t h) {                                                  // W^UV z
+        Rows o{a.o + h * c.Dv, c.H * c.Dv}, z{a.z + h * c.Rkv, c.H * c.Rkv};
+        matmul_alone(o, z, w.wv_b[size_t(h)], T);
     }, int64_t(T) * c.Dv * c.Rkv);
 }
 
@@ -2231,7 +2252,8 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
 
 // gate[t] = silu(gate[t]) * up[t] for T rows of `width` numbers
 inline void gate_rows(real* gate, const real* up, int width, int T) {
-    parallel_for(T, [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); }, 16 * width);
+    auto row = [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); };
+    parallel_for(T, row, 16 * width);
 }
 
 // out (T, D) from x (T, D); a.gate, a.up are scratch.
@@ -2363,14 +2385,16 @@ inline std::vector<int> dispatch(Activations& a, const Config& c, int T) {
 
 // -- 10.3  moe: route, compute expert by expert, combine -----------------------------------------
 
-// The chosen experts on their slots: expert_out (C * K, D). Each expert's weights are read once for all its tokens, and
-// all experts work at the same time; the shared one, with all T tokens and the result a.y, is one of them.
+// The chosen experts on their slots: expert_out (C * K, D). Each expert's weights are read once for all
+// its tokens, and all experts work at the same time; the shared one, with all T tokens and the result
+// a.y, is one of them.
 inline void run_experts(Activations& a, const Moe& w, const Config& c, const std::vector<int>& first, int T) {
     int slots = T * c.K, shared = c.n_shared * c.F;
     int64_t D = c.D, F = c.F;
     real *shared_gate = a.gate + slots * F, *shared_up = a.up + slots * F;
     std::vector<Product> up, down;
-    parallel_for(slots, [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); }, D);
+    auto gather = [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); };
+    parallel_for(slots, gather, D);
     for (size_t e = 0; e < size_t(c.E); e++) {
         int64_t i = first[e];
         int n = first[e + 1] - first[e];
@@ -2391,8 +2415,8 @@ inline void run_experts(Activations& a, const Moe& w, const Config& c, const std
     matmul(down);
 }
 
-// a.y (T, D) = experts' mixture of a.u (T, D). The sum over a token's experts runs in the order of its own picks, shared
-// expert last, so company does not change its bits.
+// a.y (T, D) = experts' mixture of a.u (T, D). The sum over a token's experts runs in the order of its
+// own picks, shared expert last, so company does not change its bits.
 inline void moe(Session& s, const Moe& w, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
@@ -2432,9 +2456,9 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 
 // -- 11.1  bind: every tensor in its place -------------------------------------------------------
 
-std::string name_in_gguf(const std::string& name);   // appendix D
+std::string name_in_gguf(const std::string& name);   // appendix F
 
-// Makes weights smaller as they are bound: appendix E. An arena without memory only counts.
+// Makes weights smaller as they are bound: appendix H. An arena without memory only counts.
 struct FileType;
 struct Quantiser {
     const FileType* type;
@@ -2468,7 +2492,8 @@ public:
         const Tensor& t = find(name, {uint64_t(n)});
         Matrix m{t.data, nullptr, dtype_of(t, name), 1, n, 0};
         if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
-            fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(), t.dtype.c_str());
+            fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(),
+                 t.dtype.c_str());
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
         for (real v : out) {
@@ -2520,7 +2545,8 @@ private:
         if (t.dtype == "F32") return Dtype::F32;
         if (t.dtype == "BF16") return Dtype::BF16;
         if (t.dtype == "F16") return Dtype::F16;
-        for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++) if (t.dtype == format_of(Dtype(i)).name) return Dtype(i);
+        for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++)
+            if (t.dtype == format_of(Dtype(i)).name) return Dtype(i);
         if (t.dtype != "F8_E4M3")
             fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
                  t.dtype.c_str());
@@ -2652,8 +2678,10 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-// A model is a folder (chapter 3) or a GGUF file (appendix D).
-inline bool is_gguf(const fs::path& model) { return model.extension() == ".gguf" || fs::is_regular_file(model); }
+// A model is a folder (chapter 3) or a GGUF file (appendix F).
+inline bool is_gguf(const fs::path& model) {
+    return model.extension() == ".gguf" || fs::is_regular_file(model);
+}
 Config gguf_config(const fs::path& file);
 Checkpoint gguf_checkpoint(const fs::path& file);
 
@@ -2665,7 +2693,7 @@ inline Config read_config(const fs::path& folder) {
     return parse_config(read_json_file(file), file.string());
 }
 
-const FileType& file_type(const std::string& name);   // appendix E
+const FileType& file_type(const std::string& name);   // appendix H
 
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
 inline size_t quantised_bytes(const Config& c, const std::string& quant) {
@@ -2762,6 +2790,31 @@ inline void prefill(Session& s, std::span<const int> ids, int pos,
         at += T;
     }
 }
+
+// -- 11.3  the memory plan -----------------------------------------------------------------------
+
+// Bytes that the system can give without swapping; 0 where it does not say.
+inline uint64_t available_memory() {
+    std::ifstream in("/proc/meminfo");
+    for (std::string line; std::getline(in, line);) {
+        unsigned long long kib = 0;
+        if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return uint64_t(kib) * 1024;
+    }
+    return 0;
+}
+
+struct MemoryPlan {
+    uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
+    uint64_t needed() const { return weights + cache + activations; }
+    bool fits() const { return available == 0 || needed() <= available; }
+};
+
+inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
+    return {weights, Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
+            available_memory()};
+}
+
+inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
 
 // =================================================================================================
 // Chapter 12. Talking
@@ -2954,9 +3007,10 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 
 // -- 12.3  a prompt's cache on disk --------------------------------------------------------------
 //
-// A long prompt that is asked about again need not be read again: its keys and values can be kept. The file is a
-// safetensors file of bytes as they are in memory; it says for which weights and which --kv they were made, and for
-// which tokens. Whatever the next prompt shares with them from the start is reused.
+// A long prompt that is asked about again need not be read again: its keys and values can be kept. The
+// file is a safetensors file of bytes as they are in memory; it says for which weights and which --kv
+// they were made, and for which tokens. Whatever the next prompt shares with them from the start is
+// reused.
 
 // A number that names a model's weights: names, dtypes and shapes of all tensors, and some bytes of each.
 inline uint64_t fingerprint(const Checkpoint& checkpoint) {
@@ -2980,7 +3034,8 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
         for (int part = 0; part < s.cache.parts; part++) {
             size_t rows = size_t(l < s.model.config.n_layers ? s.length : s.mtp_length);
             size_t bytes = rows * row_bytes(s.cache.dtype, s.cache.width);
-            out.push_back({text_of("cache.%d.%d", l, part), "U8", {bytes}, s.cache.matrix(l, part).data, bytes});
+            out.push_back(
+                {text_of("cache.%d.%d", l, part), "U8", {bytes}, s.cache.matrix(l, part).data, bytes});
         }
     }
     return out;
@@ -2989,14 +3044,16 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
 inline void save_cache(const Session& s, const std::string& path) {
     uint64_t about[] = {fingerprint(s.model.checkpoint), uint64_t(s.cache.dtype), uint64_t(s.length),
                         uint64_t(s.mtp_length)};
-    std::vector<OutputTensor> out = {{"about", "U64", {4}, about, sizeof about},
-                                     {"tokens", "I32", {size_t(s.length)}, s.tokens.data(), 4 * size_t(s.length)}};
+    std::vector<OutputTensor> out = {
+        {"about", "U64", {4}, about, sizeof about},
+        {"tokens", "I32", {size_t(s.length)}, s.tokens.data(), 4 * size_t(s.length)}};
     for (OutputTensor& t : cache_tensors(s)) out.push_back(t);
     AtomicFile file(path);
     write_safetensors(file, out);
 }
 
-// Fills an empty session. The file may be damaged or from elsewhere: names and sizes must be those we would write.
+// Fills an empty session. The file may be damaged or from elsewhere: names and sizes must be those we
+// would write.
 inline void load_cache(Session& s, const std::string& path) {
     Mapping mapping(path);
     TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, path);
@@ -3009,13 +3066,15 @@ inline void load_cache(Session& s, const std::string& path) {
     if (about[0] != fingerprint(s.model.checkpoint)) fail("%s: the cache of another model", path.c_str());
     if (about[1] != uint64_t(s.cache.dtype)) fail("%s: was saved with another --kv", path.c_str());
     if (about[2] > uint64_t(s.options.context) || about[3] > about[2])
-        fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2], s.options.context);
+        fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2],
+             s.options.context);
     s.length = int(about[2]), s.mtp_length = int(about[3]);
     s.tokens.resize(size_t(s.length));
     std::vector<OutputTensor> wanted = cache_tensors(s);
     wanted.push_back({"tokens", "I32", {}, s.tokens.data(), 4 * s.tokens.size()});
     for (const OutputTensor& t : wanted) {
-        if (found[t.name].size() != t.bytes) fail("%s: tensor '%s' is missing or cut", path.c_str(), t.name.c_str());
+        if (found[t.name].size() != t.bytes)
+            fail("%s: tensor '%s' is missing or cut", path.c_str(), t.name.c_str());
         std::memcpy(const_cast<void*>(t.data), found[t.name].data(), t.bytes);
     }
 }
@@ -3066,7 +3125,7 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
 // hidden state of token i and the embedding of token i + 1 it predicts token i + 2 (V3 section 2.2):
 //
 //      h_i (after the final norm) ---- hnorm --+
-//                                              +-- concat, embedding first -- mtp_proj -- block -- norm -- head
+//                                              +-- embedding, then h -- mtp_proj -- block -- norm -- head
 //      embed(token i + 1) ------------ enorm --+
 //
 // In training it makes the hidden states plan ahead. In use it drafts: while the model forwards token i +
@@ -3078,7 +3137,7 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
 
 // -- 13.1  mtp_forward ---------------------------------------------------------------------------
 
-//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]   V3 eq. 21 (the paper has h first, the checkpoints second)
+//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]   V3 eq. 21 (h first there, second in the files)
 // h: (T, D), final hidden states at pos, pos + 1, ...; next: the tokens after those positions (T). Leaves
 // what the head needs in a.mtp_h (T, D). Writes row `pos` and on of the MTP layer's own cache.
 inline void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
@@ -3154,14 +3213,16 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // Appendix A. Fast CPU
 // =================================================================================================
 //
-// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers, and their
-// integer sums are exact. Each kernel below does the additions of its plain twin in the same order, so the choice,
-// made once at start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp compares bits).
+// Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers,
+// and their integer sums are exact. Each kernel below does the additions of its plain twin in the same
+// order, so the choice, made once at start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp
+// compares bits).
 //
-// One token needs each weight once: the time is that of reading the weights from memory, and the kernels read them
-// as they are packed. Many tokens need each weight many times: a block of rows is unpacked once into the form that
-// multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay in registers, so that one
-// load serves several multiplications. DEEPSEEK_SIMD=plain or avx2 in the environment overrides the choice.
+// One token needs each weight once: the time is that of reading the weights from memory, and the kernels
+// read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
+// into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain or avx2 in the
+// environment overrides the choice.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
@@ -3182,8 +3243,8 @@ AVX2 __m256 widen8(F16Row w, int i) { return _mm256_cvtph_ps(load128(w.p + 2 * s
 AVX2 __m256 widen8(Bf16Row w, int i) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(w.p + 2 * size_t(i))), 16));
 }
-// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is made up by a
-// multiplication with 2^120, which also does the subnormals. 127 is NaN.
+// Exponent and fraction of an e4m3 are moved to their places in an f32 and the bias (7 against 127) is
+// made up by a multiplication with 2^120, which also does the subnormals. 127 is NaN.
 AVX2 __m256 widen8(E4m3Row w, int i) {
     __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.p + i)));
     __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(127));
@@ -3300,13 +3361,15 @@ constexpr int TILE_ROWS = 3, TILE_TOKENS = 4;                       // 12 sums o
 constexpr int BLOCK_ROWS = 12, BLOCK_TOKENS = 128, BLOCK_COLS = 256;
 
 struct FloatBlock {
-    alignas(64) float w[BLOCK_ROWS][BLOCK_COLS + LANES];            // widened weights; rows in different cache sets
+    alignas(64) float w[BLOCK_ROWS][BLOCK_COLS + LANES];   // widened weights; rows in different cache sets
     alignas(64) float lanes[BLOCK_TOKENS / TILE_TOKENS][BLOCK_ROWS][TILE_TOKENS][LANES];   // sums so far
 
-    float* lane(int r, int t) { return lanes[t / TILE_TOKENS][r][t % TILE_TOKENS]; }       // a tile's lie together
+    // A tile's lanes lie together.
+    float* lane(int r, int t) { return lanes[t / TILE_TOKENS][r][t % TILE_TOKENS]; }
 };
 
-// lane[r][t] += products of w[r] and x[t] over n columns, n a multiple of 16; first the lower 8 lanes, then the upper.
+// lane[r][t] += products of w[r] and x[t] over n columns, n a multiple of 16; first the lower 8 lanes,
+// then the upper.
 template <int R, int T, bool SCALED>
 AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
     for (int half = 0; half < LANES; half += 8) {
@@ -3325,7 +3388,8 @@ AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, in
         for (int r = 0; r < R; r++)
             for (int t = 0; t < T; t++) {
                 float* lane = b.lane(row + r, token + t) + half;
-                if (SCALED) v[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(scale[r]), v[r][t], _mm256_load_ps(lane));
+                if (SCALED)
+                    v[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(scale[r]), v[r][t], _mm256_load_ps(lane));
                 _mm256_store_ps(lane, v[r][t]);
             }
     }
@@ -3361,16 +3425,19 @@ void add_columns(FloatBlock& b, int R, ConstRows x, int T, int col, int n, const
             f(b, r, t, col, {x[t], x.stride}, whole, scale + r);
         }
     }
-    if (whole < n) tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, SCALED ? scale : nullptr);
+    if (whole < n)
+        tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, SCALED ? scale : nullptr);
 }
 
 AVX2_ENTRY void sum_lanes_of_rows(float* out, FloatBlock& b, int t, int R) {
-    for (int r = 0; r < R; r++) out[r] = sum({_mm256_load_ps(b.lane(r, t)), _mm256_load_ps(b.lane(r, t) + 8)});
+    for (int r = 0; r < R; r++)
+        out[r] = sum({_mm256_load_ps(b.lane(r, t)), _mm256_load_ps(b.lane(r, t) + 8)});
 }
 
 // The block's R rows from `row` on, for T tokens.
 inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row, int R, int T) {
-    std::fill_n(b.lanes[0][0][0], (T + TILE_TOKENS - 1) / TILE_TOKENS * BLOCK_ROWS * TILE_TOKENS * LANES, 0.0f);
+    std::fill_n(b.lanes[0][0][0], (T + TILE_TOKENS - 1) / TILE_TOKENS * BLOCK_ROWS * TILE_TOKENS * LANES,
+                0.0f);
     for (int begin = 0; begin < w.cols; begin += BLOCK_COLS) {
         int n = std::min(BLOCK_COLS, w.cols - begin);
         for (int r = 0; r < R; r++) widen_part(b.w[r], w, row + r, begin, n);
@@ -3406,7 +3473,7 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
 
 // -- A.4  weighted sums of rows ------------------------------------------------------------------
 
-constexpr int WEIGH_TOKENS = 6, WEIGH_ROWS = 64;                    // sums in registers; rows that stay in cache
+constexpr int WEIGH_TOKENS = 6, WEIGH_ROWS = 64;   // sums in registers; rows that stay in cache
 
 // out[t] (8 N columns from col on) += sum_j p[t][j] v[j]
 template <class Row, int T, int N>
@@ -3433,13 +3500,15 @@ template <class Row, int T> void weigh_tokens(Rows out, ConstRows p, const Matri
     for (; col + 8 <= v.cols; col += 8) weigh_tile<Row, T, 1>(out, p, v, col, begin, end);
     for (; col < v.cols; col++)
         for (int t = 0; t < T; t++)
-            for (int j = begin; j < end; j++) out[t][col] = std::fma(p[t][j], Row{v.row(j)}(col), out[t][col]);
+            for (int j = begin; j < end; j++)
+                out[t][col] = std::fma(p[t][j], Row{v.row(j)}(col), out[t][col]);
 }
 
 template <class Row> void weigh_rows(Rows out, ConstRows p, const Matrix& v, int T, int n) {
     using F = void (*)(Rows, ConstRows, const Matrix&, int, int);
-    static constexpr F TOKENS[WEIGH_TOKENS] = {weigh_tokens<Row, 1>, weigh_tokens<Row, 2>, weigh_tokens<Row, 3>,
-                                               weigh_tokens<Row, 4>, weigh_tokens<Row, 5>, weigh_tokens<Row, 6>};
+    static constexpr F TOKENS[WEIGH_TOKENS] = {weigh_tokens<Row, 1>, weigh_tokens<Row, 2>,
+                                               weigh_tokens<Row, 3>, weigh_tokens<Row, 4>,
+                                               weigh_tokens<Row, 5>, weigh_tokens<Row, 6>};
     for (int j = 0; j < n; j += WEIGH_ROWS)
         for (int t = 0; t < T; t += WEIGH_TOKENS)
             TOKENS[std::min(WEIGH_TOKENS, T - t) - 1]({out[t], out.stride}, {p[t], p.stride}, v, j,
@@ -3459,410 +3528,24 @@ inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
     }
 }
 
-// -- A.5  unpacking small integers ---------------------------------------------------------------
-//
-// ints<D>(p, m, sink) hands a block's values to sink(i, w): w holds the 16 values of group i, times the group's
-// scale, in 16 bits. m receives the minimums of 16 groups. Chapter 2.3 says what the bits mean.
-
-AVX2 __m256i bytes16(const std::byte* p) { return _mm256_cvtepu8_epi16(load128(p)); }
-AVX2 __m256i all16(int v) { return _mm256_set1_epi16(int16_t(v)); }
-AVX2 __m256i low_nibble(__m256i b) { return _mm256_and_si256(b, all16(15)); }
-AVX2 __m256i high_nibble(__m256i b) { return _mm256_srli_epi16(b, 4); }
-AVX2 __m256i times(__m256i q, int16_t scale) { return _mm256_mullo_epi16(q, all16(scale)); }
-// 16 bits of a mask as 16 numbers: `value` where the bit is 1.
-AVX2 __m256i where_bit(int mask, int value) {
-    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
-                                          int16_t(0x8000));
-    return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(all16(mask), bit), bit), all16(value));
-}
-// 16 where bit k of the number is 1.
-AVX2 __m256i bit_as_16(__m256i b, int k) {
-    __m256i clear = _mm256_cmpeq_epi16(_mm256_and_si256(b, all16(1 << k)), _mm256_setzero_si256());
-    return _mm256_andnot_si256(clear, all16(16));
-}
-
-struct Scales {
-    alignas(32) int16_t scale[16], minimum[16];
-};
-
-AVX2 void six_bit_scales(Scales& s, const std::byte* p) {
-    uint32_t a = load<uint32_t>(p), b = load<uint32_t>(p + 4), c = load<uint32_t>(p + 8);
-    uint32_t scale_high = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030), min_high = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
-    __m128i all = _mm_setr_epi32(int(a & 0x3F3F3F3F), int(scale_high), int(b & 0x3F3F3F3F), int(min_high));
-    store256(s.scale, _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(all, all)));
-    store256(s.minimum, _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(all, all)));
-}
-
-template <Dtype D, class Sink> AVX2 void ints_of_32(const std::byte* p, Sink& sink) {
-    if constexpr (D == Dtype::Q8_0) {
-        sink(0, _mm256_cvtepi8_epi16(load128(p + 2)));
-        sink(1, _mm256_cvtepi8_epi16(load128(p + 18)));
-    } else {
-        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1, MINIMUM = D == Dtype::Q4_1 || D == Dtype::Q5_1;
-        p += MINIMUM ? 4 : 2;
-        uint32_t high = FIVE ? load<uint32_t>(p) : 0;
-        __m256i b = bytes16(p + (FIVE ? 4 : 0)), q[2] = {low_nibble(b), high_nibble(b)};
-        for (int k = 0; k < 2; k++) {
-            if (FIVE) q[k] = _mm256_add_epi16(q[k], where_bit(int(high >> 16 * k & 0xFFFF), 16));
-            sink(k, MINIMUM ? q[k] : _mm256_sub_epi16(q[k], all16(FIVE ? 16 : 8)));
-        }
-    }
-}
-
-template <Dtype D, class Sink> AVX2 void ints_q4_q5_k(const std::byte* p, Scales& s, Sink& sink) {
-    six_bit_scales(s, p + 4);
-    const std::byte *high = p + 16, *low = D == Dtype::Q5_K ? p + 48 : p + 16;
-    for (int h = 0; h < 2; h++) {
-        __m256i bits = D == Dtype::Q5_K ? bytes16(high + 16 * h) : _mm256_setzero_si256();
-        for (int j = 0; j < 4; j++) {
-            __m256i b = bytes16(low + 32 * j + 16 * h), q[2] = {low_nibble(b), high_nibble(b)};
-            for (int k = 0; k < 2; k++) {
-                if (D == Dtype::Q5_K) q[k] = _mm256_add_epi16(q[k], bit_as_16(bits, 2 * j + k));
-                int group = 4 * j + 2 * k + h;
-                sink(group, times(q[k], s.scale[group]));
-            }
-        }
-    }
-}
-
-template <class Sink> AVX2 void ints_q6_k(const std::byte* p, Scales& s, Sink& sink) {
-    store256(s.scale, _mm256_cvtepi8_epi16(load128(p + 192)));
-    for (int n = 0; n < 2; n++) {
-        for (int h = 0; h < 2; h++) {
-            __m256i a = bytes16(p + 64 * n + 16 * h), b = bytes16(p + 64 * n + 32 + 16 * h);
-            __m256i high = bytes16(p + 128 + 32 * n + 16 * h), low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
-            __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high, _mm256_srli_epi16(high, 2)};
-            for (int k = 0; k < 4; k++) {
-                __m256i q = _mm256_or_si256(low[k], _mm256_and_si256(two[k], all16(48)));
-                int group = 8 * n + 2 * k + h;
-                sink(group, times(_mm256_sub_epi16(q, all16(32)), s.scale[group]));
-            }
-        }
-    }
-}
-
-template <Dtype D, class Sink> AVX2 void ints_q2_q3_k(const std::byte* p, Scales& s, Sink& sink) {
-    Block scales;                                                   // few files have these: their scales the plain way
-    if (D == Dtype::Q2_K) unpack_q2_k_scales(scales, reinterpret_cast<Bytes>(p));
-    else unpack_q3_k_scales(scales, reinterpret_cast<Bytes>(p));
-    std::copy_n(scales.scale, 16, s.scale), std::copy_n(scales.minimum, 16, s.minimum);
-    const std::byte* low = p + (D == Dtype::Q2_K ? 16 : 32);
-    for (int h = 0; h < 2; h++) {
-        __m256i high = D == Dtype::Q3_K ? bytes16(p + 16 * h) : _mm256_setzero_si256();
-        for (int n = 0; n < 2; n++) {
-            __m256i b = bytes16(low + 32 * n + 16 * h);
-            __m256i crumbs[4] = {b, _mm256_srli_epi16(b, 2), _mm256_srli_epi16(b, 4), _mm256_srli_epi16(b, 6)};
-            for (int k = 0; k < 4; k++) {
-                __m256i q = _mm256_and_si256(crumbs[k], all16(3));
-                if (D == Dtype::Q3_K)
-                    q = _mm256_sub_epi16(_mm256_add_epi16(q, _mm256_srli_epi16(bit_as_16(high, 4 * n + k), 2)), all16(4));
-                int group = 8 * n + 2 * k + h;
-                sink(group, times(q, s.scale[group]));
-            }
-        }
-    }
-}
-
-template <Dtype D, class Sink> AVX2 void ints(const std::byte* p, Scales& s, Sink& sink) {
-    if constexpr (D < Dtype::Q2_K) ints_of_32<D>(p, sink);
-    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) ints_q4_q5_k<D>(p, s, sink);
-    else if constexpr (D == Dtype::Q6_K) ints_q6_k(p, s, sink);
-    else ints_q2_q3_k<D>(p, s, sink);
-}
-
-// Where the f16 numbers d and m of a block stand.
-constexpr int place_of_d(Dtype d) {
-    return d == Dtype::Q6_K ? 208 : d == Dtype::Q3_K ? 108 : d == Dtype::Q2_K ? 80 : 0;
-}
-constexpr bool has_minimums(Dtype d) {
-    return d == Dtype::Q4_1 || d == Dtype::Q5_1 || d == Dtype::Q2_K || d == Dtype::Q4_K || d == Dtype::Q5_K;
-}
-
-// -- A.6  integers: one row, a few tokens --------------------------------------------------------
-
-template <int T> struct DotSink {
-    __m256i sum[T];
-    const int16_t* x;
-    int64_t stride;
-    AVX2 void operator()(int group, __m256i w) {
-        for (int t = 0; t < T; t++)
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(w, load256(x + t * stride + GROUP * group)));
-    }
-};
-
-// The sums of the eight lanes of eight vectors.
-AVX2 __m256i sum8(const __m256i* v) {
-    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
-
-// Up to eight blocks of a row: their integer sums with T vectors, and their scales.
-template <Dtype D, int T> struct BlockSums {
-    __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
-    alignas(16) uint16_t d[BLOCK_LANES], m[BLOCK_LANES];
-};
-
-template <Dtype D, int T> AVX2 void sum_block(BlockSums<D, T>& out, int k, const std::byte* p, const IntRows& x, int b) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, GROUPS = VALUES / GROUP;
-    Scales s;
-    DotSink<T> sink{{}, x.q + int64_t(b) * VALUES, x.n};
-    for (int t = 0; t < T; t++) sink.sum[t] = _mm256_setzero_si256();
-    ints<D>(p, s, sink);
-    out.d[k] = load<uint16_t>(p + place_of_d(D));
-    if (has_minimums(D)) out.m[k] = load<uint16_t>(p + place_of_d(D) + 2);
-    for (int t = 0; t < T; t++) {
-        out.sum[t][k] = sink.sum[t];
-        const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
-        if (has_minimums(D) && VALUES == 256)
-            out.minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), load256(sums));
-        else if (has_minimums(D)) out.minimum[t][k] = _mm256_setr_epi32(-(sums[0] + sums[1]), 0, 0, 0, 0, 0, 0, 0);
-    }
-}
-
-template <Dtype D, int T>
-AVX2 void add_blocks(__m256 (&lane)[T], const BlockSums<D, T>& s, const float* dx, int64_t stride, int count) {
-    __m256 d = _mm256_cvtph_ps(load128(s.d)), m = _mm256_cvtph_ps(load128(s.m));
-    for (int t = 0; t < T; t++) {
-        alignas(32) float part[BLOCK_LANES] = {};
-        if (count < BLOCK_LANES) std::copy_n(dx + t * stride, count, part);
-        __m256 x = _mm256_loadu_ps(count < BLOCK_LANES ? part : dx + t * stride);
-        lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(d, x), _mm256_cvtepi32_ps(sum8(s.sum[t])), lane[t]);
-        if (has_minimums(D))
-            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(m, x), _mm256_cvtepi32_ps(sum8(s.minimum[t])), lane[t]);
-    }
-}
-
-template <Dtype D, int T> AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
-    int blocks = x.n / x.block, bytes = format_of(D).bytes;
-    __m256 lane[T];
-    for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; b += BLOCK_LANES) {
-        int count = std::min(BLOCK_LANES, blocks - b);
-        BlockSums<D, T> sums;
-        if (count < BLOCK_LANES) std::memset(static_cast<void*>(&sums), 0, sizeof sums);
-        for (int k = 0; k < count; k++, p += bytes) sum_block<D, T>(sums, k, p, x, b + k);
-        add_blocks<D, T>(lane, sums, x.d + b, x.n / x.block, count);
-    }
-    for (int t = 0; t < T; t++) {
-        alignas(32) float lanes[BLOCK_LANES];
-        _mm256_store_ps(lanes, lane[t]);
-        out[t * stride] = sum_block_lanes(lanes);
-    }
-}
-
-template <Dtype D> void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for (int r = begin; r < end; r++) {
-        if (T == 1) int_row<D, 1>(out[0] + r, out.stride, x, w.row(r));
-        if (T == 2) int_row<D, 2>(out[0] + r, out.stride, x, w.row(r));
-        if (T == 3) int_row<D, 3>(out[0] + r, out.stride, x, w.row(r));
-    }
-}
-
-// -- A.7  integers: a block of rows, many tokens -------------------------------------------------
-
-constexpr int INT_ROWS = 16, INT_COLS = 512, INT_PAIRS = INT_COLS / 2;
-
-struct IntBlock {
-    alignas(64) int16_t row[INT_ROWS][INT_COLS];                      // scaled weights, row by row
-    alignas(64) int32_t pair[INT_PAIRS][INT_ROWS];                    // two columns of 16 rows
-    alignas(64) float d[INT_COLS / 32][INT_ROWS], m[INT_COLS / 32][INT_ROWS];
-    alignas(64) int16_t minimum[INT_COLS / 256][GROUP / 2][INT_ROWS][2];   // two groups of 16 rows
-    alignas(64) float lane[BLOCK_TOKENS][BLOCK_LANES][INT_ROWS];
-};
-
-struct StoreSink {
-    int16_t* out;
-    AVX2 void operator()(int group, __m256i w) { store256(out + GROUP * group, w); }
-};
-
-// Rows of 8 pairs to columns.
-AVX2_ENTRY void transpose8(int32_t* out, int64_t out_stride, const int16_t* in, int64_t in_stride) {
-    __m256i r[8], a[8], b[8];
-    for (int i = 0; i < 8; i++) r[i] = load256(in + i * in_stride);
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        store256(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-        store256(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
-    }
-}
-
-template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& b, int r, const std::byte* p, int n) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
-        Scales s;
-        StoreSink sink{b.row[r] + k * VALUES};
-        ints<D>(p, s, sink);
-        b.d[k][r] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
-        b.m[k][r] = has_minimums(D) ? f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2)) : 0;
-        for (int g = 0; has_minimums(D) && VALUES == 256 && g < GROUP; g++) b.minimum[k][g / 2][r][g % 2] = s.minimum[g];
-    }
-}
-
-// n columns from `begin` on of R rows; missing rows become 0.
-template <Dtype D> void pack(IntBlock& b, const Matrix& w, int row, int R, int begin, int n) {
-    if (R < INT_ROWS) std::memset(&b, 0, offsetof(IntBlock, lane));
-    for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
-    for (int col = 0; col < n; col += 16)
-        for (int r = 0; r < INT_ROWS; r += 8) transpose8(&b.pair[col / 2][r], INT_ROWS, b.row[r] + col, INT_COLS);
-}
-
-template <int T> struct IntSums {
-    __m256i v[T][2];                                                // of 16 rows
-};
-
-// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
-template <int T> AVX2 void add_pairs(IntSums<T>& s, const int32_t* w, const int16_t* x, int64_t stride, int n) {
-    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
-        __m256i low = load256(w), high = load256(w + 8);
-        for (int t = 0; t < T; t++) {
-            __m256i two = _mm256_set1_epi32(load<int32_t>(x + t * stride));
-            s.v[t][0] = _mm256_add_epi32(s.v[t][0], _mm256_madd_epi16(low, two));
-            s.v[t][1] = _mm256_add_epi32(s.v[t][1], _mm256_madd_epi16(high, two));
-        }
-    }
-}
-
-template <int T> AVX2 IntSums<T> no_sums() {
-    IntSums<T> s;
-    for (int t = 0; t < T; t++) s.v[t][0] = s.v[t][1] = _mm256_setzero_si256();
-    return s;
-}
-
-// lane += (d dx) v, or lane -= (m dx) v
-template <bool MINUS> AVX2 void add_scaled(float* lane, const float* d, float dx, const __m256i* v) {
-    for (int half = 0; half < 2; half++) {
-        __m256 scale = _mm256_mul_ps(_mm256_load_ps(d + 8 * half), _mm256_set1_ps(dx)), y = _mm256_load_ps(lane + 8 * half);
-        __m256 sum = _mm256_cvtepi32_ps(v[half]);
-        _mm256_store_ps(lane + 8 * half, MINUS ? _mm256_fnmadd_ps(scale, sum, y) : _mm256_fmadd_ps(scale, sum, y));
-    }
-}
-
-// The block's columns, which begin at `begin` of the matrix, for T tokens; x: the first of them.
-template <int VALUES, bool MINIMUMS, int T>
-AVX2_ENTRY void int_tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
-    int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
-    for (int k = 0; k < n / VALUES; k++) {
-        int block = begin / VALUES + k;
-        const float* dx = x.d + block;
-        float* lane = b.lane[token][block % BLOCK_LANES];
-        IntSums<T> s = no_sums<T>();
-        add_pairs<T>(s, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
-        for (int t = 0; t < T; t++)
-            add_scaled<false>(lane + t * BLOCK_LANES * INT_ROWS, b.d[k], dx[t * blocks], s.v[t]);
-        if (!MINIMUMS) continue;
-        const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
-        s = no_sums<T>();
-        if (VALUES == 256)
-            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups, GROUP / 2);
-        for (int t = 0; t < T; t++, sums += groups) {
-            if (VALUES == 32) s.v[t][0] = s.v[t][1] = _mm256_set1_epi32(-(sums[0] + sums[1]));
-            add_scaled<true>(lane + t * BLOCK_LANES * INT_ROWS, b.m[k], dx[t * blocks], s.v[t]);
-        }
-    }
-}
-
-// The tree of sum_block_lanes, for 16 rows.
-AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float (*lane)[INT_ROWS]) {
-    for (int r = 0; r < INT_ROWS; r += 8) {
-        __m256 v[4];
-        for (int j = 0; j < 4; j++) v[j] = _mm256_add_ps(_mm256_load_ps(lane[j] + r), _mm256_load_ps(lane[j + 4] + r));
-        _mm256_store_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
-    }
-}
-
-template <Dtype D> void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    constexpr bool MINIMUMS = has_minimums(D);
-    std::fill_n(b.lane[0][0], T * BLOCK_LANES * INT_ROWS, 0.0f);
-    for (int begin = 0; begin < w.cols; begin += INT_COLS) {
-        int n = std::min(INT_COLS, w.cols - begin);
-        pack<D>(b, w, row, R, begin, n);
-        int t = 0;
-        for (; t + 4 <= T; t += 4) int_tile<VALUES, MINIMUMS, 4>(b, t, x.at(t), begin, n);
-        for (; t < T; t++) int_tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
-    }
-    for (int t = 0; t < T; t++) {
-        alignas(32) float sums[INT_ROWS];
-        sum_block_lanes_of_rows(sums, b.lane[t]);
-        std::copy_n(sums, R, out[t] + row);
-    }
-}
-
-template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    if (T < MANY_TOKENS) return few_tokens_int<D>(out, x, w, T, begin, end);
-    thread_local IntBlock block;
-    for (int t = 0; t < T; t += BLOCK_TOKENS)
-        for (int r = begin; r < end; r += INT_ROWS)
-            int_block<D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
-                         std::min(BLOCK_TOKENS, T - t));
-}
-
-inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    switch (w.dtype) {
-    case Dtype::Q4_0: return int_rows_of<Dtype::Q4_0>(out, x, w, T, begin, end);
-    case Dtype::Q4_1: return int_rows_of<Dtype::Q4_1>(out, x, w, T, begin, end);
-    case Dtype::Q5_0: return int_rows_of<Dtype::Q5_0>(out, x, w, T, begin, end);
-    case Dtype::Q5_1: return int_rows_of<Dtype::Q5_1>(out, x, w, T, begin, end);
-    case Dtype::Q8_0: return int_rows_of<Dtype::Q8_0>(out, x, w, T, begin, end);
-    case Dtype::Q2_K: return int_rows_of<Dtype::Q2_K>(out, x, w, T, begin, end);
-    case Dtype::Q3_K: return int_rows_of<Dtype::Q3_K>(out, x, w, T, begin, end);
-    case Dtype::Q4_K: return int_rows_of<Dtype::Q4_K>(out, x, w, T, begin, end);
-    case Dtype::Q5_K: return int_rows_of<Dtype::Q5_K>(out, x, w, T, begin, end);
-    case Dtype::Q6_K: return int_rows_of<Dtype::Q6_K>(out, x, w, T, begin, end);
-    default: CHECK(false, "dtype %d is not quantised", int(w.dtype));
-    }
-}
-
-AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
-    __m256i top = _mm256_setzero_si256();
-    for (int i = 0; i < n; i += 8) top = _mm256_max_epi32(top, _mm256_and_si256(load256(x + i), _mm256_set1_epi32(0x7FFFFFFF)));
-    alignas(32) uint32_t lane[8];
-    store256(lane, top);
-    return *std::max_element(lane, lane + 8);
-}
-
-AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
-    for (int begin = 0; begin < out.n; begin += out.block) {
-        IntScale s = int_scale(largest_magnitude(x + begin, out.block));
-        out.d[begin / out.block] = s.d;
-        for (int i = begin; i < begin + out.block; i += GROUP) {
-            __m256i q[2];
-            for (int half = 0; half < 2; half++)
-                q[half] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * half), _mm256_set1_ps(s.inverse)));
-            if (s.inverse == 0) q[0] = q[1] = _mm256_setzero_si256();
-            store256(out.q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8));
-            alignas(32) int32_t lane[8];
-            store256(lane, _mm256_add_epi32(q[0], q[1]));
-            out.sums[i / GROUP] = int16_t(lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7]);
-        }
-    }
-}
-
-// -- A.8  exp ------------------------------------------------------------------------------------
+// -- A.5  exp ------------------------------------------------------------------------------------
 
 AVX2 __m128 exp4(__m128 x) {
     __m256d wide = _mm256_cvtps_pd(x), magic = _mm256_set1_pd(TO_INTEGER_F64);
     __m256d shifted = _mm256_fmadd_pd(wide, _mm256_set1_pd(LOG2_E), magic), k = _mm256_sub_pd(shifted, magic);
     __m256d r = _mm256_fmadd_pd(k, _mm256_set1_pd(-LN_2), wide), p = _mm256_set1_pd(EXP_SERIES[0]);
-    for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = _mm256_fmadd_pd(p, r, _mm256_set1_pd(EXP_SERIES[i]));
-    __m256i exponent = _mm256_add_epi64(_mm256_castpd_si256(shifted), _mm256_set1_epi64x(1023));   // k in the low bits
+    for (size_t i = 1; i < std::size(EXP_SERIES); i++)
+        p = _mm256_fmadd_pd(p, r, _mm256_set1_pd(EXP_SERIES[i]));
+    __m256i exponent =
+        _mm256_add_epi64(_mm256_castpd_si256(shifted), _mm256_set1_epi64x(1023));   // k in the low bits
     return _mm256_cvtpd_ps(_mm256_mul_pd(p, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52))));
 }
 
 // exp_of of eight numbers.
 AVX2 __m256 exp8(__m256 x) {
     __m256 clamped = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-104.0f)), _mm256_set1_ps(88.8f));
-    __m256 y = _mm256_set_m128(exp4(_mm256_extractf128_ps(clamped, 1)), exp4(_mm256_castps256_ps128(clamped)));
+    __m256 y =
+        _mm256_set_m128(exp4(_mm256_extractf128_ps(clamped, 1)), exp4(_mm256_castps256_ps128(clamped)));
     __m256 inf = _mm256_set1_ps(std::numeric_limits<float>::infinity());
     y = _mm256_blendv_ps(y, inf, _mm256_cmp_ps(x, _mm256_set1_ps(88.8f), _CMP_GT_OQ));
     y = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-104.0f), _CMP_LE_OQ), y);
@@ -3871,7 +3554,8 @@ AVX2 __m256 exp8(__m256 x) {
 
 AVX2_ENTRY void exp_below(float* z, float top, int n) {
     int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(z + i, exp8(_mm256_sub_ps(_mm256_loadu_ps(z + i), _mm256_set1_ps(top))));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(z + i, exp8(_mm256_sub_ps(_mm256_loadu_ps(z + i), _mm256_set1_ps(top))));
     exp_below_plain(z + i, top, n - i);
 }
 
@@ -3885,10 +3569,14 @@ AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
     silu_times_plain(gate + i, up + i, n - i);
 }
 
+// Appendix E.
+inline void quantise(const IntRows& out, const float* x);
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+
 }  // namespace avx2
 #endif
 
-// -- A.9  choose_kernels: once, at start ---------------------------------------------------------
+// -- A.6  choose_kernels: once, at start ---------------------------------------------------------
 
 inline std::vector<Kernels> available_kernels() {
     std::vector<Kernels> all = {Kernels{}};
@@ -3967,30 +3655,7 @@ inline void prepare(const Options& o) {
     choose_kernels(wish ? wish : "", o.exact);
 }
 
-// -- C.2  the memory plan ------------------------------------------------------------------------
-
-// Bytes that the system can give without swapping; 0 where it does not say.
-inline uint64_t available_memory() {
-    std::ifstream in("/proc/meminfo");
-    for (std::string line; std::getline(in, line);) {
-        unsigned long long kib = 0;
-        if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return uint64_t(kib) * 1024;
-    }
-    return 0;
-}
-
-struct MemoryPlan {
-    uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
-    uint64_t needed() const { return weights + cache + activations; }
-    bool fits() const { return available == 0 || needed() <= available; }
-};
-
-inline MemoryPlan memory_plan(const Options& o, const Config& c, const SessionOptions& s) {
-    return {quantised_bytes(c, o.quant), Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
-            available_memory()};
-}
-
-inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
+// -- C.2  a session for these options ------------------------------------------------------------
 
 inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
     SessionOptions s;
@@ -4008,7 +3673,7 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
 }
 
 inline void require_memory(const Options& o, const Config& c, const SessionOptions& s) {
-    MemoryPlan plan = memory_plan(o, c, s);
+    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
     if (!plan.fits())
         fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
              "the %.2f GB available",
@@ -4025,16 +3690,6 @@ inline std::string json_array(std::span<const int> ids) {
     std::string out = "[";
     for (int id : ids) out += (out.size() > 1 ? "," : "") + std::to_string(id);
     return out + "]";
-}
-
-inline std::string joined(const std::vector<double>& values, const char* format) {
-    std::string out;
-    for (double v : values) {
-        char number[40];
-        std::snprintf(number, sizeof number, format, v);
-        out += (out.empty() ? "" : ", ") + std::string(number);
-    }
-    return out;
 }
 
 // The token text as it comes: characters whole, special tokens hidden, the thought dimmed on a terminal.
@@ -4080,7 +3735,8 @@ private:
 // A bar on a terminal, nothing elsewhere.
 class Progress {
 public:
-    Progress(const std::string& what, size_t total) : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
+    Progress(const std::string& what, size_t total)
+        : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
     ~Progress() { if (drawn_) std::fputs("\r\033[K", stderr); }
     Progress(const Progress&) = delete;
     void at(size_t n) {
@@ -4098,7 +3754,8 @@ private:
 };
 
 inline Model load_with_progress(const Options& o, const fs::path& model) {
-    Progress progress(text_of("quantising to %s, bytes", o.quant.c_str()), quantised_bytes(read_config(model), o.quant));
+    Progress progress(text_of("quantising to %s, bytes", o.quant.c_str()),
+                      quantised_bytes(read_config(model), o.quant));
     return load_model(model, {o.quant, [&](size_t done, size_t) { progress.at(done); }});
 }
 
@@ -4117,7 +3774,7 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
 
 // -- C.4  run, chat ------------------------------------------------------------------------------
 
-Tokenizer gguf_tokenizer(const fs::path& file);   // appendix D
+Tokenizer gguf_tokenizer(const fs::path& file);   // appendix G
 Sampling gguf_sampling(const fs::path& file);
 
 inline Tokenizer load_tokenizer(const fs::path& model) {
@@ -4259,286 +3916,25 @@ inline void command_chat(const Options& o) {
     if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
 }
 
-// -- C.5  tokenize -------------------------------------------------------------------------------
-
-inline std::vector<int> parse_id_array(Json json) {
-    simdjson::dom::array list;
-    std::vector<int> ids;
-    if (json.get(list)) fail("tokenize --decode: not a JSON array of ids");
-    for (Json item : list) {
-        int64_t id = -1;
-        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max())
-            fail("tokenize --decode: not a JSON array of ids");
-        ids.push_back(int(id));
-    }
-    return ids;
-}
-
-inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
-    std::vector<int> ids = t.encode(text);
-    if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
-    if (add_bos) ids.insert(ids.begin(), t.bos);
-    return json_array(ids);
-}
-
-// The answer to one input: with `quoted`, input and output are JSON values (--lines).
-inline std::string tokenize_one(const Options& o, const Tokenizer& t, const std::string& input, bool quoted) {
-    if (o.decode) {
-        Document document(input, "stdin");
-        std::string text = t.decode(parse_id_array(document.root));
-        return quoted ? json_quote(text) : text;
-    }
-    if (o.chat) {
-        Chat chat = quoted ? parse_chat(input) : Chat{parse_messages(input), true};
-        std::string text = t.render(chat.messages, chat.add_generation_prompt);
-        return o.as_ids ? tokens_json(t, text, false) : quoted ? json_quote(text) : text;
-    }
-    if (!quoted) return tokens_json(t, input, o.add_bos);
-    Document document(input, "stdin");
-    std::string_view text;
-    if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
-    return tokens_json(t, text, o.add_bos);
-}
-
-inline void command_tokenize(const Options& o) {
-    if (o.decode && o.chat) fail("tokenize: --decode and --chat exclude each other");
-    if (o.as_ids && !o.chat) fail("tokenize: --ids goes with --chat");
-    Tokenizer tokenizer = load_tokenizer(model_path(o));
-    if (!o.lines) {
-        std::string out = tokenize_one(o, tokenizer, read_stdin(), false);
-        bool text = o.decode || (o.chat && !o.as_ids);   // exactly the text, without a newline of ours
-        std::cout << out << (text ? "" : "\n") << std::flush;
-        return;
-    }
-    size_t number = 1;
-    for (std::string line; std::getline(std::cin, line); number++) {
-        try {
-            std::cout << tokenize_one(o, tokenizer, line, true) << '\n' << std::flush;
-        } catch (const std::runtime_error& e) {
-            fail("line %zu: %s", number, e.what());
-        }
-    }
-}
-
-// -- C.6  logits, perplexity ---------------------------------------------------------------------
-
-inline std::vector<int> parse_id_list(const std::string& text, int V) {
-    std::vector<int> ids;
-    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
-    for (std::string item; std::getline(in, item, ',');) {
-        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
-        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
-        int id = std::stoi(item);
-        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
-        ids.push_back(id);
-    }
-    return ids;
-}
-
-inline void command_logits(const Options& o) {
-    Options unlimited = o;
-    fs::path folder = model_path(o);
-    Config c = read_config(folder);
-    std::vector<int> ids = parse_id_list(o.ids, c.V);
-    int T = int(ids.size());
-    if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
-    unlimited.context = T;
-    SessionOptions options = session_options(unlimited, c, T);
-    options.chunk = std::min(o.chunk, T);
-    require_memory(o, c, options);
-    Model model = load_with_progress(o, folder);
-    AtomicFile file(o.out);
-    Session s(model, options);
-    Taps taps;
-    if (o.taps) s.taps = &taps;
-    s.tokens = ids;
-    size_t V = size_t(c.V);
-    Vector logits(size_t(T) * V), mtp_logits(c.n_mtp ? size_t(T - 1) * V : 0);
-    Progress progress("tokens", ids.size());
-    prefill(s, ids, 0, [&](int pos, int n) {
-        head(model, logits.data() + size_t(pos) * V, s.a.h, n);
-        int begin = s.mtp_length, rows = c.n_mtp ? mtp_catch_up(s) : 0;
-        head(model, mtp_logits.data() + size_t(begin) * V, s.a.mtp_h, rows);
-        progress.at(size_t(pos + n));
-    });
-    if (interrupted) fail("interrupted; %s not written", o.out.c_str());
-    const char* dtype = sizeof(real) == 4 ? "F32" : "F64";
-    std::vector<OutputTensor> out;
-    for (const Taps::Entry& t : taps.entries) {
-        std::vector<size_t> shape = t.inner;
-        size_t row = 1, n = t.values.size() + t.integers.size();
-        for (size_t side : shape) row *= side;
-        shape.insert(shape.begin(), n / row);
-        if (t.integers.empty()) out.push_back({t.name, dtype, shape, t.values.data(), n * sizeof(real)});
-        else out.push_back({t.name, "I32", shape, t.integers.data(), n * 4});
-    }
-    out.push_back({"logits", dtype, {size_t(T), V}, logits.data(), logits.size() * sizeof(real)});
-    if (c.n_mtp)
-        out.push_back(
-            {"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
-    write_safetensors(file, out);
-}
-
-inline void command_perplexity(const Options& o) {
-    std::string text = read_file(o.file);
-    Talk talk(o);
-    if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
-    std::vector<int> ids = talk.tokenizer.encode(text);
-    int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
-    if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
-    Progress progress("tokens", ids.size());
-    Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
-    if (interrupted) std::fputs("interrupted: of the text so far\n", stderr);
-    double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
-    const char* format = o.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
-                                : "tokens %lld  nll %.6f  perplexity %.6f\n";
-    std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
-}
-
-// -- C.7  info, bench ----------------------------------------------------------------------------
-
-struct Bill {
-    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, of a token, MTP module
-    std::map<std::string, uint64_t> bytes;               // of the files, by dtype
-    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
-};
-
-inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
-    Model counted;
-    counted.config = c;
-    counted.config.n_mtp = 0;
-    Binder main(nullptr, "", false), mtp(nullptr, "", false);
-    bind_model(main, counted);
-    if (c.n_mtp) bind_mtp(mtp, c);
-    Bill b{main.parameters, main.parameters, mtp.parameters, {}, 0, 0};
-    uint64_t biases = c.gate == Gate::NOAUX_TC ? uint64_t(c.E) : 0;   // they pick, but compute nothing
-    for (int l = 0; l < c.n_layers; l++) {
-        if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
-    }
-    if (is_gguf(folder) || has_weights(folder)) {
-        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
-        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
-    }
-    b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
-    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
-    return b;
-}
-
-inline void print_info_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
-    std::string bytes;
-    for (auto& [dtype, n] : b.bytes)
-        bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
-    std::printf(
-        "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
-        "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
-        "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
-        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
-        c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
-        (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
-        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
-        (unsigned long long)plan.activations, (unsigned long long)plan.available,
-        plan.fits() ? "true" : "false");
-}
-
-inline void command_info(const Options& o) {
-    fs::path folder = model_path(o);
-    Config c = read_config(folder);
-    SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
-    Bill b = make_bill(c, folder, s.kv);
-    MemoryPlan plan = memory_plan(o, c, s);
-    if (o.json) return print_info_json(c, b, s, plan);
-    uint64_t weights = 0;
-    for (auto& [dtype, n] : b.bytes) weights += n;
-    std::printf("model          %s\n", folder.c_str());
-    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n",
-                c.model_type.c_str(), c.n_layers, c.D, c.H,
-                c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
-    if (c.E) std::printf("experts        %d routed, %d a token, %d shared\n", c.E, c.K, c.n_shared);
-    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
-                double(b.active) / 1e6);
-    if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
-    std::printf("\nweights        %s",
-                b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(weights)).c_str());
-    for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
-    std::printf(
-        "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
-        (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
-    std::string made = plan.weights ? text_of("--quant %s: weights %.3f GB + ", o.quant.c_str(), gigabytes(plan.weights)) : "";
-    std::printf("memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
-                s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
-                gigabytes(plan.available));
-    std::printf("               weights are mapped from the files and need no memory of their own%s\n",
-                plan.fits() && plan.needed() + weights > plan.available && plan.available
-                    ? ", but they exceed what is available: each token will read from the disk" : "");
-    if (plan.fits()) std::printf("               fits\n");
-    else
-        std::printf("               does not fit: %.3f GB too much\n",
-                    gigabytes(plan.needed() - plan.available));
-}
-
-// Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
-inline double time_tokens(Session& s, int n, bool one_by_one) {
-    std::vector<int> ids;
-    for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
-    double start = seconds();
-    auto logits = [&](int, int) { last_logits(s, 1); };
-    if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
-    else
-        for (int i = 0; i < n && !interrupted; i++)
-            prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
-    return seconds() - start;
-}
-
-inline void command_bench(const Options& o) {
-    fs::path folder = model_path(o);
-    Config c = read_config(folder);
-    int longest = std::max(o.bench_prompt, o.bench_tokens);
-    if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
-    Options fitted = o;
-    fitted.context = std::max(longest, 1);
-    SessionOptions options = session_options(fitted, c, longest);
-    require_memory(o, c, options);
-    Model model = load_with_progress(o, folder);
-    Session s(model, options);
-    for (bool decode : {false, true}) {
-        int n = decode ? o.bench_tokens : o.bench_prompt;
-        if (n == 0) continue;
-        time_tokens(s, std::min(n, 8), decode);          // warm up: page in the weights
-        std::vector<double> speed;
-        for (int r = 0; r < o.repeats && !interrupted; r++) speed.push_back(n / time_tokens(s, n, decode));
-        if (interrupted) return;
-        std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
-                    "\"kernels\":\"%s\"}\n",
-                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), n_threads(),
-                    o.quant.c_str(), kernels.name);
-        std::fflush(stdout);
-    }
-}
-
-// -- C.8  quantize -------------------------------------------------------------------------------
-
-void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
-                const std::function<void(uint64_t, uint64_t)>& progress);   // appendix E
-
-inline void command_quantize(const Options& o) {
-    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
-    fs::path source = model_path(o);
-    Model model = load_model(source);
-    Progress progress("writing", 100);
-    write_gguf(model, source, o.out, file_type(o.type),
-               [&](uint64_t done, uint64_t total) { progress.at(size_t(100 * done / std::max<uint64_t>(total, 1))); });
-}
-
-// -- C.9  main -----------------------------------------------------------------------------------
+// -- C.5  main -----------------------------------------------------------------------------------
 
 // An empty path is a shell variable that was not set; it must not mean the default.
 inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
+
+// Appendix D.
+void command_tokenize(const Options& o);
+void command_logits(const Options& o);
+void command_perplexity(const Options& o);
+void command_info(const Options& o);
+void command_bench(const Options& o);
+void command_quantize(const Options& o);
 
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
                              Options& o) {
     CLI::App* sub = app.add_subcommand(name, what);
     sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model, "Hugging Face folder or GGUF file (default: the model in weights/)")
+    sub->add_option("-m,--model", o.model,
+                    "Hugging Face folder or GGUF file (default: the model in weights/)")
         ->check(check_path);
     sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
     sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
@@ -4639,8 +4035,10 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
     CLI::App* quantize = add_command(app, "quantize", "write the model as one GGUF file",
                                      "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o);
     quantize->add_option("-o,--out", o.out, "the file to write")->required();
-    quantize->add_option("--type", o.type, "format of the weights")->required()
-        ->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
+    quantize->add_option("--type", o.type, "format of the weights")
+        ->required()
+        ->check(CLI::IsMember(
+            {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
     quantize->callback([&o] { prepare(o), command_quantize(o); });
 
     CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
@@ -4702,7 +4100,727 @@ int main(int argc, char** argv) {
 #endif
 
 // =================================================================================================
-// Appendix D. GGUF
+// Appendix D. Tools
+// =================================================================================================
+//
+// What else can be done with a model than to talk to it? See its token ids; write down every intermediate
+// of a forward pass; measure how well it predicts a text, how large it is and how fast; give it fewer
+// bits.
+
+#ifndef DEEPSEEK_NO_MAIN
+
+// -- D.1  tokenize -------------------------------------------------------------------------------
+
+inline std::vector<int> parse_id_array(Json json) {
+    simdjson::dom::array list;
+    std::vector<int> ids;
+    if (json.get(list)) fail("tokenize --decode: not a JSON array of ids");
+    for (Json item : list) {
+        int64_t id = -1;
+        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max())
+            fail("tokenize --decode: not a JSON array of ids");
+        ids.push_back(int(id));
+    }
+    return ids;
+}
+
+inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
+    std::vector<int> ids = t.encode(text);
+    if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
+    if (add_bos) ids.insert(ids.begin(), t.bos);
+    return json_array(ids);
+}
+
+// The answer to one input: with `quoted`, input and output are JSON values (--lines).
+inline std::string tokenize_one(const Options& o, const Tokenizer& t, const std::string& input, bool quoted) {
+    if (o.decode) {
+        Document document(input, "stdin");
+        std::string text = t.decode(parse_id_array(document.root));
+        return quoted ? json_quote(text) : text;
+    }
+    if (o.chat) {
+        Chat chat = quoted ? parse_chat(input) : Chat{parse_messages(input), true};
+        std::string text = t.render(chat.messages, chat.add_generation_prompt);
+        return o.as_ids ? tokens_json(t, text, false) : quoted ? json_quote(text) : text;
+    }
+    if (!quoted) return tokens_json(t, input, o.add_bos);
+    Document document(input, "stdin");
+    std::string_view text;
+    if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
+    return tokens_json(t, text, o.add_bos);
+}
+
+void command_tokenize(const Options& o) {
+    if (o.decode && o.chat) fail("tokenize: --decode and --chat exclude each other");
+    if (o.as_ids && !o.chat) fail("tokenize: --ids goes with --chat");
+    Tokenizer tokenizer = load_tokenizer(model_path(o));
+    if (!o.lines) {
+        std::string out = tokenize_one(o, tokenizer, read_stdin(), false);
+        bool text = o.decode || (o.chat && !o.as_ids);   // exactly the text, without a newline of ours
+        std::cout << out << (text ? "" : "\n") << std::flush;
+        return;
+    }
+    size_t number = 1;
+    for (std::string line; std::getline(std::cin, line); number++) {
+        try {
+            std::cout << tokenize_one(o, tokenizer, line, true) << '\n' << std::flush;
+        } catch (const std::runtime_error& e) {
+            fail("line %zu: %s", number, e.what());
+        }
+    }
+}
+
+// -- D.2  logits, perplexity ---------------------------------------------------------------------
+
+inline std::vector<int> parse_id_list(const std::string& text, int V) {
+    std::vector<int> ids;
+    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
+    for (std::string item; std::getline(in, item, ',');) {
+        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
+        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
+        int id = std::stoi(item);
+        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
+        ids.push_back(id);
+    }
+    return ids;
+}
+
+void command_logits(const Options& o) {
+    Options unlimited = o;
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    std::vector<int> ids = parse_id_list(o.ids, c.V);
+    int T = int(ids.size());
+    if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
+    unlimited.context = T;
+    SessionOptions options = session_options(unlimited, c, T);
+    options.chunk = std::min(o.chunk, T);
+    require_memory(o, c, options);
+    Model model = load_with_progress(o, folder);
+    AtomicFile file(o.out);
+    Session s(model, options);
+    Taps taps;
+    if (o.taps) s.taps = &taps;
+    s.tokens = ids;
+    size_t V = size_t(c.V);
+    Vector logits(size_t(T) * V), mtp_logits(c.n_mtp ? size_t(T - 1) * V : 0);
+    Progress progress("tokens", ids.size());
+    prefill(s, ids, 0, [&](int pos, int n) {
+        head(model, logits.data() + size_t(pos) * V, s.a.h, n);
+        int begin = s.mtp_length, rows = c.n_mtp ? mtp_catch_up(s) : 0;
+        head(model, mtp_logits.data() + size_t(begin) * V, s.a.mtp_h, rows);
+        progress.at(size_t(pos + n));
+    });
+    if (interrupted) fail("interrupted; %s not written", o.out.c_str());
+    const char* dtype = sizeof(real) == 4 ? "F32" : "F64";
+    std::vector<OutputTensor> out;
+    for (const Taps::Entry& t : taps.entries) {
+        std::vector<size_t> shape = t.inner;
+        size_t row = 1, n = t.values.size() + t.integers.size();
+        for (size_t side : shape) row *= side;
+        shape.insert(shape.begin(), n / row);
+        if (t.integers.empty()) out.push_back({t.name, dtype, shape, t.values.data(), n * sizeof(real)});
+        else out.push_back({t.name, "I32", shape, t.integers.data(), n * 4});
+    }
+    out.push_back({"logits", dtype, {size_t(T), V}, logits.data(), logits.size() * sizeof(real)});
+    if (c.n_mtp)
+        out.push_back(
+            {"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
+    write_safetensors(file, out);
+}
+
+void command_perplexity(const Options& o) {
+    std::string text = read_file(o.file);
+    Talk talk(o);
+    if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
+    std::vector<int> ids = talk.tokenizer.encode(text);
+    int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
+    if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
+    Progress progress("tokens", ids.size());
+    Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
+    if (interrupted) std::fputs("interrupted: of the text so far\n", stderr);
+    double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
+    const char* format = o.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
+                                : "tokens %lld  nll %.6f  perplexity %.6f\n";
+    std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
+}
+
+// -- D.3  info, bench ----------------------------------------------------------------------------
+
+struct Bill {
+    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, of a token, MTP module
+    std::map<std::string, uint64_t> bytes;               // of the files, by dtype
+    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
+};
+
+inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
+    Model counted;
+    counted.config = c;
+    counted.config.n_mtp = 0;
+    Binder main(nullptr, "", false), mtp(nullptr, "", false);
+    bind_model(main, counted);
+    if (c.n_mtp) bind_mtp(mtp, c);
+    Bill b{main.parameters, main.parameters, mtp.parameters, {}, 0, 0};
+    uint64_t biases = c.gate == Gate::NOAUX_TC ? uint64_t(c.E) : 0;   // they pick, but compute nothing
+    for (int l = 0; l < c.n_layers; l++) {
+        if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
+    }
+    if (is_gguf(folder) || has_weights(folder)) {
+        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
+        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
+    }
+    b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
+    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
+    return b;
+}
+
+inline void print_info_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
+    std::string bytes;
+    for (auto& [dtype, n] : b.bytes)
+        bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
+    std::printf(
+        "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
+        "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
+        "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
+        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
+        c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
+        (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
+        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
+        (unsigned long long)plan.activations, (unsigned long long)plan.available,
+        plan.fits() ? "true" : "false");
+}
+
+void command_info(const Options& o) {
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
+    Bill b = make_bill(c, folder, s.kv);
+    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
+    if (o.json) return print_info_json(c, b, s, plan);
+    uint64_t weights = 0;
+    for (auto& [dtype, n] : b.bytes) weights += n;
+    std::printf("model          %s\n", folder.c_str());
+    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n",
+                c.model_type.c_str(), c.n_layers, c.D, c.H,
+                c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
+    if (c.E) std::printf("experts        %d routed, %d a token, %d shared\n", c.E, c.K, c.n_shared);
+    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
+                double(b.active) / 1e6);
+    if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
+    std::printf("\nweights        %s",
+                b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(weights)).c_str());
+    for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
+    std::printf(
+        "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
+        (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
+    std::string made =
+        plan.weights ? text_of("--quant %s: weights %.3f GB + ", o.quant.c_str(), gigabytes(plan.weights))
+                     : "";
+    std::printf(
+        "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
+        s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
+        gigabytes(plan.available));
+    std::printf("               weights are mapped from the files and need no memory of their own%s\n",
+                plan.fits() && plan.needed() + weights > plan.available && plan.available
+                    ? ", but they exceed what is available: each token will read from the disk" : "");
+    if (plan.fits()) std::printf("               fits\n");
+    else
+        std::printf("               does not fit: %.3f GB too much\n",
+                    gigabytes(plan.needed() - plan.available));
+}
+
+// Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
+inline double time_tokens(Session& s, int n, bool one_by_one) {
+    std::vector<int> ids;
+    for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
+    double start = seconds();
+    auto logits = [&](int, int) { last_logits(s, 1); };
+    if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
+    else
+        for (int i = 0; i < n && !interrupted; i++)
+            prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
+    return seconds() - start;
+}
+
+inline std::string joined(const std::vector<double>& values, const char* format) {
+    std::string out;
+    for (double v : values) {
+        char number[40];
+        std::snprintf(number, sizeof number, format, v);
+        out += (out.empty() ? "" : ", ") + std::string(number);
+    }
+    return out;
+}
+
+void command_bench(const Options& o) {
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    int longest = std::max(o.bench_prompt, o.bench_tokens);
+    if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
+    Options fitted = o;
+    fitted.context = std::max(longest, 1);
+    SessionOptions options = session_options(fitted, c, longest);
+    require_memory(o, c, options);
+    Model model = load_with_progress(o, folder);
+    Session s(model, options);
+    for (bool decode : {false, true}) {
+        int n = decode ? o.bench_tokens : o.bench_prompt;
+        if (n == 0) continue;
+        time_tokens(s, std::min(n, 8), decode);          // warm up: page in the weights
+        std::vector<double> speed;
+        for (int r = 0; r < o.repeats && !interrupted; r++) speed.push_back(n / time_tokens(s, n, decode));
+        if (interrupted) return;
+        std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
+                    "\"kernels\":\"%s\"}\n",
+                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), n_threads(),
+                    o.quant.c_str(), kernels.name);
+        std::fflush(stdout);
+    }
+}
+
+// -- D.4  quantize -------------------------------------------------------------------------------
+
+void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
+                const std::function<void(uint64_t, uint64_t)>& progress);   // appendix I
+
+void command_quantize(const Options& o) {
+    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
+    fs::path source = model_path(o);
+    Model model = load_model(source);
+    Progress progress("writing", 100);
+    write_gguf(model, source, o.out, file_type(o.type), [&](uint64_t done, uint64_t total) {
+        progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
+    });
+}
+#endif
+
+// =================================================================================================
+// Appendix E. Fast integers
+// =================================================================================================
+//
+// How are the small integers of 5.2 multiplied fast? AVX2 multiplies sixteen pairs of 16-bit numbers and
+// adds neighbours in one instruction. So every format is unpacked to one form, the values of a group
+// times the group's scale in 16 bits, and two kernels serve them all: one for few tokens, which unpacks
+// as it multiplies, and one for many, which unpacks a block of 16 rows once. Integer sums are exact, so
+// neither can differ from chapter 5.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+namespace avx2 {
+
+// -- E.1  unpacking small integers ---------------------------------------------------------------
+//
+// ints<D>(p, m, sink) hands a block's values to sink(i, w): w holds the 16 values of group i, times the
+// group's scale, in 16 bits. m receives the minimums of 16 groups. Chapter 2.3 says what the bits mean.
+
+AVX2 __m256i bytes16(const std::byte* p) { return _mm256_cvtepu8_epi16(load128(p)); }
+AVX2 __m256i all16(int v) { return _mm256_set1_epi16(int16_t(v)); }
+AVX2 __m256i low_nibble(__m256i b) { return _mm256_and_si256(b, all16(15)); }
+AVX2 __m256i high_nibble(__m256i b) { return _mm256_srli_epi16(b, 4); }
+AVX2 __m256i times(__m256i q, int16_t scale) { return _mm256_mullo_epi16(q, all16(scale)); }
+// 16 bits of a mask as 16 numbers: `value` where the bit is 1.
+AVX2 __m256i where_bit(int mask, int value) {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
+                                          16384, int16_t(0x8000));
+    return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(all16(mask), bit), bit), all16(value));
+}
+// 16 where bit k of the number is 1.
+AVX2 __m256i bit_as_16(__m256i b, int k) {
+    __m256i clear = _mm256_cmpeq_epi16(_mm256_and_si256(b, all16(1 << k)), _mm256_setzero_si256());
+    return _mm256_andnot_si256(clear, all16(16));
+}
+
+struct Scales {
+    alignas(32) int16_t scale[16], minimum[16];
+};
+
+AVX2 void six_bit_scales(Scales& s, const std::byte* p) {
+    uint32_t a = load<uint32_t>(p), b = load<uint32_t>(p + 4), c = load<uint32_t>(p + 8);
+    uint32_t scale_high = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030),
+             min_high = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
+    __m128i all = _mm_setr_epi32(int(a & 0x3F3F3F3F), int(scale_high), int(b & 0x3F3F3F3F), int(min_high));
+    store256(s.scale, _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(all, all)));
+    store256(s.minimum, _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(all, all)));
+}
+
+template <Dtype D, class Sink> AVX2 void ints_of_32(const std::byte* p, Sink& sink) {
+    if constexpr (D == Dtype::Q8_0) {
+        sink(0, _mm256_cvtepi8_epi16(load128(p + 2)));
+        sink(1, _mm256_cvtepi8_epi16(load128(p + 18)));
+    } else {
+        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1,
+                       MINIMUM = D == Dtype::Q4_1 || D == Dtype::Q5_1;
+        p += MINIMUM ? 4 : 2;
+        uint32_t high = FIVE ? load<uint32_t>(p) : 0;
+        __m256i b = bytes16(p + (FIVE ? 4 : 0)), q[2] = {low_nibble(b), high_nibble(b)};
+        for (int k = 0; k < 2; k++) {
+            if (FIVE) q[k] = _mm256_add_epi16(q[k], where_bit(int(high >> 16 * k & 0xFFFF), 16));
+            sink(k, MINIMUM ? q[k] : _mm256_sub_epi16(q[k], all16(FIVE ? 16 : 8)));
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints_q4_q5_k(const std::byte* p, Scales& s, Sink& sink) {
+    six_bit_scales(s, p + 4);
+    const std::byte *high = p + 16, *low = D == Dtype::Q5_K ? p + 48 : p + 16;
+    for (int h = 0; h < 2; h++) {
+        __m256i bits = D == Dtype::Q5_K ? bytes16(high + 16 * h) : _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++) {
+            __m256i b = bytes16(low + 32 * j + 16 * h), q[2] = {low_nibble(b), high_nibble(b)};
+            for (int k = 0; k < 2; k++) {
+                if (D == Dtype::Q5_K) q[k] = _mm256_add_epi16(q[k], bit_as_16(bits, 2 * j + k));
+                int group = 4 * j + 2 * k + h;
+                sink(group, times(q[k], s.scale[group]));
+            }
+        }
+    }
+}
+
+template <class Sink> AVX2 void ints_q6_k(const std::byte* p, Scales& s, Sink& sink) {
+    store256(s.scale, _mm256_cvtepi8_epi16(load128(p + 192)));
+    for (int n = 0; n < 2; n++) {
+        for (int h = 0; h < 2; h++) {
+            __m256i a = bytes16(p + 64 * n + 16 * h), b = bytes16(p + 64 * n + 32 + 16 * h);
+            __m256i high = bytes16(p + 128 + 32 * n + 16 * h),
+                    low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
+            __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
+                              _mm256_srli_epi16(high, 2)};
+            for (int k = 0; k < 4; k++) {
+                __m256i q = _mm256_or_si256(low[k], _mm256_and_si256(two[k], all16(48)));
+                int group = 8 * n + 2 * k + h;
+                sink(group, times(_mm256_sub_epi16(q, all16(32)), s.scale[group]));
+            }
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints_q2_q3_k(const std::byte* p, Scales& s, Sink& sink) {
+    Block scales;   // few files have these: their scales the plain way
+    if (D == Dtype::Q2_K) unpack_q2_k_scales(scales, reinterpret_cast<Bytes>(p));
+    else unpack_q3_k_scales(scales, reinterpret_cast<Bytes>(p));
+    std::copy_n(scales.scale, 16, s.scale), std::copy_n(scales.minimum, 16, s.minimum);
+    const std::byte* low = p + (D == Dtype::Q2_K ? 16 : 32);
+    for (int h = 0; h < 2; h++) {
+        __m256i high = D == Dtype::Q3_K ? bytes16(p + 16 * h) : _mm256_setzero_si256();
+        for (int n = 0; n < 2; n++) {
+            __m256i b = bytes16(low + 32 * n + 16 * h);
+            __m256i crumbs[4] = {b, _mm256_srli_epi16(b, 2), _mm256_srli_epi16(b, 4),
+                                 _mm256_srli_epi16(b, 6)};
+            for (int k = 0; k < 4; k++) {
+                __m256i q = _mm256_and_si256(crumbs[k], all16(3));
+                if (D == Dtype::Q3_K)
+                    q = _mm256_sub_epi16(
+                        _mm256_add_epi16(q, _mm256_srli_epi16(bit_as_16(high, 4 * n + k), 2)), all16(4));
+                int group = 8 * n + 2 * k + h;
+                sink(group, times(q, s.scale[group]));
+            }
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void ints(const std::byte* p, Scales& s, Sink& sink) {
+    if constexpr (D < Dtype::Q2_K) ints_of_32<D>(p, sink);
+    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) ints_q4_q5_k<D>(p, s, sink);
+    else if constexpr (D == Dtype::Q6_K) ints_q6_k(p, s, sink);
+    else ints_q2_q3_k<D>(p, s, sink);
+}
+
+// Where the f16 numbers d and m of a block stand.
+constexpr int place_of_d(Dtype d) {
+    return d == Dtype::Q6_K ? 208 : d == Dtype::Q3_K ? 108 : d == Dtype::Q2_K ? 80 : 0;
+}
+constexpr bool has_minimums(Dtype d) {
+    return d == Dtype::Q4_1 || d == Dtype::Q5_1 || d == Dtype::Q2_K || d == Dtype::Q4_K || d == Dtype::Q5_K;
+}
+
+// -- E.2  integers: one row, a few tokens --------------------------------------------------------
+
+template <int T> struct DotSink {
+    __m256i sum[T];
+    const int16_t* x;
+    int64_t stride;
+    AVX2 void operator()(int group, __m256i w) {
+        for (int t = 0; t < T; t++)
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(w, load256(x + t * stride + GROUP * group)));
+    }
+};
+
+// The sums of the eight lanes of eight vectors.
+AVX2 __m256i sum8(const __m256i* v) {
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// Up to eight blocks of a row: their integer sums with T vectors, and their scales.
+template <Dtype D, int T> struct BlockSums {
+    __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
+    alignas(16) uint16_t d[BLOCK_LANES], m[BLOCK_LANES];
+};
+
+template <Dtype D, int T>
+AVX2 void sum_block(BlockSums<D, T>& out, int k, const std::byte* p, const IntRows& x, int b) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, GROUPS = VALUES / GROUP;
+    Scales s;
+    DotSink<T> sink{{}, x.q + int64_t(b) * VALUES, x.n};
+    for (int t = 0; t < T; t++) sink.sum[t] = _mm256_setzero_si256();
+    ints<D>(p, s, sink);
+    out.d[k] = load<uint16_t>(p + place_of_d(D));
+    if (has_minimums(D)) out.m[k] = load<uint16_t>(p + place_of_d(D) + 2);
+    for (int t = 0; t < T; t++) {
+        out.sum[t][k] = sink.sum[t];
+        const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
+        if (has_minimums(D) && VALUES == 256)
+            out.minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), load256(sums));
+        else if (has_minimums(D))
+            out.minimum[t][k] = _mm256_setr_epi32(-(sums[0] + sums[1]), 0, 0, 0, 0, 0, 0, 0);
+    }
+}
+
+template <Dtype D, int T> AVX2 void add_blocks(__m256 (&lane)[T], const BlockSums<D, T>& s, const float* dx,
+                                               int64_t stride, int count) {
+    __m256 d = _mm256_cvtph_ps(load128(s.d)), m = _mm256_cvtph_ps(load128(s.m));
+    for (int t = 0; t < T; t++) {
+        alignas(32) float part[BLOCK_LANES] = {};
+        if (count < BLOCK_LANES) std::copy_n(dx + t * stride, count, part);
+        __m256 x = _mm256_loadu_ps(count < BLOCK_LANES ? part : dx + t * stride);
+        lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(d, x), _mm256_cvtepi32_ps(sum8(s.sum[t])), lane[t]);
+        if (has_minimums(D))
+            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(m, x), _mm256_cvtepi32_ps(sum8(s.minimum[t])), lane[t]);
+    }
+}
+
+template <Dtype D, int T>
+AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+    int blocks = x.n / x.block, bytes = format_of(D).bytes;
+    __m256 lane[T];
+    for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
+    for (int b = 0; b < blocks; b += BLOCK_LANES) {
+        int count = std::min(BLOCK_LANES, blocks - b);
+        BlockSums<D, T> sums;
+        if (count < BLOCK_LANES) std::memset(static_cast<void*>(&sums), 0, sizeof sums);
+        for (int k = 0; k < count; k++, p += bytes) sum_block<D, T>(sums, k, p, x, b + k);
+        add_blocks<D, T>(lane, sums, x.d + b, x.n / x.block, count);
+    }
+    for (int t = 0; t < T; t++) {
+        alignas(32) float lanes[BLOCK_LANES];
+        _mm256_store_ps(lanes, lane[t]);
+        out[t * stride] = sum_block_lanes(lanes);
+    }
+}
+
+template <Dtype D>
+void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for (int r = begin; r < end; r++) {
+        if (T == 1) int_row<D, 1>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 2) int_row<D, 2>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 3) int_row<D, 3>(out[0] + r, out.stride, x, w.row(r));
+    }
+}
+
+// -- E.3  integers: a block of rows, many tokens -------------------------------------------------
+
+constexpr int INT_ROWS = 16, INT_COLS = 512, INT_PAIRS = INT_COLS / 2;
+
+struct IntBlock {
+    alignas(64) int16_t row[INT_ROWS][INT_COLS];                      // scaled weights, row by row
+    alignas(64) int32_t pair[INT_PAIRS][INT_ROWS];                    // two columns of 16 rows
+    alignas(64) float d[INT_COLS / 32][INT_ROWS], m[INT_COLS / 32][INT_ROWS];
+    alignas(64) int16_t minimum[INT_COLS / 256][GROUP / 2][INT_ROWS][2];   // two groups of 16 rows
+    alignas(64) float lane[BLOCK_TOKENS][BLOCK_LANES][INT_ROWS];
+};
+
+struct StoreSink {
+    int16_t* out;
+    AVX2 void operator()(int group, __m256i w) { store256(out + GROUP * group, w); }
+};
+
+// Rows of 8 pairs to columns.
+AVX2_ENTRY void transpose8(int32_t* out, int64_t out_stride, const int16_t* in, int64_t in_stride) {
+    __m256i r[8], a[8], b[8];
+    for (int i = 0; i < 8; i++) r[i] = load256(in + i * in_stride);
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        store256(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+        store256(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+    }
+}
+
+template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& b, int r, const std::byte* p, int n) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
+        Scales s;
+        StoreSink sink{b.row[r] + k * VALUES};
+        ints<D>(p, s, sink);
+        b.d[k][r] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
+        b.m[k][r] = has_minimums(D) ? f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2)) : 0;
+        for (int g = 0; has_minimums(D) && VALUES == 256 && g < GROUP; g++)
+            b.minimum[k][g / 2][r][g % 2] = s.minimum[g];
+    }
+}
+
+// n columns from `begin` on of R rows; missing rows become 0.
+template <Dtype D> void pack(IntBlock& b, const Matrix& w, int row, int R, int begin, int n) {
+    if (R < INT_ROWS) std::memset(&b, 0, offsetof(IntBlock, lane));
+    for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
+    for (int col = 0; col < n; col += 16)
+        for (int r = 0; r < INT_ROWS; r += 8)
+            transpose8(&b.pair[col / 2][r], INT_ROWS, b.row[r] + col, INT_COLS);
+}
+
+template <int T> struct IntSums {
+    __m256i v[T][2];                                                // of 16 rows
+};
+
+// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
+template <int T>
+AVX2 void add_pairs(IntSums<T>& s, const int32_t* w, const int16_t* x, int64_t stride, int n) {
+    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
+        __m256i low = load256(w), high = load256(w + 8);
+        for (int t = 0; t < T; t++) {
+            __m256i two = _mm256_set1_epi32(load<int32_t>(x + t * stride));
+            s.v[t][0] = _mm256_add_epi32(s.v[t][0], _mm256_madd_epi16(low, two));
+            s.v[t][1] = _mm256_add_epi32(s.v[t][1], _mm256_madd_epi16(high, two));
+        }
+    }
+}
+
+template <int T> AVX2 IntSums<T> no_sums() {
+    IntSums<T> s;
+    for (int t = 0; t < T; t++) s.v[t][0] = s.v[t][1] = _mm256_setzero_si256();
+    return s;
+}
+
+// lane += (d dx) v, or lane -= (m dx) v
+template <bool MINUS> AVX2 void add_scaled(float* lane, const float* d, float dx, const __m256i* v) {
+    for (int half = 0; half < 2; half++) {
+        __m256 scale = _mm256_mul_ps(_mm256_load_ps(d + 8 * half), _mm256_set1_ps(dx)),
+               y = _mm256_load_ps(lane + 8 * half);
+        __m256 sum = _mm256_cvtepi32_ps(v[half]);
+        _mm256_store_ps(lane + 8 * half,
+                        MINUS ? _mm256_fnmadd_ps(scale, sum, y) : _mm256_fmadd_ps(scale, sum, y));
+    }
+}
+
+// The block's columns, which begin at `begin` of the matrix, for T tokens; x: the first of them.
+template <int VALUES, bool MINIMUMS, int T>
+AVX2_ENTRY void int_tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
+    int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
+    for (int k = 0; k < n / VALUES; k++) {
+        int block = begin / VALUES + k;
+        const float* dx = x.d + block;
+        float* lane = b.lane[token][block % BLOCK_LANES];
+        IntSums<T> s = no_sums<T>();
+        add_pairs<T>(s, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
+        for (int t = 0; t < T; t++)
+            add_scaled<false>(lane + t * BLOCK_LANES * INT_ROWS, b.d[k], dx[t * blocks], s.v[t]);
+        if (!MINIMUMS) continue;
+        const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
+        s = no_sums<T>();
+        if (VALUES == 256)
+            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups, GROUP / 2);
+        for (int t = 0; t < T; t++, sums += groups) {
+            if (VALUES == 32) s.v[t][0] = s.v[t][1] = _mm256_set1_epi32(-(sums[0] + sums[1]));
+            add_scaled<true>(lane + t * BLOCK_LANES * INT_ROWS, b.m[k], dx[t * blocks], s.v[t]);
+        }
+    }
+}
+
+// The tree of sum_block_lanes, for 16 rows.
+AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float (*lane)[INT_ROWS]) {
+    for (int r = 0; r < INT_ROWS; r += 8) {
+        __m256 v[4];
+        for (int j = 0; j < 4; j++)
+            v[j] = _mm256_add_ps(_mm256_load_ps(lane[j] + r), _mm256_load_ps(lane[j + 4] + r));
+        _mm256_store_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
+    }
+}
+
+template <Dtype D>
+void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    constexpr bool MINIMUMS = has_minimums(D);
+    std::fill_n(b.lane[0][0], T * BLOCK_LANES * INT_ROWS, 0.0f);
+    for (int begin = 0; begin < w.cols; begin += INT_COLS) {
+        int n = std::min(INT_COLS, w.cols - begin);
+        pack<D>(b, w, row, R, begin, n);
+        int t = 0;
+        for (; t + 4 <= T; t += 4) int_tile<VALUES, MINIMUMS, 4>(b, t, x.at(t), begin, n);
+        for (; t < T; t++) int_tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
+    }
+    for (int t = 0; t < T; t++) {
+        alignas(32) float sums[INT_ROWS];
+        sum_block_lanes_of_rows(sums, b.lane[t]);
+        std::copy_n(sums, R, out[t] + row);
+    }
+}
+
+template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) return few_tokens_int<D>(out, x, w, T, begin, end);
+    thread_local IntBlock block;
+    for (int t = 0; t < T; t += BLOCK_TOKENS)
+        for (int r = begin; r < end; r += INT_ROWS)
+            int_block<D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
+                         std::min(BLOCK_TOKENS, T - t));
+}
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    switch (w.dtype) {
+    case Dtype::Q4_0: return int_rows_of<Dtype::Q4_0>(out, x, w, T, begin, end);
+    case Dtype::Q4_1: return int_rows_of<Dtype::Q4_1>(out, x, w, T, begin, end);
+    case Dtype::Q5_0: return int_rows_of<Dtype::Q5_0>(out, x, w, T, begin, end);
+    case Dtype::Q5_1: return int_rows_of<Dtype::Q5_1>(out, x, w, T, begin, end);
+    case Dtype::Q8_0: return int_rows_of<Dtype::Q8_0>(out, x, w, T, begin, end);
+    case Dtype::Q2_K: return int_rows_of<Dtype::Q2_K>(out, x, w, T, begin, end);
+    case Dtype::Q3_K: return int_rows_of<Dtype::Q3_K>(out, x, w, T, begin, end);
+    case Dtype::Q4_K: return int_rows_of<Dtype::Q4_K>(out, x, w, T, begin, end);
+    case Dtype::Q5_K: return int_rows_of<Dtype::Q5_K>(out, x, w, T, begin, end);
+    case Dtype::Q6_K: return int_rows_of<Dtype::Q6_K>(out, x, w, T, begin, end);
+    default: CHECK(false, "dtype %d is not quantised", int(w.dtype));
+    }
+}
+
+AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
+    __m256i top = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 8)
+        top = _mm256_max_epi32(top, _mm256_and_si256(load256(x + i), _mm256_set1_epi32(0x7FFFFFFF)));
+    alignas(32) uint32_t lane[8];
+    store256(lane, top);
+    return *std::max_element(lane, lane + 8);
+}
+
+AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
+    for (int begin = 0; begin < out.n; begin += out.block) {
+        IntScale s = int_scale(largest_magnitude(x + begin, out.block));
+        out.d[begin / out.block] = s.d;
+        for (int i = begin; i < begin + out.block; i += GROUP) {
+            __m256i q[2];
+            for (int half = 0; half < 2; half++)
+                q[half] = _mm256_cvtps_epi32(
+                    _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * half), _mm256_set1_ps(s.inverse)));
+            if (s.inverse == 0) q[0] = q[1] = _mm256_setzero_si256();
+            store256(out.q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8));
+            alignas(32) int32_t lane[8];
+            store256(lane, _mm256_add_epi32(q[0], q[1]));
+            out.sums[i / GROUP] =
+                int16_t(lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7]);
+        }
+    }
+}
+
+}  // namespace avx2
+#endif
+
+// =================================================================================================
+// Appendix F. GGUF files
 // =================================================================================================
 //
 // What if the model is one file, made for llama.cpp? Then everything is in it: the shape of the network, the
@@ -4717,15 +4835,15 @@ int main(int argc, char** argv) {
 // Config, and a Checkpoint whose tensors bear the names of Hugging Face, with the stacks of experts cut into
 // experts. Some things are undone on the way:
 //
-//      numbers   Keys hold f32, so that 1e-6 reads 9.99999997e-7. The shortest decimal that rounds to the same
-//                f32 is what config.json said.
+//      numbers   Keys hold f32, so that 1e-6 reads 9.99999997e-7. The shortest decimal that rounds to
+//                the same f32 is what config.json said.
 //      Llama     The rows of W^Q and W^K are in interleaved order, for the other RoPE. They stay where they
-//                are; 6.2 puts q and k in order. Of its scaling only the divisors of the frequencies are kept.
+//                are; 6.2 puts q and k in order. Of its scaling only the divisors of frequencies are kept.
 //      MLA       Newer files hold each head's W^UK transposed, as the absorbed form of chapter 8 wants it.
 //
 // A model may be split over files NAME-00001-of-00003.gguf. Each of them stands for all.
 
-// -- D.1  the container: every length is checked before it is believed ---------------------------
+// -- F.1  the container: every length is checked before it is believed ---------------------------
 
 enum class GgufType : uint32_t { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 };
 constexpr uint64_t GGUF_WIDTH[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // bytes; 0: it says itself
@@ -4886,8 +5004,8 @@ struct Gguf {
 
 inline std::string ggml_type_name(uint32_t type) {
     static constexpr const char* OTHERS[] = {
-        "Q8_1", "", "", "", "", "", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S",
-        "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M"};
+        "Q8_1",   "",      "",      "",       "",   "",    "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S",
+        "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32",  "I64",     "F64",    "IQ1_M"};
     bool known = type >= 9 && type < 9 + std::size(OTHERS);
     return text_of("%u %s", type, known ? OTHERS[type - 9] : "");
 }
@@ -4937,7 +5055,8 @@ void place_gguf_tensors(GgufPlaces places, std::span<const std::byte> data, uint
             fail("%s: tensor '%s' %s", t.file.c_str(), name.c_str(),
                  offset < at ? "overlaps another one" : "leaves a gap before it");
         if (offset > data.size() || t.bytes > data.size() - offset)
-            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(), name.c_str());
+            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(),
+                 name.c_str());
         t.data = data.data() + offset;
         at = (offset + t.bytes + alignment - 1) / alignment * alignment;
     }
@@ -4985,7 +5104,8 @@ std::vector<fs::path> gguf_files(const fs::path& path) {
         fail("%s: one of %d parts, and not called NAME-00001%s", path.c_str(), n, tail.c_str());
     name.resize(name.size() - tail.size() - 5);
     std::vector<fs::path> all;
-    for (int i = 1; i <= n; i++) all.push_back(path.parent_path() / text_of("%s%05d%s", name.c_str(), i, tail.c_str()));
+    for (int i = 1; i <= n; i++)
+        all.push_back(path.parent_path() / text_of("%s%05d%s", name.c_str(), i, tail.c_str()));
     return all;
 }
 
@@ -5007,7 +5127,7 @@ Gguf open_gguf(const fs::path& path) {
     return g;
 }
 
-// -- D.2  names ----------------------------------------------------------------------------------
+// -- F.2  names ----------------------------------------------------------------------------------
 
 struct TensorName {
     const char *gguf, *ours;             // after "blk.N." and "model.layers.N."
@@ -5055,7 +5175,8 @@ constexpr TensorName LAYER_NAMES[] = {
 // "blk.7.attn_q.weight" -> 7, "attn_q.weight"; -1 where there is no such prefix.
 inline std::pair<int, std::string> split_layer(const std::string& name, const std::string& prefix) {
     int layer = -1;
-    if (name.starts_with(prefix)) std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
+    if (name.starts_with(prefix))
+        std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
     std::string head = prefix + std::to_string(layer) + ".";     // one spelling for each number
     if (layer < 0 || !name.starts_with(head)) return {-1, name};
     return {layer, name.substr(head.size())};
@@ -5080,7 +5201,15 @@ std::string name_in_gguf(const std::string& name) {
     return name;
 }
 
-// -- D.3  Config and Checkpoint ------------------------------------------------------------------
+// =================================================================================================
+// Appendix G. GGUF models
+// =================================================================================================
+//
+// What does a GGUF file say about the network and its text? The same as config.json and the tokenizer
+// files, in other words. So its metadata becomes a Config, its tensors get the names that chapter 11 asks
+// for, and its vocabulary the text of a tokenizer.json.
+
+// -- G.1  Config and Checkpoint ------------------------------------------------------------------
 
 // Keys of these kinds change what is computed, so one that is not read here must not be passed over.
 inline void refuse_unknown_keys(const GgufKeys& k) {
@@ -5098,7 +5227,8 @@ inline void refuse_unknown_keys(const GgufKeys& k) {
     for (auto& [key, value] : k.values) {
         if (!key.starts_with(prefix)) continue;
         std::string rest = key.substr(prefix.size());
-        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") || rest.starts_with("rope.scaling.");
+        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") ||
+                       rest.starts_with("rope.scaling.");
         if (matters && !KNOWN.count(rest))
             fail("%s: unknown key '%s'", k.file.c_str(), Fields::printable(key).c_str());
     }
@@ -5125,9 +5255,10 @@ inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
     return rope;
 }
 
-// Llama 3.1's rule (6.1), found again from the divisors d of the frequencies. The largest is `factor`; one that
-// is between it and 1 tells how often its pair turns over the original context. The published parameters
-// of the other two are 1 and 4. Whatever this rule does not give back is not Llama 3.1's and is refused.
+// Llama 3.1's rule (6.1), found again from the divisors d of the frequencies. The largest is `factor`;
+// one that is between it and 1 tells how often its pair turns over the original context. The published
+// parameters of the other two are 1 and 4. Whatever this rule does not give back is not Llama 3.1's and
+// is refused.
 inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
     Vector d(size_t(dim / 2));
     if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{d.size()})
@@ -5135,7 +5266,8 @@ inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
     widen_into(d.data(), F32Row{t.data}, dim / 2);
     constexpr double TWO_PI = 6.28318530717958647692;
     Rope plain = make_rope(rope, dim);
-    rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4, rope.original_context = 1;
+    rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4,
+    rope.original_context = 1;
     rope.factor = double(*std::max_element(d.begin(), d.end()));
     for (size_t i = 0; i < d.size(); i++) {
         double blend = (1 / double(d[i]) - 1 / rope.factor) / (1 - 1 / rope.factor);
@@ -5156,7 +5288,8 @@ inline void gguf_mla(Config& c, const GgufKeys& k) {
     c.Rq = int(k.integer(".attention.q_lora_rank", 0, MOST, 0));
     c.Rkv = int(k.integer(".attention.kv_lora_rank", 1, MOST));
     c.Dr = int(k.integer(".rope.dimension_count", 2, MOST));
-    const char* mla = k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
+    const char* mla =
+        k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
     c.Dn = int(k.integer(std::string(".attention.key_length") + mla, c.Dr + 1, MOST)) - c.Dr;
     c.Dv = int(k.integer(std::string(".attention.value_length") + mla, 1, MOST));
 }
@@ -5259,7 +5392,7 @@ Checkpoint make_gguf_checkpoint(Gguf g) {
 Config gguf_config(const fs::path& file) { return parse_gguf_config(open_gguf(file)); }
 Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_checkpoint(open_gguf(file)); }
 
-// -- D.4  the vocabulary -------------------------------------------------------------------------
+// -- G.2  the vocabulary -------------------------------------------------------------------------
 
 struct Vocabulary {
     std::vector<std::string> tokens, merges;     // as tokenizer.json spells them; "left right"
@@ -5278,13 +5411,19 @@ struct PreTokenizer {
 };
 
 inline const std::vector<PreTokenizer>& pre_tokenizers() {
-    static const std::string LETTERS =           // cased letters, as Unicode had them
-        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
+    static const std::string
+        LETTERS =   // cased letters, as Unicode had them
+        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-"
+        "Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-"
+        "ﬗ"
         "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
-        CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-        "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|", REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        V3 = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+        CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+",
+        WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+                "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|",
+        REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+        V3 = "[!\"#$%&'()*+,\\-./"
+             ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
              " ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
         PUNCTUATION = "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+";
     static const std::vector<PreTokenizer> ALL = {
@@ -5325,7 +5464,9 @@ Vocabulary gguf_vocabulary(const GgufKeys& k) {
 // The text of a tokenizer.json that says the same.
 std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
     std::string vocab, added, merges, splits;
-    auto append = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ",") + item; };
+    auto append = [](std::string& list, const std::string& item) {
+        list += (list.empty() ? "" : ",") + item;
+    };
     for (size_t id = 0; id < v.tokens.size(); id++) {
         std::string content = json_quote(v.tokens[id]), number = std::to_string(id);
         if (v.types[id] == NORMAL || v.types[id] == UNKNOWN) append(vocab, content + ":" + number);
@@ -5369,38 +5510,38 @@ Sampling gguf_sampling(const fs::path& file) {
 }
 
 // =================================================================================================
-// Appendix E. Quantising
+// Appendix H. Quantising
 // =================================================================================================
 //
 // How few bits can hold a weight? A model of 8 billion weights in bf16 does not fit into 8 GB and reads 16 GB
 // for each token it says; with 4.5 bits a weight it does and reads 4.5. What is lost is the distance of each
 // weight to the nearest of the values that its block can say (2.3):
 //
-//      x ~ d scale_g q - m minimum_g       q: 4 bits;  scale, minimum: 6 bits for 32 weights;  d, m: f16 for 256
+//      x ~ d scale_g q - m minimum_g       q: 4 bits;  scale, minimum: 6 bits for 32 weights;  d, m: f16
 //
-// So a block is chosen by least squares: the least sum of (x - value)^2. For given integers q the best scale
-// and minimum are a formula; for a given scale and minimum the best q is the nearest. Doing one after the
-// other never increases the error, and ends in a minimum that depends on where it began. Hence the three steps:
-// for each group a few beginnings, from a range that holds all of its weights to narrower ones that clip the
-// outermost; then integers for scale and minimum, and their neighbours, for the d and m they lead to; then the
-// best d and m for these integers.
+// So a block is chosen by least squares: the least sum of (x - value)^2. For given integers q the best
+// scale and minimum are a formula; for a given scale and minimum the best q is the nearest. Doing one
+// after the other never increases the error, and ends in a minimum that depends on where it began. Hence
+// the three steps: for each group a few beginnings, from a range that holds all of its weights to
+// narrower ones that clip the outermost; then integers for scale and minimum, and their neighbours, for
+// the d and m they lead to; then the best d and m for these integers.
 //
 // Not all matrices suffer alike. The usual mixture of the 4-bit formats gives six bits to the head, and, in
 // half of the layers, to what is added to the residual stream in the end: W^V and W_down.
 
-// -- E.1  e4m3: the nearest value, ties to even --------------------------------------------------
+// -- H.1  e4m3: the nearest value, ties to even --------------------------------------------------
 
 // |f| beyond 448 becomes 448.
 inline uint8_t float_to_e4m3(float f) {
     uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
     bits &= 0x7FFFFFFF;
     if (std::isnan(f)) return uint8_t(sign | 127);
-    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));        // below 2^-6
+    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));   // below 2^-6
     uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
     return uint8_t(sign | std::min(rounded, 126u));
 }
 
-// -- E.2  fit: what a group of weights is worth --------------------------------------------------
+// -- H.2  fit: what a group of weights is worth --------------------------------------------------
 
 struct Scheme {
     int group, low, high;                // values that share scale and minimum; range of q
@@ -5486,7 +5627,7 @@ template <int N> Fit fit_group(const float* x, const Scheme& s, bool minimums) {
     return best;
 }
 
-// -- E.3  blocks ---------------------------------------------------------------------------------
+// -- H.3  blocks ---------------------------------------------------------------------------------
 
 // A block as it is being chosen: its values as float, and how far they are from x.
 struct Draft {
@@ -5536,7 +5677,8 @@ template <int N> Draft draft_groups(const float* x, const Scheme& s, const Fit* 
 inline Fit solve_block(const Draft& z, const float* x) {
     double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
     for (int i = 0; i < 256; i++) {
-        double a = double(z.b.scale[i / 16]) * double(z.q[i]), b = -double(z.b.minimum[i / 16]), v = double(x[i]);
+        double a = double(z.b.scale[i / 16]) * double(z.q[i]), b = -double(z.b.minimum[i / 16]),
+               v = double(x[i]);
         aa += a * a, ab += a * b, bb += b * b, xa += v * a, xb += v * b;
     }
     double determinant = aa * bb - ab * ab;
@@ -5586,7 +5728,8 @@ inline void pack_q4_q5_k(uint8_t* p, const Block& b, bool five) {
     uint8_t *s = p + 4, *high = p + 16, *low = five ? p + 48 : p + 16;
     std::memcpy(p, d, 4);
     for (int j = 0; j < 4; j++) {
-        int scale = b.scale[2 * j], minimum = b.minimum[2 * j], scale4 = b.scale[2 * j + 8], minimum4 = b.minimum[2 * j + 8];
+        int scale = b.scale[2 * j], minimum = b.minimum[2 * j], scale4 = b.scale[2 * j + 8],
+            minimum4 = b.minimum[2 * j + 8];
         s[j] = uint8_t(scale | (scale4 >> 4) << 6), s[j + 4] = uint8_t(minimum | (minimum4 >> 4) << 6);
         s[j + 8] = uint8_t((scale4 & 15) | (minimum4 & 15) << 4);
     }
@@ -5604,7 +5747,8 @@ inline void pack_q6_k(uint8_t* p, const Block& b) {
     for (int i = 0; i < 256; i++) {
         int q = b.q[i] + 32;
         uint8_t &low = p[i / 128 * 64 + i % 64], &high = p[128 + i / 128 * 32 + i % 32];
-        low = uint8_t(low | (q & 15) << (i % 128 / 64 * 4)), high = uint8_t(high | (q >> 4) << (i % 128 / 32 * 2));
+        low = uint8_t(low | (q & 15) << (i % 128 / 64 * 4)),
+        high = uint8_t(high | (q >> 4) << (i % 128 / 32 * 2));
     }
     for (int g = 0; g < 16; g++) p[192 + g] = uint8_t(b.scale[g]);
     std::memcpy(p + 208, &d, 2);
@@ -5626,7 +5770,7 @@ inline bool quantise_block(std::byte* out, const float* x, Dtype dtype) {
     return std::isfinite(z.b.d) && std::isfinite(z.b.m);
 }
 
-// -- E.4  matrices -------------------------------------------------------------------------------
+// -- H.4  matrices -------------------------------------------------------------------------------
 
 // x (n) in another dtype; false when that cannot say it.
 inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
@@ -5637,7 +5781,9 @@ inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
             good &= quantise_block(out, x + i, dtype);
             continue;
         }
-        uint16_t half = dtype == Dtype::F32 ? 0 : dtype == Dtype::F16 ? float_to_f16(x[i]) : float_to_bf16(x[i]);
+        uint16_t half = dtype == Dtype::F32   ? 0
+                        : dtype == Dtype::F16 ? float_to_f16(x[i])
+                                              : float_to_bf16(x[i]);
         std::memcpy(out, dtype == Dtype::F32 ? static_cast<const void*>(x + i) : &half, size_t(f.bytes));
         good &= std::isfinite(dtype == Dtype::F16 ? f16_to_float(half) : x[i]);
     }
@@ -5681,7 +5827,7 @@ inline void narrow_e4m3(std::byte* out, std::byte* scale, const std::vector<floa
     });
 }
 
-// -- E.5  which format for which matrix ----------------------------------------------------------
+// -- H.5  which format for which matrix ----------------------------------------------------------
 
 struct FileType {
     const char* name;
@@ -5707,13 +5853,15 @@ inline bool matters(int layer, int n) {
 }
 
 // `name` as in GGUF. Nothing for matrices that stay as they are: a gate decides by small differences.
-inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& name, int cols, const Config& c) {
+inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& name, int cols,
+                                         const Config& c) {
     auto [layer, rest] = split_layer(name, "blk.");
     bool embedding = name == "token_embd.weight", head = name == "output.weight" || (c.tied && embedding);
     if (rest == "ffn_gate_inp.weight") return {};
     if (t.dtype == Dtype::F8_E4M3 && (embedding || head || rest == "nextn.eh_proj.weight")) return {};
     bool last = rest == "attn_v.weight" || rest == "attn_kv_b.weight" || rest.starts_with("ffn_down");
-    bool six = head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
+    bool six =
+        head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
     Dtype d = six ? Dtype::Q6_K : t.dtype;
     auto fits = [&] { return cols % format_of(d).values == 0; };
     if (!fits()) d = d == Dtype::Q4_K ? Dtype::Q5_0 : d == Dtype::Q5_K ? Dtype::Q5_1 : Dtype::Q8_0;
@@ -5735,7 +5883,8 @@ Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
     if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
     size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * size_t((w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK);
     size_t scale_rows = *dtype == Dtype::F8_E4M3 ? size_t((w.rows + SCALE_BLOCK - 1) / SCALE_BLOCK) : 0;
-    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes), *scale = arena.take<std::byte>(scale_rows * scales);
+    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes),
+              *scale = arena.take<std::byte>(scale_rows * scales);
     for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
         Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
         std::vector<float> x = float_rows(part, 0, part.rows);
@@ -5748,14 +5897,24 @@ Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
     return {data, scale_rows ? scale : nullptr, *dtype, w.rows, w.cols, 0};
 }
 
-// -- E.6  a GGUF file from any model -------------------------------------------------------------
+// =================================================================================================
+// Appendix I. GGUF: writing
+// =================================================================================================
+//
+// How does a model become a file that llama.cpp reads too? By the names and layouts of its own converter:
+// metadata first, then the tensors, each in the format that the mixture of chapter H gives it, written as
+// they are made.
+
+// -- I.1  a GGUF file from any model -------------------------------------------------------------
 
 // The keys of a file as they are written.
 struct GgufHead {
     std::string bytes;
     uint64_t count = 0;
 
-    template <class T> void raw(T value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); }
+    template <class T> void raw(T value) {
+        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
+    }
     void string(std::string_view text) { raw(uint64_t(text.size())), bytes += text; }
     void key(const std::string& name, GgufType type) { string(name), raw(type), count++; }
     void u32(const std::string& name, int64_t v) { key(name, GgufType::U32), raw(uint32_t(v)); }
@@ -5817,7 +5976,9 @@ inline void put_mla_keys(GgufHead& h, const std::string& p, const Config& c) {
     h.u32(p + "expert_group_used_count", grouped ? c.topk_group : 1);
 }
 
-inline std::string gguf_architecture(const Config& c) { return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama"; }
+inline std::string gguf_architecture(const Config& c) {
+    return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama";
+}
 
 inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) {
     std::string arch = gguf_architecture(c), p = arch + ".";
@@ -5841,7 +6002,7 @@ inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) 
     h.u32(p + "rope.dimension_count", c.head_dim);
 }
 
-// -- E.7  the vocabulary of a folder -------------------------------------------------------------
+// -- I.2  the vocabulary of a folder -------------------------------------------------------------
 
 // A regex without the backslashes that change nothing, so that two spellings of it compare equal.
 inline std::string plain_regex(std::string_view regex) {
@@ -5869,7 +6030,8 @@ inline void collect_regexes(const Fields& step, std::vector<std::string>& out) {
 inline std::string name_pre_tokenizer(const Fields& root, bool ignore_merges) {
     std::vector<std::string> found, known;
     collect_regexes(Fields(root.get("pre_tokenizer"), root.where() + ": pre_tokenizer"), found);
-    bool nfc = root.has("normalizer") && simdjson::minify(root.get("normalizer")).find("\"NFC\"") != std::string::npos;
+    bool nfc = root.has("normalizer") &&
+               simdjson::minify(root.get("normalizer")).find("\"NFC\"") != std::string::npos;
     for (const PreTokenizer& p : pre_tokenizers()) {
         known.clear();
         for (const std::string& regex : p.regexes) known.push_back(plain_regex(regex));
@@ -5885,7 +6047,8 @@ inline void put_added_tokens(Vocabulary& v, const Fields& root) {
     for (Json item : added) {
         Fields f(item, root.where() + ": added_tokens");
         std::string token = f.text("content");
-        bool mark = (token.starts_with("<｜") && token.ends_with("｜>")) || (token.starts_with("<|") && token.ends_with("|>"));
+        bool mark = (token.starts_with("<｜") && token.ends_with("｜>")) ||
+                    (token.starts_with("<|") && token.ends_with("|>"));
         size_t id = size_t(f.integer("id", 0, int64_t(v.tokens.size()) - 1));
         v.tokens[id] = token, v.types[id] = mark || f.boolean("special", false) ? CONTROL : USER_DEFINED;
     }
@@ -5935,7 +6098,8 @@ Vocabulary folder_vocabulary(const fs::path& folder, int V) {
 
 // A folder without a tokenizer gives a file without one.
 inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
-    if (!is_gguf(model) && !fs::exists(model / "tokenizer.json")) return h.text("tokenizer.ggml.model", "none");
+    if (!is_gguf(model) && !fs::exists(model / "tokenizer.json"))
+        return h.text("tokenizer.ggml.model", "none");
     Vocabulary v = is_gguf(model) ? gguf_vocabulary(open_gguf(model).keys) : folder_vocabulary(model, V);
     h.text("tokenizer.ggml.model", "gpt2");
     h.text("tokenizer.ggml.pre", v.pre);
@@ -5949,7 +6113,7 @@ inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
     if (!v.chat_template.empty()) h.text("tokenizer.chat_template", v.chat_template);
 }
 
-// -- E.8  the tensors of a model -----------------------------------------------------------------
+// -- I.3  the tensors of a model -----------------------------------------------------------------
 
 enum class Order : uint8_t { PLAIN, PAIRS, TRANSPOSED };
 
@@ -6037,7 +6201,8 @@ private:
     }
     void moe(const std::string& p, const Moe& w) {
         std::vector<Matrix> gate, up, down;
-        for (const Mlp& e : w.experts) gate.push_back(e.w_gate), up.push_back(e.w_up), down.push_back(e.w_down);
+        for (const Mlp& e : w.experts)
+            gate.push_back(e.w_gate), up.push_back(e.w_up), down.push_back(e.w_down);
         matrix(p + "ffn_gate_inp.weight", w.gate_w);
         if (!w.gate_bias.empty()) vector(p + "exp_probs_b.bias", w.gate_bias);
         stack(p + "ffn_gate_exps.weight", gate, Order::PLAIN);
@@ -6063,7 +6228,7 @@ private:
     }
 };
 
-// -- E.9  write_gguf -----------------------------------------------------------------------------
+// -- I.4  write_gguf -----------------------------------------------------------------------------
 
 // Rows begin, begin + 1, ... of a part, in the order of the file. PAIRS: whole heads.
 inline std::vector<float> ordered_rows(const GgufTensor& t, const Matrix& part, int begin, int count) {
@@ -6075,8 +6240,9 @@ inline std::vector<float> ordered_rows(const GgufTensor& t, const Matrix& part, 
     parallel_for(count, [&](int64_t r) {
         int64_t i = r % std::max(t.head, 1), from = r - i + i % 2 * (t.head / 2) + i / 2;   // x0 x_d/2 x1 ...
         for (size_t c = 0; c < cols; c++)
-            out[size_t(r) * cols + c] = t.order == Order::PAIRS ? x[size_t(from) * cols + c]
-                                                                : x[c * size_t(part.cols) + size_t(begin + r)];
+            out[size_t(r) * cols + c] = t.order == Order::PAIRS
+                                            ? x[size_t(from) * cols + c]
+                                            : x[c * size_t(part.cols) + size_t(begin + r)];
     });
     return out;
 }
@@ -6088,7 +6254,7 @@ inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part
         int count = std::min(step, t.rows() - begin);
         std::vector<std::byte> out(size_t(count) * row_bytes(t.dtype, t.cols()));
         if (part.dtype == t.dtype && t.order == Order::PLAIN && !part.stride)
-            std::memcpy(out.data(), part.row(begin), out.size());            // what is there is not rounded again
+            std::memcpy(out.data(), part.row(begin), out.size());   // what is there is not rounded again
         else narrow_rows(out.data(), ordered_rows(t, part, begin, count), t.cols(), t.dtype, t.name);
         file.write(out.data(), out.size());
         if (t.order == Order::PLAIN && t.axes > 1) forget_pages(part.view(begin, count));
@@ -6100,7 +6266,8 @@ constexpr uint64_t GGUF_ALIGNMENT = 32;
 inline std::string gguf_padding(uint64_t bytes) { return std::string(size_t(-bytes % GGUF_ALIGNMENT), '\0'); }
 
 // Everything before the data. Returns the bytes of the data.
-inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys, const std::vector<GgufTensor>& tensors) {
+inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
+                                const std::vector<GgufTensor>& tensors) {
     GgufHead h;
     uint64_t total = 0;
     h.bytes = "GGUF", h.raw(uint32_t(3)), h.raw(uint64_t(tensors.size())), h.raw(keys.count);

@@ -5,8 +5,10 @@
 
 SHAPE: qwen-1.5b    R1-Distill-Qwen-1.5B, all 28 layers: 3.5 GB in BF16
        v2-lite      DeepSeek-V2-Lite, 6 of its 27 layers (all else full-sized, 64 experts): 7.4 GB in BF16
-The gates are random too, so tokens go to random experts. The tokenizer is that of weights/tiny. Standard library only.
+The gates are random too, so tokens go to random experts. The tokenizer is that of weights/tiny.
+Standard library only.
 """
+
 import json
 import math
 import pathlib
@@ -16,45 +18,107 @@ import struct
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 1536,
-        "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "vocab_size": 151936, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16", "bos_token_id": 0,
-        "eos_token_id": 1}
-V2_LITE = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_act": "silu",
-           "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 6,
-           "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
-           "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
-           "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1,
-           "topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "topk_group": 1,
-           "norm_topk_prob": False, "routed_scaling_factor": 1.0, "vocab_size": 102400,
-           "max_position_embeddings": 163840, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-           "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 0,
-           "eos_token_id": 1,
-           "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
-                            "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "vocab_size": 102400,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
 SHAPES = {"qwen-1.5b": QWEN, "v2-lite": V2_LITE}
 
 
 def mlp(prefix, hidden, width):
-    return [(prefix + "gate_proj.weight", [width, hidden]), (prefix + "up_proj.weight", [width, hidden]),
-            (prefix + "down_proj.weight", [hidden, width])]
+    return [
+        (prefix + "gate_proj.weight", [width, hidden]),
+        (prefix + "up_proj.weight", [width, hidden]),
+        (prefix + "down_proj.weight", [hidden, width]),
+    ]
 
 
 def qwen_attention(p, c):
     head = c["hidden_size"] // c["num_attention_heads"]
     rows = {"q": c["hidden_size"], "k": head * c["num_key_value_heads"], "v": head * c["num_key_value_heads"]}
     weights = [(f"{p}{name}_proj.weight", [n, c["hidden_size"]]) for name, n in rows.items()]
-    return weights + [(f"{p}{name}_proj.bias", [n]) for name, n in rows.items()] + \
-        [(p + "o_proj.weight", [c["hidden_size"], c["hidden_size"]])]
+    return (
+        weights
+        + [(f"{p}{name}_proj.bias", [n]) for name, n in rows.items()]
+        + [(p + "o_proj.weight", [c["hidden_size"], c["hidden_size"]])]
+    )
 
 
 def mla(p, c):
-    heads, nope, rope, value = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    heads, nope, rope, value = (
+        c["num_attention_heads"],
+        c["qk_nope_head_dim"],
+        c["qk_rope_head_dim"],
+        c["v_head_dim"],
+    )
     rank, hidden = c["kv_lora_rank"], c["hidden_size"]
-    return [(p + "q_proj.weight", [heads * (nope + rope), hidden]),
-            (p + "kv_a_proj_with_mqa.weight", [rank + rope, hidden]), (p + "kv_a_layernorm.weight", [rank]),
-            (p + "kv_b_proj.weight", [heads * (nope + value), rank]), (p + "o_proj.weight", [hidden, heads * value])]
+    return [
+        (p + "q_proj.weight", [heads * (nope + rope), hidden]),
+        (p + "kv_a_proj_with_mqa.weight", [rank + rope, hidden]),
+        (p + "kv_a_layernorm.weight", [rank]),
+        (p + "kv_b_proj.weight", [heads * (nope + value), rank]),
+        (p + "o_proj.weight", [hidden, heads * value]),
+    ]
 
 
 def layer(p, c, i):
@@ -71,8 +135,11 @@ def layer(p, c, i):
 
 
 def tensors(c):
-    out = [("model.embed_tokens.weight", [c["vocab_size"], c["hidden_size"]]),
-           ("lm_head.weight", [c["vocab_size"], c["hidden_size"]]), ("model.norm.weight", [c["hidden_size"]])]
+    out = [
+        ("model.embed_tokens.weight", [c["vocab_size"], c["hidden_size"]]),
+        ("lm_head.weight", [c["vocab_size"], c["hidden_size"]]),
+        ("model.norm.weight", [c["hidden_size"]]),
+    ]
     for i in range(c["num_hidden_layers"]):
         out += layer(f"model.layers.{i}.", c, i)
     return out
@@ -103,9 +170,9 @@ def write(path, c):
                 one = b"\x00\x00" if name.endswith("bias") else b"\x80\x3f"
                 f.write(one * (left // 2))
                 continue
-            begin = 2 * random.randrange(1 << 20)                # no two matrices begin alike
+            begin = 2 * random.randrange(1 << 20)  # no two matrices begin alike
             while left > 0:
-                left -= f.write(block[begin:begin + left])
+                left -= f.write(block[begin : begin + left])
                 begin = 0
 
 

@@ -21,7 +21,8 @@ check() {                                    # check NAME COMMAND...
 
 build() {                                    # build COMPILER PROGRAM
     [ "$2" -nt deepseek.cpp ] && [ "$2" -nt tokenizer.h ] && return 0
-    "$1" -std=c++20 -O2 -ffp-contract=off -fopenmp-simd -pthread deepseek.cpp -o "$2" -lsimdjson -lpcre2-8 -lutf8proc
+    "$1" -std=c++20 -O2 -ffp-contract=off -fopenmp-simd -pthread deepseek.cpp -o "$2" \
+        -lsimdjson -lpcre2-8 -lutf8proc
 }
 
 build "${CXX:-g++}" "$out/deepseek-gcc" &

@@ -213,12 +213,12 @@ static double change_of_logits(const Model& model, const std::vector<int>& ids, 
     for (size_t i = 0; i < a.size(); i++) most = std::max(most, std::fabs(double(a[i]) - double(b[i])));
     return most;
 }
-// What a cache of q8_0 loses, in units of what one of bf16 loses (the golden tests bound that). A number is off
-// by up to d / 2, evenly, so by d / sqrt 12 in the mean square, and d is 1 / 127 of the largest of 32, which for
-// normal numbers is 2.4 deviations: 1 / 184 of the deviation. bf16 is off by up to 2^-8 of the power of two below
-// a number, 2^-8 / sqrt 3 of it in the mean square: 1 / 600 of the deviation. The ratio is 3.3, and of the
-// largest changes within a factor of 3 of that; 1.8 to 5.6 are seen. All layers are dense: another choice of
-// experts is no matter of size.
+// What a cache of q8_0 loses, in units of what one of bf16 loses (the golden tests bound that). A number
+// is off by up to d / 2, evenly, so by d / sqrt 12 in the mean square, and d is 1 / 127 of the largest of
+// 32, which for normal numbers is 2.4 deviations: 1 / 184 of the deviation. bf16 is off by up to 2^-8 of
+// the power of two below a number, 2^-8 / sqrt 3 of it in the mean square: 1 / 600 of the deviation. The
+// ratio is 3.3, and of the largest changes within a factor of 3 of that; 1.8 to 5.6 are seen. All layers
+// are dense: another choice of experts is no matter of size.
 TEST(Forward, ACacheOfQ8_0LosesAFewTimesWhatBf16Does) {
     for (Variant v : variants()) {
         if (v.kv != Dtype::Q8_0) continue;
