@@ -5482,7 +5482,7 @@ std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
     return "{\"added_tokens\":[" + added + "],\"normalizer\":" + (pre.nfc ? "{\"type\":\"NFC\"}" : "null") +
            ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
            ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-           "\"model\":{\"type\":\"BPE\",\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
+           "\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
            ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
 }
 
