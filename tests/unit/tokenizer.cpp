@@ -689,6 +689,14 @@ TEST(TokenizerTemplate, Tools) {
     EXPECT_EQ(Tokenizer::load(GOLDEN + "deepseek-r1").render(chat, true), begin + end);
 }
 
+// System messages stand in front wherever they come, unknown roles nowhere; the turn stays the tool's.
+TEST(TokenizerTemplate, OtherRolesChangeNoTurn) {
+    std::vector<Message> chat = {{"user", "q"}, {"tool", "1"}, {"system", "s"}, {"critic", "x"}};
+    EXPECT_EQ(Tokenizer::load(GOLDEN + "deepseek-v3").render(chat, true),
+              "<｜begin▁of▁sentence｜>s<｜User｜>q<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>1<｜tool▁output▁end｜>"
+              "<｜tool▁outputs▁end｜>");
+}
+
 TEST(TokenizerTemplate, MessagesWithoutContent) {
     for (std::string name : NAMES) {
         Tokenizer t = Tokenizer::load(GOLDEN + name);
