@@ -37,6 +37,11 @@ WANTED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_
           "model.safetensors.index.json", FIRST, "model-00002-of-000002.safetensors"}
 
 
+def heed_interrupts():
+    """What a shell starts in the background ignores SIGINT, and so would what we start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Fetch(unittest.TestCase):
     def setUp(self):
         self.home = pathlib.Path(tempfile.mkdtemp())
@@ -134,7 +139,8 @@ class Fetch(unittest.TestCase):
                 hub.fault(FIRST, *["nothing"] * 1000)
                 environment = {**self.environment(hub), "FETCH_PAUSE": "100"}
                 process = subprocess.Popen([self.weights / "fetch.py", NAME], env=environment, cwd=self.home,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                           preexec_fn=heed_interrupts)
                 while not hub.fetched(FIRST):
                     time.sleep(0.01)
                 process.send_signal(sign)

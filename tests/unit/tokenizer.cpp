@@ -105,7 +105,7 @@ TEST(TokenizerGolden, Templates) {
 
 // What the lines can see: each of these changes makes some of them wrong.
 TEST(TokenizerGolden, SeesMistakes) {
-    struct Mistake { std::string name, from, to; };
+    struct Mistake { const char *name, *from, *to; };
     const Mistake mistakes[] = {
         {"r1-distill-llama", "\"ignore_merges\":true", "\"ignore_merges\":false"},
         {"r1-distill-qwen", "{\"type\":\"NFC\"}", "null"},
@@ -276,7 +276,7 @@ TEST(TokenizerRegex, Accepted) {
 }
 
 TEST(TokenizerRegex, Refused) {
-    for (std::string ruby : {".", "a.b", "^a", "\\d", "\\w", "\\h", "\\b", "\\A", "\\z", "\\G", "\\K",
+    for (const char* ruby : {".", "a.b", "^a", "\\d", "\\w", "\\h", "\\b", "\\A", "\\z", "\\G", "\\K",
                              "\\R", "\\X", "\\x41", "\\u0041", "\\1", "\\k<a>", "\\Qa\\E", "\\", "a\\",
                              "[\\d]", "[\\S]", "[\\", "[[:alpha:]]", "[a[b]]", "[a&&b]", "[]a]", "[]",
                              "[^]", "[^]a]", "[a", "a]", "[z-a]", "[\\s-a]", "[a-\\s]", "[\\p{L}-a]",
@@ -480,7 +480,7 @@ TEST(TokenizerSmall, IdsWithoutAToken) {
 }
 
 TEST(TokenizerSmall, MalformedFiles) {
-    struct Case { std::string from, to, part; };
+    struct Case { const char *from, *to, *part; };
     const Case cases[] = {
         {"\"model\"", "\"models\"", "'model' is missing"},
         {"\"decoder\": {\"type\": \"ByteLevel\"", "\"decoder\": {\"type\": \"Metaspace\"", "decoder.type"},
@@ -556,7 +556,6 @@ TEST(TokenizerSmall, MalformedFiles) {
         {"\"normalized\": false", "\"normalized\": \"no\"", "[0].normalized: must be true or false"},
         {"\"special\": true", "\"n\": 1", "added_tokens[0]: 'special' is missing"},
         {"{\n", "[", "not valid JSON"},
-        {"{\n", repeated("[", 65) + "{\n", "not valid JSON"},
         {"{\n", "{\"n\": 1e999, ", "not valid JSON"}};
     EXPECT_EQ(small().vocab_size(), 20);
     for (const Case& c : cases) {
@@ -564,6 +563,11 @@ TEST(TokenizerSmall, MalformedFiles) {
         EXPECT_TRUE(is_error(parse, c.part)) << c.from << " -> " << c.to;
         EXPECT_TRUE(is_error(parse, "small/tokenizer.json")) << c.from << " -> " << c.to;
     }
+    EXPECT_TRUE(is_error([] { small("{\n", repeated("[", 65) + "{\n"); }, "not valid JSON"));     // too deep
+    EXPECT_TRUE(is_error([] { small("\"<x>\"", "\"" + repeated("x", 257) + "\""); }, "more than 256 bytes"));
+    std::string digits = repeated("{\"type\": \"Digits\", \"individual_digits\": true}, ", 99);
+    std::string split = "{\"type\": \"Split\"";
+    EXPECT_TRUE(is_error([&] { small(split, digits + split); }, "too many"));
     for (size_t n = 0; n < SMALL.size(); n++)                     // cut off anywhere
         EXPECT_TRUE(is_error([&] { Tokenizer::parse(SMALL.substr(0, n), "{}", "small"); }, "small/")) << n;
 }
@@ -576,7 +580,7 @@ TEST(TokenizerSmall, Config) {
     EXPECT_EQ(t.eos, 0);
     EXPECT_TRUE(t.add_bos);
     EXPECT_EQ(with_config(R"({"bos_token": null})").bos, -1);
-    struct Case { std::string config, part; };
+    struct Case { const char *config, *part; };
     for (const Case& c : {Case{R"({"bos_token": 1})", "bos_token: must be a string"},
                           Case{R"({"bos_token": "no\nbody"})", "bos_token: \"no\\nbody\" is not in"},
                           Case{R"({"bos_token": {}})", "bos_token: 'content' is missing"},
@@ -685,6 +689,14 @@ TEST(TokenizerTemplate, Tools) {
     EXPECT_EQ(Tokenizer::load(GOLDEN + "deepseek-r1").render(chat, true), begin + end);
 }
 
+// System messages stand in front wherever they come, unknown roles nowhere; the turn stays the tool's.
+TEST(TokenizerTemplate, OtherRolesChangeNoTurn) {
+    std::vector<Message> chat = {{"user", "q"}, {"tool", "1"}, {"system", "s"}, {"critic", "x"}};
+    EXPECT_EQ(Tokenizer::load(GOLDEN + "deepseek-v3").render(chat, true),
+              "<｜begin▁of▁sentence｜>s<｜User｜>q<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>1<｜tool▁output▁end｜>"
+              "<｜tool▁outputs▁end｜>");
+}
+
 TEST(TokenizerTemplate, MessagesWithoutContent) {
     for (std::string name : NAMES) {
         Tokenizer t = Tokenizer::load(GOLDEN + name);
@@ -704,7 +716,7 @@ TEST(TokenizerTemplate, MessagesJson) {
     EXPECT_EQ(chat.messages[1].tool_calls->at(0).arguments, "a");
     EXPECT_FALSE(parse_chat(R"({"messages": []})").add_generation_prompt);
     EXPECT_EQ(parse_messages(R"([{"role": "r", "content": "c"}])")[0].content, "c");
-    struct Case { std::string json, part; };
+    struct Case { const char *json, *part; };
     for (const Case& c : {Case{"[]", "chat: must be an object"}, Case{"{}", "'messages' is missing"},
                           Case{R"({"messages": {}})", "chat.messages: must be an array"},
                           Case{R"({"messages": [1]})", "chat.messages[0]: must be an object"},
