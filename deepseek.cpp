@@ -213,13 +213,14 @@ struct Arena {
 class Team {
 public:
     explicit Team(int size) {
-        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+        try {
+            for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+        } catch (...) {                                // the system has no more threads for us
+            dismiss();
+            throw;
+        }
     }
-    ~Team() {
-        leave_ = true;
-        announce(0);
-        for (std::thread& t : threads_) t.join();
-    }
+    ~Team() { dismiss(); }
     Team(const Team&) = delete;
     int size() const { return int(threads_.size()) + 1; }
 
@@ -244,6 +245,11 @@ private:
     void* context_ = nullptr;
     std::vector<std::thread> threads_;
 
+    void dismiss() {
+        leave_ = true;
+        announce(0);
+        for (std::thread& t : threads_) t.join();
+    }
     void announce(uint32_t n) {
         loop_ = ((loop_ >> 32) + 1) << 32 | n;
         loop_.notify_all();
@@ -278,11 +284,13 @@ private:
     }
 };
 
-inline std::unique_ptr<Team> team = std::make_unique<Team>(1);
+inline int thread_count = 1;
+inline std::unique_ptr<Team> team;                     // called together by the first loop that is worth it
 
-inline int n_threads() { return team->size(); }
+inline int n_threads() { return thread_count; }
 inline void set_threads(int n) {
-    if (n != n_threads()) team = std::make_unique<Team>(n);
+    if (n != thread_count) team.reset();
+    thread_count = n;
 }
 
 // Processors that this process may run on.
@@ -317,6 +325,7 @@ template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cos
             l.error = std::current_exception();
         }
     };
+    if (!team) team = std::make_unique<Team>(n_threads());
     CHECK(n <= UINT32_MAX, "a loop of %lld", static_cast<long long>(n));
     team->run(uint32_t(n), job, &loop);
     if (loop.error) std::rethrow_exception(loop.error);
@@ -5482,7 +5491,8 @@ std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
     return "{\"added_tokens\":[" + added + "],\"normalizer\":" + (pre.nfc ? "{\"type\":\"NFC\"}" : "null") +
            ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
            ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-           "\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
+           "\"decoder\":{\"type\":\"ByteLevel\"},"
+           "\"model\":{\"type\":\"BPE\",\"byte_fallback\":false,\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
            ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
 }
 
