@@ -5492,7 +5492,8 @@ std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
            ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
            ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
            "\"decoder\":{\"type\":\"ByteLevel\"},"
-           "\"model\":{\"type\":\"BPE\",\"byte_fallback\":false,\"ignore_merges\":" + (pre.ignore_merges ? "true" : "false") +
+           "\"model\":{\"type\":\"BPE\",\"byte_fallback\":false,\"ignore_merges\":" +
+           (pre.ignore_merges ? "true" : "false") +
            ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""GGUF files that `deepseek quantize` wrote say what the models they came from say, and damaged ones are refused.
+"""GGUF files that `deepseek quantize` wrote say what their models say, and damaged ones are refused.
 
     tests/gguf/gguf_files.py [PROGRAM]         from anywhere; PROGRAM is ./deepseek unless given
 """
@@ -89,7 +89,7 @@ def damaged(good):
     cases |= {"magic": b"GGUX" + data[4:], "version 1": put(4, "<I", 1), "version 9": put(4, "<I", 9),
               "big endian": put(4, ">I", 3), "key longer than the file": put(24, "<Q", 1 << 40),
               "key length wraps": put(24, "<Q", 2**64 - 8), "43 bytes": data[:8] + b"\xff" * 35,
-              "unknown type of value": data.replace(b"general.architecture\x08", b"general.architecture\x63", 1),
+              "type of value": data.replace(b"general.architecture\x08", b"general.architecture\x63", 1),
               "architecture": data.replace(b"deepseek2", b"deepseek9"),
               "a tensor's name": data.replace(b"token_embd.weight", b"token_xmbd.weight", 1),
               "missing key": data.replace(b"deepseek2.block_count", b"deepseek2.block_xount", 1),
