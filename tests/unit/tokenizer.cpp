@@ -229,6 +229,7 @@ TEST(TokenizerJson, IntegersOfAnySizeAreNumbers) {
     EXPECT_EQ(number("100000000000000000000e-2"), 1e18);
     EXPECT_EQ(td::with_exponents(R"({"a\"12345678901234567890": 12345678901234567890})"),
               R"({"a\"12345678901234567890": 12345678901234567890e0})");
+    EXPECT_EQ(td::with_exponents("[1e+00000000000000000001]"), "[1e+00000000000000000001]");
     EXPECT_TRUE(is_error([&] { number("10000000000000000000000x"); }, "x: not valid JSON"));
 }
 
@@ -276,7 +277,8 @@ TEST(TokenizerRegex, Accepted) {
 }
 
 TEST(TokenizerRegex, Refused) {
-    for (const char* ruby : {".", "a.b", "^a", "\\d", "\\w", "\\h", "\\b", "\\A", "\\z", "\\G", "\\K",
+    for (const char* ruby : {"\\a", "\\e", "\\f", "\\v", "[\\t-\\s]", "[\\a]",
+                             ".", "a.b", "^a", "\\d", "\\w", "\\h", "\\b", "\\A", "\\z", "\\G", "\\K",
                              "\\R", "\\X", "\\x41", "\\u0041", "\\1", "\\k<a>", "\\Qa\\E", "\\", "a\\",
                              "[\\d]", "[\\S]", "[\\", "[[:alpha:]]", "[a[b]]", "[a&&b]", "[]a]", "[]",
                              "[^]", "[^]a]", "[a", "a]", "[z-a]", "[\\s-a]", "[a-\\s]", "[\\p{L}-a]",
