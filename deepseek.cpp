@@ -30,6 +30,8 @@
 //   G   GGUF models                its metadata as a Config, its vocabulary as a tokenizer
 //   H   Quantising                 blocks by least squares, mixtures of formats
 //   I   GGUF: writing              a model as a file that llama.cpp reads
+//   K   Fast CPU: AVX-512          wider registers, the same bits
+//   L   Fast CPU: AMX              tiles of bytes, the same bits
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -86,13 +88,16 @@
 #include <vector>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <simdjson.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
 #endif
 
 #include "tokenizer.h"
@@ -605,16 +610,14 @@ struct Format {
     int ggml_type;                       // number in a GGUF file, -1: none
     bool minimums;                       // blocks have a minimum beside the scale
 };
-inline const Format& format_of(Dtype dtype) {
-    static constexpr Format FORMATS[] = {
-        {"F64", 1, 8, -1, false},     {"F32", 1, 4, 0, false},
-        {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
-        {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
-        {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
-        {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
-        {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
-    return FORMATS[size_t(dtype)];
-}
+constexpr Format FORMATS[] = {
+    {"F64", 1, 8, -1, false},     {"F32", 1, 4, 0, false},
+    {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
+    {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
+    {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
+    {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
+    {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
+constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
 constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
 inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
 
@@ -657,6 +660,22 @@ inline const std::array<float, 256> E4M3 = [] {
     for (int b = 0; b < 256; b++) table[size_t(b)] = e4m3_to_float(uint8_t(b));
     return table;
 }();
+
+inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
+    uint32_t bits = std::bit_cast<uint32_t>(x);
+    if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_f16(float x) {                  // the same
+    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    float a = std::fabs(x);
+    if (std::isnan(x)) return uint16_t(sign | 0x7E00);
+    if (a >= 65520) return uint16_t(sign | 0x7C00);
+    int exponent = a > 0 ? std::max(std::ilogb(a), -14) : -14;
+    int fraction = int(std::nearbyint(std::ldexp(a, 10 - exponent)));   // 1024 carries into the exponent
+    return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
+}
 
 // -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
@@ -1388,22 +1407,6 @@ struct ConstRows {
     const real* operator[](int64_t t) const { return data + t * stride; }
 };
 
-inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
-    uint32_t bits = std::bit_cast<uint32_t>(x);
-    if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-inline uint16_t float_to_f16(float x) {                  // the same
-    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-    float a = std::fabs(x);
-    if (std::isnan(x)) return uint16_t(sign | 0x7E00);
-    if (a >= 65520) return uint16_t(sign | 0x7C00);
-    int exponent = a > 0 ? std::max(std::ilogb(a), -14) : -14;
-    int fraction = int(std::nearbyint(std::ldexp(a, 10 - exponent)));   // 1024 carries into the exponent
-    return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
-}
-
 // 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
 inline void quantise_q8_0(std::byte* out, const real* x) {
     constexpr float INF = std::numeric_limits<float>::infinity();
@@ -1477,7 +1480,7 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 // of the activations is then a fraction of that of the weights (README has the measurements); `--exact`
 // leaves x as it is, and dequantises each weight.
 
-constexpr int X_LIMIT = 2047, GROUP = 16, BLOCK_LANES = 8;
+constexpr int X_LIMIT = 2047, GROUP = 16, BLOCK_LANES = 8, QUANTISED_TOGETHER = 16;
 
 // T vectors of n numbers in small integers: x[t][i] ~ d[t][i / block] * q[t][i].
 struct IntRows {
@@ -1485,12 +1488,19 @@ struct IntRows {
     int16_t* q = nullptr;      // (T, n)
     int16_t* sums = nullptr;   // (T, n / GROUP): of 16 q each
     float* d = nullptr;        // (T, n / block)
+    std::byte* parts = nullptr;   // the same, cut into bytes (appendices K, L), or none
+    bool few = true;              // T < MANY_TOKENS
 
+    // The vectors from t on; with parts, t is a multiple of QUANTISED_TOGETHER.
     IntRows at(int t) const {
-        return {n, block, q + int64_t(t) * n, sums + int64_t(t) * (n / GROUP), d + int64_t(t) * (n / block)};
+        IntRows r = *this;
+        r.q += int64_t(t) * n, r.sums += int64_t(t) * (n / GROUP), r.d += int64_t(t) * (n / block);
+        if (parts) r.parts += size_t(t / QUANTISED_TOGETHER) * tile_bytes(n, block);
+        return r;
     }
-    static size_t bytes(int T, int n, int block) {
-        return size_t(T) * (2 * size_t(n) + 2 * size_t(n / GROUP) + 4 * size_t(n / block)) + 192;
+    // Parts of QUANTISED_TOGETHER vectors for matrix tiles.
+    static size_t tile_bytes(int n, int block) {
+        return size_t(n / block) * (block == 32 ? 2048 + 64 + 64 : 4 * 2048 + 64 + 512);
     }
 };
 
@@ -1507,8 +1517,8 @@ inline IntScale int_scale(uint32_t largest) {
     return {top / X_LIMIT, X_LIMIT / top};
 }
 
-// out, one vector: x (n). Ties go to the even integer.
-inline void quantise_plain(const IntRows& out, const real* x) {
+// One vector: x (n). Ties go to the even integer.
+inline void quantise_one(const IntRows& out, const real* x) {
     constexpr float TO_INTEGER = 0x1.8p23f;
     for (int begin = 0; begin < out.n; begin += out.block) {
         uint32_t largest = 0;
@@ -1525,6 +1535,11 @@ inline void quantise_plain(const IntRows& out, const real* x) {
         for (int i = 0; i < GROUP; i++) sum += out.q[g * GROUP + i];
         out.sums[g] = int16_t(sum);
     }
+}
+
+// T <= QUANTISED_TOGETHER vectors.
+inline void quantise_plain(const IntRows& out, ConstRows x, int T) {
+    for (int t = 0; t < T; t++) quantise_one(out.at(t), x[t]);
 }
 
 inline float sum_block_lanes(const float* lane) {
@@ -1592,7 +1607,9 @@ inline void exp_below_plain(real* z, real top, int n) {
 
 // -- 5.4  the kernels in use ---------------------------------------------------------------------
 
-// Plain, or the fastest that this processor has (appendix A), with the same bits.
+inline size_t no_parts(int, int, int) { return 0; }
+
+// Plain, or the fastest that this processor has (appendices A, E, J to L), with the same bits.
 struct Kernels {
     const char* name = "plain";
     bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
@@ -1602,8 +1619,9 @@ struct Kernels {
     real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
     void (*exp_below)(real* z, real top, int n) = exp_below_plain;
     void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
-    void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
+    void (*quantise)(const IntRows& out, ConstRows x, int T) = quantise_plain;
     void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
+    size_t (*part_bytes)(int T, int n, int block) = no_parts;   // IntRows::parts that int_rows wants
 };
 inline Kernels kernels;
 
@@ -1626,6 +1644,9 @@ struct Product {
     int T;
 };
 
+// From so many tokens on a kernel unpacks a block of rows once for all of them.
+constexpr int MANY_TOKENS = 4, MANY_ROWS = 192;
+
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
 // The inputs of some products in small integers, where their weights want that; equal inputs once.
@@ -1638,12 +1659,21 @@ public:
             if (same_rows && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
         }
         size_t n = size_t(p.w->cols), T = size_t(p.T);
-        IntRows rows{p.w->cols, block, nullptr, nullptr, nullptr};
-        Buffer& memory = memory_at(entries_.size(), IntRows::bytes(p.T, p.w->cols, block));
-        Arena arena{memory.data(), 0};
-        rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
-        rows.d = arena.take<float>(T * n / size_t(block));
-        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
+        size_t parts = kernels.part_bytes(p.T, p.w->cols, block);
+        IntRows rows{.n = p.w->cols, .block = block, .few = p.T < MANY_TOKENS};
+        auto place = [&](Arena arena) {
+            rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
+            rows.d = arena.take<float>(T * n / size_t(block));
+            rows.parts = parts > 0 ? arena.take<std::byte>(parts) : nullptr;
+            return arena.used;
+        };
+        std::byte* memory = memory_at(entries_.size(), place({}) + 64).data();
+        place({memory + -reinterpret_cast<uintptr_t>(memory) % 64});
+        int64_t groups = (p.T + QUANTISED_TOGETHER - 1) / QUANTISED_TOGETHER;
+        parallel_for(groups, [&](int64_t g) {
+            int t = int(g) * QUANTISED_TOGETHER, count = std::min(QUANTISED_TOGETHER, p.T - t);
+            kernels.quantise(rows.at(t), {p.x[t], p.x.stride}, count);
+        }, int64_t(n) * QUANTISED_TOGETHER);
         entries_.push_back({p.x, p.T, rows});
         return entries_.back().rows;
     }
@@ -1666,12 +1696,9 @@ private:
     }
 };
 
-// From so many tokens on a kernel unpacks a block of rows once for all of them.
-constexpr int MANY_TOKENS = 4, MANY_ROWS = 48;
-
 // Rows of W that a thread takes at once: few enough for all threads to have work, many enough to be worth it.
 inline int rows_at_once(const Product& p, int threads) {
-    if (p.T >= MANY_TOKENS) return MANY_ROWS;
+    if (p.T >= MANY_TOKENS) return std::clamp(p.w->rows / (4 * threads) / 48 * 48, 48, MANY_ROWS);
     return std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
 }
 
@@ -3230,8 +3257,8 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // One token needs each weight once: the time is that of reading the weights from memory, and the kernels
 // read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
 // into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain or avx2 in the
-// environment overrides the choice.
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512 or amx
+// in the environment overrides the choice.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
@@ -3404,14 +3431,22 @@ AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, in
     }
 }
 
+// The tile of R <= rows rows and T <= TILE_TOKENS tokens; appendix K has larger ones.
 using Tile = void (*)(FloatBlock&, int row, int token, int col, ConstRows x, int n, const float* scale);
-template <bool SCALED> Tile tile_of(int R, int T) {
-    static constexpr Tile TILES[TILE_ROWS][TILE_TOKENS] = {
-        {tile<1, 1, SCALED>, tile<1, 2, SCALED>, tile<1, 3, SCALED>, tile<1, 4, SCALED>},
-        {tile<2, 1, SCALED>, tile<2, 2, SCALED>, tile<2, 3, SCALED>, tile<2, 4, SCALED>},
-        {tile<3, 1, SCALED>, tile<3, 2, SCALED>, tile<3, 3, SCALED>, tile<3, 4, SCALED>}};
-    return TILES[R - 1][T - 1];
+struct Tiles {
+    int rows;
+    Tile (*of)(bool scaled, int R, int T);
+};
+
+template <size_t... I> Tile tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
+    static constexpr Tile PLAIN[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, false>...};
+    static constexpr Tile SCALED[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, true>...};
+    return (scaled ? SCALED : PLAIN)[(R - 1) * TILE_TOKENS + T - 1];
 }
+inline Tile tile_of(bool scaled, int R, int T) {
+    return tile_of(scaled, R, T, std::make_index_sequence<TILE_ROWS * TILE_TOKENS>());
+}
+constexpr Tiles TILES = {TILE_ROWS, tile_of};
 
 // The columns that do not fill 16 lanes, and the e4m3 block that has them.
 inline void tile_tail(FloatBlock& b, int R, int T, int col, ConstRows x, int n, const float* scale) {
@@ -3424,18 +3459,17 @@ inline void tile_tail(FloatBlock& b, int R, int T, int col, ConstRows x, int n, 
     }
 }
 
-// Adds the columns col .. col + n of the block; x begins at the first of them. scale: (R), e4m3 only
-template <bool SCALED>
-void add_columns(FloatBlock& b, int R, ConstRows x, int T, int col, int n, const float* scale) {
-    int whole = SCALED && n % LANES ? 0 : n / LANES * LANES;
+// Adds the columns col .. col + n of the block; x begins at the first of them. scale: (R), or none
+inline void add_columns(const Tiles& tiles, FloatBlock& b, int R, ConstRows x, int T, int col, int n,
+                        const float* scale) {
+    int whole = scale && n % LANES ? 0 : n / LANES * LANES;
     for (int t = 0; whole > 0 && t < T; t += TILE_TOKENS) {
-        for (int r = 0; r < R; r += TILE_ROWS) {
-            Tile f = tile_of<SCALED>(std::min(TILE_ROWS, R - r), std::min(TILE_TOKENS, T - t));
-            f(b, r, t, col, {x[t], x.stride}, whole, scale + r);
+        for (int r = 0; r < R; r += tiles.rows) {
+            Tile f = tiles.of(scale, std::min(tiles.rows, R - r), std::min(TILE_TOKENS, T - t));
+            f(b, r, t, col, {x[t], x.stride}, whole, scale ? scale + r : nullptr);
         }
     }
-    if (whole < n)
-        tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, SCALED ? scale : nullptr);
+    if (whole < n) tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, scale);
 }
 
 AVX2_ENTRY void sum_lanes_of_rows(float* out, FloatBlock& b, int t, int R) {
@@ -3444,22 +3478,34 @@ AVX2_ENTRY void sum_lanes_of_rows(float* out, FloatBlock& b, int t, int R) {
 }
 
 // The block's R rows from `row` on, for T tokens.
-inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row, int R, int T) {
+inline void float_block(const Tiles& tiles, FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row,
+                        int R, int T) {
     std::fill_n(b.lanes[0][0][0], (T + TILE_TOKENS - 1) / TILE_TOKENS * BLOCK_ROWS * TILE_TOKENS * LANES,
                 0.0f);
     for (int begin = 0; begin < w.cols; begin += BLOCK_COLS) {
         int n = std::min(BLOCK_COLS, w.cols - begin);
         for (int r = 0; r < R; r++) widen_part(b.w[r], w, row + r, begin, n);
         ConstRows part{x[0] + begin, x.stride};
-        float scale[BLOCK_ROWS] = {};
-        if (w.dtype != Dtype::F8_E4M3) add_columns<false>(b, R, part, T, 0, n, scale);
+        float scale[BLOCK_ROWS];
+        if (w.dtype != Dtype::F8_E4M3) add_columns(tiles, b, R, part, T, 0, n, nullptr);
         for (int col = 0; w.dtype == Dtype::F8_E4M3 && col < n; col += SCALE_BLOCK) {
             size_t block = size_t((begin + col) / SCALE_BLOCK);
             for (int r = 0; r < R; r++) scale[r] = load<float>(w.scale_row(row + r) + 4 * block);
-            add_columns<true>(b, R, {part[0] + col, x.stride}, T, col, std::min(SCALE_BLOCK, n - col), scale);
+            add_columns(tiles, b, R, {part[0] + col, x.stride}, T, col, std::min(SCALE_BLOCK, n - col),
+                        scale);
         }
     }
     for (int t = 0; t < T; t++) sum_lanes_of_rows(out[t] + row, b, t, R);
+}
+
+inline void many_tokens(const Tiles& tiles, Rows out, ConstRows x, const Matrix& w, int T, int begin,
+                        int end) {
+    thread_local FloatBlock block;
+    for (int t = 0; t < T; t += BLOCK_TOKENS) {
+        for (int r = begin; r < end; r += BLOCK_ROWS)
+            float_block(tiles, block, {out[t], out.stride}, {x[t], x.stride}, w, r,
+                        std::min(BLOCK_ROWS, end - r), std::min(BLOCK_TOKENS, T - t));
+    }
 }
 
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
@@ -3472,12 +3518,7 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
         default: break;
         }
     }
-    thread_local FloatBlock block;
-    for (int t = 0; t < T; t += BLOCK_TOKENS) {
-        for (int r = begin; r < end; r += BLOCK_ROWS)
-            float_block(block, {out[t], out.stride}, {x[t], x.stride}, w, r, std::min(BLOCK_ROWS, end - r),
-                        std::min(BLOCK_TOKENS, T - t));
-    }
+    many_tokens(TILES, out, x, w, T, begin, end);
 }
 
 // -- A.4  weighted sums of rows ------------------------------------------------------------------
@@ -3579,10 +3620,24 @@ AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
 }
 
 // Appendix E.
-inline void quantise(const IntRows& out, const float* x);
+inline void quantise(const IntRows& out, ConstRows x, int T);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 
 }  // namespace avx2
+
+// Appendices K and L.
+namespace avx512 {
+inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
+inline size_t part_bytes(int T, int n, int block);
+inline void quantise(const IntRows& out, ConstRows x, int T);
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+}  // namespace avx512
+namespace amx {
+inline bool available();
+inline size_t part_bytes(int T, int n, int block);
+inline void quantise(const IntRows& out, ConstRows x, int T);
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+}  // namespace amx
 #endif
 
 // -- A.6  choose_kernels: once, at start ---------------------------------------------------------
@@ -3593,6 +3648,17 @@ inline std::vector<Kernels> available_kernels() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         all.push_back({"avx2", true, avx2::rows, avx2::weigh, avx2::widen, avx2::dot_real, avx2::exp_below,
                        avx2::silu_times, avx2::quantise, avx2::int_rows});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        Kernels k = all.back();
+        k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
+        k.quantise = avx512::quantise, k.part_bytes = avx512::part_bytes;
+        all.push_back(k);
+        k.name = "amx", k.int_rows = amx::int_rows;
+        k.quantise = amx::quantise, k.part_bytes = amx::part_bytes;
+        if (amx::available()) all.push_back(k);
+    }
 #endif
     return all;
 }
@@ -3634,7 +3700,7 @@ inline void choose_kernels(const std::string& name, bool exact) {
 struct Options {
     std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32";
     std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
-    int threads = 0, context = 0, chunk = 128, max_tokens = -1, think_budget = -1;
+    int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
     std::optional<double> temperature, top_p, min_p;
     std::optional<int> top_k;
@@ -3908,6 +3974,18 @@ inline void command_run(const Options& o) {
     if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
 }
 
+// False after Ctrl-C. The signal is let in only while this waits: between a look at `interrupted` and a read
+// that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
+}
+
 inline void command_chat(const Options& o) {
     Talk talk(o);
     std::vector<Message> messages;
@@ -3915,6 +3993,7 @@ inline void command_chat(const Options& o) {
     bool terminal = isatty(STDIN_FILENO);
     for (std::string line; !interrupted;) {
         if (terminal) std::fputs("> ", stderr);
+        if (terminal && !wait_for_line()) break;
         if (!std::getline(std::cin, line)) break;
         if (line.empty()) continue;
         messages.push_back({"user", line, {}});
@@ -3985,7 +4064,7 @@ inline void add_generation_options(CLI::App* sub, Options& o) {
     sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")
         ->check(CLI::Range(0, MOST));
     sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 128)")
+    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")
         ->check(CLI::Range(1, 65536));
     sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
     sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
@@ -4025,7 +4104,7 @@ inline void add_measuring_commands(CLI::App& app, Options& o) {
     logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
     logits->add_flag("--taps", o.taps, "every named intermediate too");
     logits->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 128)")
+    logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 512)")
         ->check(CLI::Range(1, 65536));
     logits->callback([&o] { prepare(o), command_logits(o); });
 
@@ -4560,6 +4639,13 @@ AVX2 __m256i sum8(const __m256i* v) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
+// The tree of chapter 5's sum_block_lanes.
+AVX2 float sum_block_lanes(__m256 lane) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lane), _mm256_extractf128_ps(lane, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 // Up to eight blocks of a row: their integer sums with T vectors, and their scales.
 template <Dtype D, int T> struct BlockSums {
     __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
@@ -4610,11 +4696,7 @@ AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std:
         for (int k = 0; k < count; k++, p += bytes) sum_block<D, T>(sums, k, p, x, b + k);
         add_blocks<D, T>(lane, sums, x.d + b, x.n / x.block, count);
     }
-    for (int t = 0; t < T; t++) {
-        alignas(32) float lanes[BLOCK_LANES];
-        _mm256_store_ps(lanes, lane[t]);
-        out[t * stride] = sum_block_lanes(lanes);
-    }
+    for (int t = 0; t < T; t++) out[t * stride] = sum_block_lanes(lane[t]);
 }
 
 template <Dtype D>
@@ -4753,17 +4835,27 @@ AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float (*lane)[INT_ROWS
     }
 }
 
-template <Dtype D>
+// How many tokens a tile has, and the tile. Appendix K has a wider one.
+struct Narrow {
+    static constexpr int TOKENS = 4;
+    template <int VALUES, bool MINIMUMS, int T>
+    static void tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
+        int_tile<VALUES, MINIMUMS, T>(b, token, x, begin, n);
+    }
+};
+
+template <class Width, Dtype D>
 void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, TOKENS = Width::TOKENS;
     constexpr bool MINIMUMS = has_minimums(D);
     std::fill_n(b.lane[0][0], T * BLOCK_LANES * INT_ROWS, 0.0f);
     for (int begin = 0; begin < w.cols; begin += INT_COLS) {
         int n = std::min(INT_COLS, w.cols - begin);
         pack<D>(b, w, row, R, begin, n);
         int t = 0;
-        for (; t + 4 <= T; t += 4) int_tile<VALUES, MINIMUMS, 4>(b, t, x.at(t), begin, n);
-        for (; t < T; t++) int_tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
+        for (; t + TOKENS <= T; t += TOKENS)
+            Width::template tile<VALUES, MINIMUMS, TOKENS>(b, t, x.at(t), begin, n);
+        for (; t < T; t++) Width::template tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
     }
     for (int t = 0; t < T; t++) {
         alignas(32) float sums[INT_ROWS];
@@ -4772,29 +4864,38 @@ void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row
     }
 }
 
-template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    if (T < MANY_TOKENS) return few_tokens_int<D>(out, x, w, T, begin, end);
-    thread_local IntBlock block;
-    for (int t = 0; t < T; t += BLOCK_TOKENS)
-        for (int r = begin; r < end; r += INT_ROWS)
-            int_block<D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
-                         std::min(BLOCK_TOKENS, T - t));
+// body.operator()<D>() for the D that is `dtype`.
+template <class Body> void for_quantised(Dtype dtype, const Body& body) {
+    switch (dtype) {
+    case Dtype::Q4_0: return body.template operator()<Dtype::Q4_0>();
+    case Dtype::Q4_1: return body.template operator()<Dtype::Q4_1>();
+    case Dtype::Q5_0: return body.template operator()<Dtype::Q5_0>();
+    case Dtype::Q5_1: return body.template operator()<Dtype::Q5_1>();
+    case Dtype::Q8_0: return body.template operator()<Dtype::Q8_0>();
+    case Dtype::Q2_K: return body.template operator()<Dtype::Q2_K>();
+    case Dtype::Q3_K: return body.template operator()<Dtype::Q3_K>();
+    case Dtype::Q4_K: return body.template operator()<Dtype::Q4_K>();
+    case Dtype::Q5_K: return body.template operator()<Dtype::Q5_K>();
+    case Dtype::Q6_K: return body.template operator()<Dtype::Q6_K>();
+    default: CHECK(false, "dtype %d is not quantised", int(dtype));
+    }
+}
+
+template <class Width>
+void many_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    thread_local IntBlock memory;
+    IntBlock& block = memory;
+    for_quantised(w.dtype, [&]<Dtype D>() {
+        for (int t = 0; t < T; t += BLOCK_TOKENS)
+            for (int r = begin; r < end; r += INT_ROWS)
+                int_block<Width, D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
+                                    std::min(BLOCK_TOKENS, T - t));
+    });
 }
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    switch (w.dtype) {
-    case Dtype::Q4_0: return int_rows_of<Dtype::Q4_0>(out, x, w, T, begin, end);
-    case Dtype::Q4_1: return int_rows_of<Dtype::Q4_1>(out, x, w, T, begin, end);
-    case Dtype::Q5_0: return int_rows_of<Dtype::Q5_0>(out, x, w, T, begin, end);
-    case Dtype::Q5_1: return int_rows_of<Dtype::Q5_1>(out, x, w, T, begin, end);
-    case Dtype::Q8_0: return int_rows_of<Dtype::Q8_0>(out, x, w, T, begin, end);
-    case Dtype::Q2_K: return int_rows_of<Dtype::Q2_K>(out, x, w, T, begin, end);
-    case Dtype::Q3_K: return int_rows_of<Dtype::Q3_K>(out, x, w, T, begin, end);
-    case Dtype::Q4_K: return int_rows_of<Dtype::Q4_K>(out, x, w, T, begin, end);
-    case Dtype::Q5_K: return int_rows_of<Dtype::Q5_K>(out, x, w, T, begin, end);
-    case Dtype::Q6_K: return int_rows_of<Dtype::Q6_K>(out, x, w, T, begin, end);
-    default: CHECK(false, "dtype %d is not quantised", int(w.dtype));
-    }
+    if (T >= MANY_TOKENS) return many_ints<Narrow>(out, x, w, T, begin, end);
+    for_quantised(w.dtype, [&]<Dtype D>() { few_tokens_int<D>(out, x, w, T, begin, end); });
 }
 
 AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
@@ -4806,7 +4907,7 @@ AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
     return *std::max_element(lane, lane + 8);
 }
 
-AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
+AVX2_ENTRY void quantise_vector(const IntRows& out, const float* x) {
     for (int begin = 0; begin < out.n; begin += out.block) {
         IntScale s = int_scale(largest_magnitude(x + begin, out.block));
         out.d[begin / out.block] = s.d;
@@ -4823,6 +4924,10 @@ AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
                 int16_t(lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7]);
         }
     }
+}
+
+inline void quantise(const IntRows& out, ConstRows x, int T) {
+    for (int t = 0; t < T; t++) quantise_vector(out.at(t), x[t]);
 }
 
 }  // namespace avx2
@@ -6314,3 +6419,769 @@ void write_gguf(const Model& m, const fs::path& source, const std::string& out, 
     }
     file.commit();
 }
+
+// =================================================================================================
+// Appendix K. Fast CPU: AVX-512
+// =================================================================================================
+//
+// What do wider registers change? Nothing in any result. Chapter 5's sixteen lanes are one register, and a
+// dot in integers has one answer, however it is cut up. So "avx512" does what "avx2" does with twice as
+// much an instruction, and with one that multiplies pairs and adds them to a sum (VNNI).
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+#define AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#define AVX512 __attribute__((target(AVX512_TARGET), always_inline)) inline
+#define AVX512_ENTRY __attribute__((target(AVX512_TARGET))) inline
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"   // g++ 12 finds fault with its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace avx512 {
+
+using avx2::BLOCK_TOKENS, avx2::FloatBlock, avx2::INT_COLS, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales;
+using avx2::has_minimums, avx2::load128, avx2::load256, avx2::place_of_d;
+
+// -- K.1  sixteen weights at a time --------------------------------------------------------------
+
+constexpr __mmask16 ALL = 0xFFFF;
+
+AVX512 __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+AVX512 __m512i constant(int v) { return _mm512_set1_epi32(v); }
+
+AVX512 __m512 widen16(F32Row w, int i, __mmask16 m) { return _mm512_maskz_loadu_ps(m, w.p + 4 * size_t(i)); }
+AVX512 __m512 widen16(F16Row w, int i, __mmask16 m) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, w.p + 2 * size_t(i)));
+}
+AVX512 __m512 widen16(Bf16Row w, int i, __mmask16 m) {
+    __m256i half = _mm256_maskz_loadu_epi16(m, w.p + 2 * size_t(i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+AVX512 __m512 widen16(E4m3Row w, int i, __mmask16 m) {               // as avx2::widen8
+    __m512i b = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, w.p + i));
+    __m512i magnitude = _mm512_and_si512(b, constant(127));
+    __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(b, 7), 31);
+    __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20));
+    __m512i bits = _mm512_castps_si512(_mm512_mul_ps(value, _mm512_set1_ps(0x1p120f)));
+    __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, constant(127));
+    return _mm512_castsi512_ps(_mm512_mask_set1_epi32(_mm512_or_si512(bits, sign), nan, -1));
+}
+
+// -- K.2  some rows, a few tokens ----------------------------------------------------------------
+
+// Into the second cache, from where the processor fetches in time. Its own guesses stop at each page.
+AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+constexpr int AHEAD = 4096;
+
+template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
+template <> constexpr size_t STORED<F32Row> = 4;
+template <> constexpr size_t STORED<E4m3Row> = 1;
+
+AVX512 float sum(__m512 v) {
+    return avx2::sum({_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)});
+}
+
+template <class Row, int R, int T> struct Dots {
+    __m512 v[R][T];
+    size_t ahead;                                      // bytes to the rows that come after these
+
+    AVX512 void clear() {
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+    }
+    // The columns i .. i + 16 of which m has the bit.
+    AVX512 void step(const Row* w, ConstRows x, int i, __mmask16 m) {
+        __m512 xt[T];
+        for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
+        for (int r = 0; r < R; r++) {
+            prefetch(w[r].p + ahead + STORED<Row> * size_t(i));
+            __m512 wr = widen16(w[r], i, m);
+            for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
+        }
+    }
+    AVX512 void add_products(const Row* w, ConstRows x, int begin, int end) {
+        int i = begin;
+        for (; i + LANES <= end; i += LANES) step(w, x, i, ALL);
+        if (i < end) step(w, x, i, __mmask16((1u << (end - i)) - 1));
+    }
+};
+
+template <class Row, int R, int T> AVX512_ENTRY void dots(Rows out, ConstRows x, const Matrix& w, int first) {
+    Row row[R];
+    for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
+    Dots<Row, R, T> all;
+    all.clear();
+    all.ahead = size_t(R) * size_t(row[R - 1].p - row[0].p) / std::max(R - 1, 1);
+    if constexpr (std::is_same_v<Row, E4m3Row>) {
+        for (int begin = 0; begin < w.cols; begin += SCALE_BLOCK) {
+            Dots<Row, R, T> block;
+            block.clear();
+            block.ahead = all.ahead;
+            block.add_products(row, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
+            for (int r = 0; r < R; r++) {
+                __m512 s = _mm512_set1_ps(load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4));
+                for (int t = 0; t < T; t++) all.v[r][t] = _mm512_fmadd_ps(s, block.v[r][t], all.v[r][t]);
+            }
+        }
+    } else {
+        all.add_products(row, x, 0, w.cols);
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
+}
+
+// Four rows at once: four chains of additions hide each other's latency.
+template <class Row, int T> void few(Rows out, ConstRows x, const Matrix& w, int begin, int end) {
+    int r = begin;
+    for (; r + 4 <= end; r += 4) dots<Row, 4, T>(out, x, w, r);
+    for (; r < end; r++) dots<Row, 1, T>(out, x, w, r);
+}
+
+template <class Row> void few_tokens(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    static_assert(MANY_TOKENS == 4);
+    if (T == 1) few<Row, 1>(out, x, w, begin, end);
+    if (T == 2) few<Row, 2>(out, x, w, begin, end);
+    if (T == 3) few<Row, 3>(out, x, w, begin, end);
+}
+
+// -- K.3  a block of rows, many tokens -----------------------------------------------------------
+
+constexpr int TILE_ROWS = 6, TILE_TOKENS = avx2::TILE_TOKENS;         // 24 sums of 16 lanes in 32 registers
+
+// avx2::tile
+template <int R, int T, bool SCALED>
+AVX512_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
+    __m512 v[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+            v[r][t] = SCALED ? _mm512_setzero_ps() : _mm512_load_ps(b.lane(row + r, token + t));
+    for (int i = 0; i < n; i += LANES) {
+        __m512 xt[T];
+        for (int t = 0; t < T; t++) xt[t] = _mm512_loadu_ps(x[t] + i);
+        for (int r = 0; r < R; r++) {
+            __m512 w = _mm512_load_ps(b.w[row + r] + col + i);
+            for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(w, xt[t], v[r][t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) {
+            float* lane = b.lane(row + r, token + t);
+            if (SCALED) v[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), v[r][t], _mm512_load_ps(lane));
+            _mm512_store_ps(lane, v[r][t]);
+        }
+}
+
+template <size_t... I> avx2::Tile tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
+    static constexpr avx2::Tile PLAIN[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, false>...};
+    static constexpr avx2::Tile SCALED[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, true>...};
+    return (scaled ? SCALED : PLAIN)[(R - 1) * TILE_TOKENS + T - 1];
+}
+inline avx2::Tile tile_of(bool scaled, int R, int T) {
+    return tile_of(scaled, R, T, std::make_index_sequence<TILE_ROWS * TILE_TOKENS>());
+}
+
+inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) {
+        switch (w.dtype) {
+        case Dtype::F32: return few_tokens<F32Row>(out, x, w, T, begin, end);
+        case Dtype::BF16: return few_tokens<Bf16Row>(out, x, w, T, begin, end);
+        case Dtype::F16: return few_tokens<F16Row>(out, x, w, T, begin, end);
+        case Dtype::F8_E4M3: return few_tokens<E4m3Row>(out, x, w, T, begin, end);
+        default: break;
+        }
+    }
+    avx2::many_tokens({TILE_ROWS, tile_of}, out, x, w, T, begin, end);
+}
+
+// -- K.4  integers: one row, a few tokens --------------------------------------------------------
+//
+// The formats of the common files, Q8_0 and Q4_K with Q6_K; the others take the way of "avx2". A byte holds
+// a weight of the latter two before it meets its scale. So x is cut into x = 64 x_high + x_low, two bytes,
+// and 64 weights are multiplied at once.
+
+AVX512 __m512i all16(int16_t v) { return _mm512_set1_epi16(v); }
+AVX512 __m512i all8(char v) { return _mm512_set1_epi8(v); }
+AVX512 __m512i twice(const std::byte* p) { return _mm512_broadcast_i64x4(load256(p)); }
+// The lower half shifted by `low` bits, the upper by `high`, and masked.
+AVX512 __m512i shifted_right(__m512i v, int low, int high, char mask) {
+    __m512i by = _mm512_inserti64x4(constant(low), _mm256_set1_epi32(high), 1);
+    return _mm512_and_si512(_mm512_srlv_epi32(v, by), all8(mask));
+}
+// Of 16 scales, the four of the weights from 64 i on, each for 8 pairs of weights.
+AVX512 __m512i four_scales(__m512i scales, int i) {
+    constexpr int64_t ONES = 0x0001000100010001;
+    __m512i pairs = _mm512_set_epi64(3 * ONES, 3 * ONES, 2 * ONES, 2 * ONES, ONES, ONES, 0, 0);
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(pairs, all16(int16_t(4 * i))), scales);
+}
+
+// (T, 2, n): low and high parts of few vectors.
+inline size_t part_bytes(int T, int n, int block) {
+    return block == 256 && T < MANY_TOKENS ? size_t(2 * T) * size_t(n) : 0;
+}
+
+AVX512_ENTRY void split(const IntRows& x, int T) {
+    for (int t = 0; t < T; t++) {
+        std::byte* out = x.parts + int64_t(2 * t) * x.n;
+        for (int i = 0; i < x.n; i += 32) {
+            __m512i q = load512(x.q + int64_t(t) * x.n + i);
+            avx2::store256(out + i, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(63))));
+            avx2::store256(out + x.n + i, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 6)));
+        }
+    }
+}
+
+inline void quantise(const IntRows& out, ConstRows x, int T) {
+    avx2::quantise(out, x, T);
+    if (out.parts) split(out, T);
+}
+
+// A block's sums with T vectors.
+template <int T> struct ByteSums {
+    __m512i low[T], high[T];
+    const std::byte* x;                                // of the block
+    int64_t n;
+
+    // Weights 64 i .. 64 i + 64
+    AVX512 void add(int i, __m512i w, __m512i scales) {
+        __m512i four = four_scales(scales, i);
+        for (int t = 0; t < T; t++) {
+            const std::byte* part = x + 2 * t * n + 64 * i;
+            low[t] = _mm512_dpwssd_epi32(low[t], _mm512_maddubs_epi16(w, load512(part)), four);
+            high[t] = _mm512_dpwssd_epi32(high[t], _mm512_maddubs_epi16(w, load512(part + n)), four);
+        }
+    }
+};
+
+template <int T> AVX512 void add_q4_k(ByteSums<T>& sums, const std::byte* p, __m512i scales) {
+    for (int i = 0; i < 4; i++) sums.add(i, shifted_right(twice(p + 16 + 32 * i), 0, 4, 15), scales);
+}
+
+// Without the 32 that is to be subtracted from each weight.
+template <int T> AVX512 void add_q6_k(ByteSums<T>& sums, const std::byte* p, __m512i scales) {
+    for (int i = 0; i < 2; i++) {
+        __m512i low = load512(p + 64 * i), high = twice(p + 128 + 32 * i);
+        __m512i a = shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48), b = shifted_right(high, 0, 2, 48);
+        sums.add(2 * i, _mm512_or_si512(_mm512_and_si512(low, all8(15)), a), scales);
+        sums.add(2 * i + 1, _mm512_or_si512(shifted_right(low, 4, 4, 15), b), scales);
+    }
+}
+
+// The sums of the sixteen lanes of eight vectors.
+AVX512 __m256i sum8(const __m512i* v) {
+    __m512i pair[4], four[2];
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
+    __m512i half = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88),
+                                    _mm512_shuffle_i32x4(four[0], four[1], 0xDD));
+    __m512i all = _mm512_add_epi32(half, _mm512_shuffle_i32x4(half, half, 0xB1));
+    return _mm512_castsi512_si256(_mm512_shuffle_i32x4(all, all, 0x08));
+}
+
+// Eight blocks of a row: their sums with T vectors, and their scales in f16.
+template <Dtype D, int T> struct EightBlocks {
+    static constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    __m512i sum[T][BLOCK_LANES];
+    __m256i minimum[T][BLOCK_LANES];
+    uint64_t d[2], m[2];
+
+    AVX512 void clear() { std::memset(static_cast<void*>(this), 0, sizeof *this); }
+
+    // The block at p is number k of the eight, and number b of the row.
+    AVX512 void add(int k, int b, const std::byte* p, const IntRows& x) {
+        d[k / 4] |= uint64_t(load<uint16_t>(p + place_of_d(D))) << 16 * (k % 4);
+        if constexpr (D == Dtype::Q8_0) {
+            __m512i w = _mm512_cvtepi8_epi16(load256(p + 2));
+            for (int t = 0; t < T; t++)
+                sum[t][k] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w, load512(x.q + t * x.n + b * 32));
+        } else {
+            add_k_block(k, b, p, x);
+        }
+    }
+    AVX512 void add_k_block(int k, int b, const std::byte* p, const IntRows& x) {
+        Scales s;
+        if (D == Dtype::Q4_K) avx2::six_bit_scales(s, p + 4);
+        __m256i scale = D == Dtype::Q4_K ? load256(s.scale) : _mm256_cvtepi8_epi16(load128(p + 192));
+        ByteSums<T> sums{{}, {}, x.parts + b * VALUES, x.n};
+        for (int t = 0; t < T; t++) sums.low[t] = sums.high[t] = _mm512_setzero_si512();
+        if (D == Dtype::Q4_K) add_q4_k(sums, p, _mm512_castsi256_si512(scale));
+        else add_q6_k(sums, p, _mm512_castsi256_si512(scale));
+        if (D == Dtype::Q4_K) m[k / 4] |= uint64_t(load<uint16_t>(p + 2)) << 16 * (k % 4);
+        for (int t = 0; t < T; t++) {
+            __m256i of_16 = load256(x.sums + t * (x.n / GROUP) + b * GROUP);
+            sum[t][k] = _mm512_add_epi32(sums.low[t], _mm512_slli_epi32(sums.high[t], 6));
+            if (D == Dtype::Q4_K) {
+                minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), of_16);
+            } else {
+                __m256i too_much = _mm256_slli_epi32(_mm256_madd_epi16(scale, of_16), 5);
+                sum[t][k] = _mm512_sub_epi32(sum[t][k], _mm512_zextsi256_si512(too_much));
+            }
+        }
+    }
+    // lane += the blocks b .. b + count
+    AVX512 void add_to(__m256 (&lane)[T], int b, int count, const IntRows& x) const {
+        __m256 ds = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(d[1]), int64_t(d[0]))),
+               ms = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(m[1]), int64_t(m[0])));
+        for (int t = 0; t < T; t++) {
+            __m256 dx = _mm256_maskz_loadu_ps(__mmask8((1 << count) - 1), x.d + t * (x.n / VALUES) + b);
+            lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(sum8(sum[t])), lane[t]);
+            if (!has_minimums(D)) continue;
+            __m256 minimums = _mm256_cvtepi32_ps(avx2::sum8(minimum[t]));
+            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), minimums, lane[t]);
+        }
+    }
+};
+
+template <Dtype D, int T>
+AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+    constexpr int BYTES = format_of(D).bytes;
+    int blocks = x.n / EightBlocks<D, T>::VALUES, b = 0;
+    __m256 lane[T];
+    for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
+    for (; b + BLOCK_LANES <= blocks; b += BLOCK_LANES, p += BLOCK_LANES * BYTES) {
+        for (int i = 0; i < BLOCK_LANES * BYTES; i += 64) prefetch(p + AHEAD + i);
+        EightBlocks<D, T> eight;
+        eight.d[0] = eight.d[1] = eight.m[0] = eight.m[1] = 0;
+        UNROLL
+        for (int k = 0; k < BLOCK_LANES; k++) eight.add(k, b + k, p + k * BYTES, x);
+        eight.add_to(lane, b, BLOCK_LANES, x);
+    }
+    if (b < blocks) {
+        for (int i = 0; i < (blocks - b) * BYTES; i += 64) prefetch(p + AHEAD + i);
+        EightBlocks<D, T> rest;
+        rest.clear();
+        for (int k = 0; k < blocks - b; k++) rest.add(k, b + k, p + k * BYTES, x);
+        rest.add_to(lane, b, blocks - b, x);
+    }
+    for (int t = 0; t < T; t++) out[t * stride] = avx2::sum_block_lanes(lane[t]);
+}
+
+template <Dtype D>
+void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for (int r = begin; r < end; r++) {
+        if (T == 1) int_row<D, 1>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 2) int_row<D, 2>(out[0] + r, out.stride, x, w.row(r));
+        if (T == 3) int_row<D, 3>(out[0] + r, out.stride, x, w.row(r));
+    }
+}
+
+inline void few_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    switch (w.dtype) {
+    case Dtype::Q8_0: return few_tokens_int<Dtype::Q8_0>(out, x, w, T, begin, end);
+    case Dtype::Q4_K: return few_tokens_int<Dtype::Q4_K>(out, x, w, T, begin, end);
+    case Dtype::Q6_K: return few_tokens_int<Dtype::Q6_K>(out, x, w, T, begin, end);
+    default: return avx2::int_rows(out, x, w, T, begin, end);
+    }
+}
+
+// -- K.5  integers: a block of rows, many tokens -------------------------------------------------
+
+// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
+template <int T>
+AVX512 void add_pairs(__m512i (&v)[T], const int32_t* w, const int16_t* x, int64_t stride, int n) {
+    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
+        __m512i pair = load512(w);
+        for (int t = 0; t < T; t++)
+            v[t] = _mm512_dpwssd_epi32(v[t], pair, constant(load<int32_t>(x + t * stride)));
+    }
+}
+
+// lane + (d dx) v, of 16 rows
+AVX512 __m512 add_scaled(__m512 lane, __m512 d, float dx, __m512i v) {
+    return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(dx)), _mm512_cvtepi32_ps(v), lane);
+}
+
+// avx2::int_tile, 16 tokens at a time.
+struct Wide {
+    static constexpr int TOKENS = 16;
+
+    template <int VALUES, bool MINIMUMS, int T>
+    AVX512_ENTRY static void tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
+        int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
+        for (int k = 0; k < n / VALUES; k++) {
+            int block = begin / VALUES + k;
+            const float* dx = x.d + block;
+            const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
+            __m512i v[T], minimum[T];
+            for (int t = 0; t < T; t++) {
+                v[t] = minimum[t] = _mm512_setzero_si512();
+                if (MINIMUMS && VALUES == 32)
+                    minimum[t] = constant(-(sums[t * groups] + sums[t * groups + 1]));
+            }
+            add_pairs<T>(v, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
+            if (MINIMUMS && VALUES == 256)
+                add_pairs<T>(minimum, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups,
+                             GROUP / 2);
+            __m512 d = _mm512_load_ps(b.d[k]);
+            __m512 minus_m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(b.m[k]));
+            for (int t = 0; t < T; t++) {
+                float* lane = b.lane[token + t][block % BLOCK_LANES];
+                __m512 y = add_scaled(_mm512_load_ps(lane), d, dx[t * blocks], v[t]);
+                if (MINIMUMS) y = add_scaled(y, minus_m, dx[t * blocks], minimum[t]);
+                _mm512_store_ps(lane, y);
+            }
+        }
+    }
+};
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) few_ints(out, x, w, T, begin, end);
+    else avx2::many_ints<Wide>(out, x, w, T, begin, end);
+}
+
+}  // namespace avx512
+#endif
+
+// =================================================================================================
+// Appendix L. Fast CPU: AMX
+// =================================================================================================
+//
+// AMX multiplies a tile of 16 rows x 64 bytes with one of 64 x 16: 16384 products of bytes at once. How do
+// integers of 12 and 14 bits get in? They are cut in two:
+//
+//      x = 128 x_high + x_low      w = 128 w_high + w_low
+//      w x = 2^14 w_high x_high  +  2^7 (w_high x_low + w_low x_high)  +  w_low x_low
+//
+// Each sum over a block fits in 32 bits, so nothing is lost. A block of 32 has weights of 8 bits, and sums
+// below 2^24: there tiles of bf16 serve better, which give the sum in f32 at once, as exactly.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+#define AMX __attribute__((target(AVX512_TARGET ",amx-tile,amx-int8,amx-bf16"), always_inline)) inline
+#define AMX_ENTRY __attribute__((target(AVX512_TARGET ",amx-tile,amx-int8,amx-bf16"))) inline
+
+namespace amx {
+
+using avx2::load256, avx512::all16, avx512::load512;
+
+// -- L.1  activations for tiles ------------------------------------------------------------------
+
+constexpr int TILE = 16, CHUNK = 64;           // rows or tokens of a tile, bytes of its rows
+constexpr int TILE_BYTES = TILE * CHUNK;
+static_assert(QUANTISED_TOGETHER == TILE);
+
+// IntRows::parts of 16 tokens.
+struct Group {
+    std::byte* parts;   // blocks of 32:  (n / 32, 2, 16, 16 tokens, 2): low and high part in bf16
+                        // blocks of 256: (n / 64, 2, 16, 16 tokens, 4): low and high part in bytes
+    float* d;           // (n / block, 16 tokens)
+    std::byte* sums;    // blocks of 32:  (n / 32, 16 tokens) in f32: minus the sum of 32 x
+                        // blocks of 256: (n / 256, 2, 4, 16 tokens, 4): low and high byte of sums of 16 x
+    explicit Group(const IntRows& x) {
+        parts = x.parts;
+        d = reinterpret_cast<float*>(parts + x.n / (x.block == 32 ? 32 : 64) * 2 * TILE_BYTES);
+        sums = reinterpret_cast<std::byte*>(d + x.n / x.block * TILE);
+    }
+
+    float* sums_32(int block) const { return reinterpret_cast<float*>(sums) + TILE * block; }
+    std::byte* sums_256(int block, int i, int t) const {
+        return sums + 512 * block + i / 4 * CHUNK + 4 * t + i % 4;
+    }
+};
+
+// 32 small integers in bf16, exactly.
+AVX512 __m512i to_bf16(__m512i q) {
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(q))),
+           high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(q, 1)));
+    __m256i a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(low), 16)),
+            b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(high), 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+
+// Columns i .. i + 32 of a token, as one of 16 columns of the tiles: 4 bytes in each row of 64.
+AVX512 void arrange_32(std::byte* out, __m512i q) {
+    const __m512i rows =
+        _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    __m512i low = _mm512_and_si512(q, all16(63)), high = _mm512_sub_epi16(q, low);
+    _mm512_i32scatter_epi32(out, rows, to_bf16(low), 4);
+    _mm512_i32scatter_epi32(out + TILE_BYTES, rows, to_bf16(high), 4);
+}
+AVX512 void arrange_256(std::byte* out, __m512i q) {
+    const __m256i rows = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
+    _mm256_i32scatter_epi32(out, rows, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(127))), 4);
+    _mm256_i32scatter_epi32(out + TILE_BYTES, rows, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 7)), 4);
+}
+
+AVX512_ENTRY void arrange(const IntRows& x, int T) {
+    Group g(x);
+    int blocks = x.n / x.block, groups = x.n / GROUP;
+    if (T < TILE) std::memset(x.parts, 0, IntRows::tile_bytes(x.n, x.block));
+    for (int i = 0; i < x.n; i += 32)
+        for (int t = 0; t < T; t++) {
+            __m512i q = load512(x.q + int64_t(t) * x.n + i);
+            if (x.block == 32) arrange_32(g.parts + i / 32 * 2 * TILE_BYTES + 4 * t, q);
+            else arrange_256(g.parts + i / 64 * 2 * TILE_BYTES + i % 64 * TILE + 4 * t, q);
+        }
+    for (int t = 0; t < T; t++) {
+        const int16_t* s = x.sums + int64_t(t) * groups;
+        for (int b = 0; b < blocks; b++) {
+            g.d[b * TILE + t] = x.d[int64_t(t) * blocks + b];
+            if (x.block == 32) g.sums_32(b)[t] = float(-(s[2 * b] + s[2 * b + 1]));
+            for (int i = 0; x.block == 256 && i < GROUP; i++) {
+                *g.sums_256(b, i, t) = std::byte(s[b * GROUP + i] & 255);
+                *(g.sums_256(b, i, t) + 256) = std::byte(s[b * GROUP + i] >> 8 & 255);
+            }
+        }
+    }
+}
+
+inline size_t part_bytes(int T, int n, int block) {
+    if (T < MANY_TOKENS) return avx512::part_bytes(T, n, block);
+    constexpr size_t READ_BEYOND = 1024;               // by multiply_minimums
+    return size_t(T + TILE - 1) / TILE * IntRows::tile_bytes(n, block) + READ_BEYOND;
+}
+
+inline void quantise(const IntRows& out, ConstRows x, int T) {
+    if (out.few) return avx512::quantise(out, x, T);
+    avx2::quantise(out, x, T);
+    arrange(out, T);
+}
+
+// -- L.2  tiles of weights, and their products ---------------------------------------------------
+
+constexpr int COLS = 2048, GROUPS = MANY_ROWS / TILE, TOKENS = 512;
+
+using Lanes = float[BLOCK_LANES][TILE][TILE];                         // of 16 rows and 16 tokens
+
+struct Block {
+    alignas(64) int16_t row[COLS];                                    // one row in 16 bits
+    // 16 rows of 32 columns in bf16, or of 64 columns in low and in high bytes
+    alignas(64) std::byte w[GROUPS][COLS / 32][TILE_BYTES];
+    alignas(64) std::byte minimum[GROUPS][COLS / 256][TILE_BYTES];    // 16 of each of 16 rows, and zeros
+    alignas(64) float d[GROUPS][COLS / 32][TILE], m[GROUPS][COLS / 32][TILE];
+    alignas(64) Lanes lane[TOKENS / TILE][GROUPS];
+    alignas(64) int32_t c[2][5][TILE][TILE];                          // products of this block and the next
+};
+
+AVX512 float half_at(const std::byte* p) { return _cvtsh_ss(load<uint16_t>(p)); }
+
+template <Dtype D> AVX512_ENTRY void pack_row(Block& b, int r, const std::byte* p, int n) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    int group = r / TILE, i = r % TILE;
+    if constexpr (D == Dtype::Q8_0) {
+        for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
+            b.d[group][k][i] = half_at(p);
+            _mm512_store_si512(b.w[group][k] + i * CHUNK, to_bf16(_mm512_cvtepi8_epi16(load256(p + 2))));
+        }
+        return;
+    }
+    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
+        avx2::Scales s;
+        avx2::StoreSink sink{b.row + k * VALUES};
+        avx2::ints<D>(p, s, sink);
+        b.d[group][k][i] = half_at(p + avx2::place_of_d(D));
+        if (!avx2::has_minimums(D)) continue;
+        b.m[group][k][i] = half_at(p + avx2::place_of_d(D) + 2);
+        if (VALUES == 256)
+            _mm_store_si128(reinterpret_cast<__m128i*>(b.minimum[group][k] + i * CHUNK),
+                            _mm256_cvtepi16_epi8(load256(s.minimum)));
+    }
+    for (int col = 0; col < n; col += 32) {
+        __m512i q = load512(b.row + col);
+        std::byte* out = b.w[group][VALUES == 32 ? col / 32 : col / 64 * 2] + i * CHUNK;
+        if (VALUES == 32) {
+            _mm512_store_si512(out, to_bf16(q));
+        } else {
+            avx2::store256(out + col % 64, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(127))));
+            avx2::store256(out + col % 64 + TILE_BYTES, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 7)));
+        }
+    }
+}
+
+// c[3], c[4]: the minimums times the low and the high bytes of the sums of x. Only 16 columns count; the
+// rest of b.minimum is 0.
+AMX void multiply_minimums(Block& b, int group, int k, const Group& x, int block) {
+    auto& c = b.c[k % 2];
+    _tile_zero(3);
+    _tile_zero(0);
+    _tile_loadd(4, b.minimum[group][k], CHUNK);
+    _tile_loadd(6, x.sums + 512 * block, CHUNK);
+    _tile_loadd(7, x.sums + 512 * block + 256, CHUNK);
+    _tile_dpbuud(3, 4, 6);
+    _tile_dpbusd(0, 4, 7);
+    _tile_stored(3, c[3], CHUNK);
+    _tile_stored(0, c[4], CHUNK);
+}
+
+// c[0], c[1], c[2]: low times low, the mixed products, high times high
+template <bool MINIMUMS> AMX void multiply_256(Block& b, int group, int k, const Group& x, int block) {
+    auto& c = b.c[k % 2];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int j = 0; j < 4; j++) {
+        const std::byte *w = b.w[group][8 * k + 2 * j], *xs = x.parts + (8 * block + 2 * j) * TILE_BYTES;
+        _tile_loadd(4, w, CHUNK);
+        _tile_loadd(6, xs, CHUNK);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, xs + TILE_BYTES, CHUNK);
+        _tile_dpbssd(1, 4, 7);
+        _tile_loadd(5, w + TILE_BYTES, CHUNK);
+        _tile_dpbssd(2, 5, 7);
+        _tile_dpbssd(1, 5, 6);
+    }
+    _tile_stored(0, c[0], CHUNK);
+    _tile_stored(1, c[1], CHUNK);
+    _tile_stored(2, c[2], CHUNK);
+    if (MINIMUMS) multiply_minimums(b, group, k, x, block);
+}
+
+// c[0] = w x, 16 rows and 16 tokens, in f32: exact, since whole numbers below 2^24 are. The two use other
+// registers, so that one need not wait for the other.
+template <int VALUES, bool MINIMUMS>
+AMX void multiply_even(Block& b, int group, int k, const Group& g, int block) {
+    if constexpr (VALUES == 256) return multiply_256<MINIMUMS>(b, group, k, g, block);
+    const std::byte* x = g.parts + block * 2 * TILE_BYTES;
+    _tile_zero(0);
+    _tile_loadd(4, b.w[group][k], CHUNK);
+    _tile_loadd(6, x, CHUNK);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, x + TILE_BYTES, CHUNK);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_stored(0, b.c[0][0], CHUNK);
+}
+template <int VALUES, bool MINIMUMS>
+AMX void multiply_odd(Block& b, int group, int k, const Group& g, int block) {
+    if constexpr (VALUES == 256) return multiply_256<MINIMUMS>(b, group, k, g, block);
+    const std::byte* x = g.parts + block * 2 * TILE_BYTES;
+    _tile_zero(1);
+    _tile_loadd(5, b.w[group][k], CHUNK);
+    _tile_loadd(6, x, CHUNK);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, x + TILE_BYTES, CHUNK);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_stored(1, b.c[1][0], CHUNK);
+}
+
+// a + 2^shift b
+AVX512 __m512i join(const int32_t* a, const int32_t* b, int shift) {
+    return _mm512_add_epi32(load512(a), _mm512_slli_epi32(load512(b), unsigned(shift)));
+}
+
+// lane += (d dx) I - (m dx) M for 16 rows and 16 tokens
+template <int VALUES, bool MINIMUMS>
+AVX512 void add_block(const int32_t (*c)[TILE][TILE], float (*lane)[TILE], const float* d, const float* m,
+                      const Group& x, int block) {
+    __m512 dx = _mm512_loadu_ps(x.d + block * TILE);
+    for (int r = 0; r < TILE; r++) {
+        __m512 v = _mm512_castsi512_ps(load512(c[0][r])), y = _mm512_load_ps(lane[r]);
+        if (VALUES == 256) {
+            __m512i mixed = _mm512_add_epi32(load512(c[1][r]), _mm512_slli_epi32(load512(c[2][r]), 7));
+            v = _mm512_cvtepi32_ps(_mm512_add_epi32(load512(c[0][r]), _mm512_slli_epi32(mixed, 7)));
+        }
+        y = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(d[r]), dx), v, y);
+        if (MINIMUMS) {
+            __m512 minimum = VALUES == 32 ? _mm512_loadu_ps(x.sums_32(block))
+                                          : _mm512_cvtepi32_ps(join(c[3][r], c[4][r], 8));
+            y = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_set1_ps(m[r]), dx), minimum, y);
+        }
+        _mm512_store_ps(lane[r], y);
+    }
+}
+
+// The columns begin .. begin + n of 16 rows and 16 tokens. The products of the next block are on their way
+// while those of this one are added.
+template <int VALUES, bool MINIMUMS>
+AMX_ENTRY void multiply(Block& b, Lanes& lane, int group, const IntRows& x, int begin, int n) {
+    Group g(x);
+    int blocks = n / VALUES, first = begin / VALUES;
+    if (begin == 0) std::memset(lane, 0, sizeof lane);
+    auto add = [&](int k) __attribute__((target(AVX512_TARGET), always_inline)) {
+        add_block<VALUES, MINIMUMS>(b.c[k % 2], lane[(first + k) % BLOCK_LANES], b.d[group][k],
+                                    b.m[group][k], g, first + k);
+    };
+    for (int k = 0; k < blocks; k += 2) {
+        multiply_even<VALUES, MINIMUMS>(b, group, k, g, first + k);
+        if (k > 0) add(k - 1);
+        if (k + 1 < blocks) multiply_odd<VALUES, MINIMUMS>(b, group, k + 1, g, first + k + 1);
+        add(k);
+    }
+    if (blocks % 2 == 0) add(blocks - 1);
+}
+
+// The tree of sum_block_lanes; out: the first of 16 rows
+AVX512_ENTRY void sum_lanes(Rows out, const float (*lane)[TILE][TILE], int R, int T) {
+    alignas(64) float sum[TILE][TILE];
+    for (int r = 0; r < TILE; r++) {
+        __m512 v[4];
+        for (int j = 0; j < 4; j++)
+            v[j] = _mm512_add_ps(_mm512_load_ps(lane[j][r]), _mm512_load_ps(lane[j + 4][r]));
+        _mm512_store_ps(sum[r], _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3])));
+    }
+    if (R < TILE || T < TILE) {
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) out[t][r] = sum[r][t];
+        return;
+    }
+    for (int t = 0; t < TILE; t += 8)
+        for (int r = 0; r < TILE; r += 8)
+            avx2::transpose8(reinterpret_cast<int32_t*>(out[t] + r), out.stride,
+                             reinterpret_cast<const int16_t*>(sum[r] + t), 2 * TILE);
+}
+
+template <Dtype D>
+void int_block(Block& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
+    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
+    int groups = (R + TILE - 1) / TILE;
+    if (R % TILE) {
+        std::memset(b.w[groups - 1], 0, sizeof b.w[0]);
+        std::memset(b.d[groups - 1], 0, sizeof b.d[0]);
+        std::memset(b.m[groups - 1], 0, sizeof b.m[0]);
+    }
+    for (int begin = 0; begin < w.cols; begin += COLS) {
+        int n = std::min(COLS, w.cols - begin);
+        bool last = begin + n == w.cols;
+        for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
+        for (int t = 0; t < T; t += TILE)
+            for (int g = 0; g < groups; g++) {
+                Lanes& lane = b.lane[w.cols > COLS ? t / TILE : 0][g];
+                multiply<VALUES, avx2::has_minimums(D)>(b, lane, g, x.at(t), begin, n);
+                Rows tile{out[t] + row + g * TILE, out.stride};
+                if (last) sum_lanes(tile, lane, std::min(TILE, R - g * TILE), std::min(TILE, T - t));
+            }
+    }
+}
+
+struct alignas(64) TileConfig {                        // Intel SDM, LDTILECFG
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig EIGHT_TILES = {};
+
+template <Dtype D>
+AMX_ENTRY void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    static thread_local const std::unique_ptr<Block> block(new Block());    // minimum: zeros
+    _tile_loadconfig(&EIGHT_TILES);
+    for (int t = 0; t < T; t += TOKENS)
+        for (int r = begin; r < end; r += MANY_ROWS)
+            int_block<D>(*block, {out[t], out.stride}, x.at(t), w, r, std::min(MANY_ROWS, end - r),
+                         std::min(TOKENS, T - t));
+    _tile_release();
+}
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T < MANY_TOKENS) return avx512::few_ints(out, x, w, T, begin, end);
+    avx2::for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+}
+
+// A process asks the system for the registers of the tiles before it uses them.
+inline bool available() {
+    unsigned a, b, c, d;
+    constexpr unsigned AMX_BITS = 3u << 24 | 1u << 22;                     // tiles, int8, bf16
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;            // asm/prctl.h; XSAVE component
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_BITS) != AMX_BITS) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+}  // namespace amx
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif

@@ -44,7 +44,7 @@ static void products(const Kernels& k, const Matrix& w, bool wild, Part p) {
     k.rows({out.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
     ASSERT_TRUE(same_bits(expected, out)) << label();
     if (!quantised(w.dtype)) return;
-    Ints ints(activations(p.T, w.cols, wild, noise), p.T, format_of(w.dtype).values);
+    Ints ints(activations(p.T, w.cols, wild, noise), p.T, format_of(w.dtype).values, k);
     int_rows_plain({expected.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
     k.int_rows({out.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
     ASSERT_TRUE(same_bits(expected, out)) << label() << ", integers";
@@ -165,7 +165,7 @@ TEST(FastCpu, IntegersDoNotOverflow) {
             for (int T : {1, 2, 3, 4, 5, 129}) {
                 Vector x(size_t(T * n), 2047), expected(size_t(T) * 17), out = expected;
                 for (size_t i = 0; i < x.size(); i++) if (i / size_t(n) % 2) x[i] = -2047;
-                Ints ints(x, T, block);
+                Ints ints(x, T, block, k);
                 int_rows_plain({expected.data(), 17}, ints.rows, w.matrix, T, 0, 17);
                 k.int_rows({out.data(), 17}, ints.rows, w.matrix, T, 0, 17);
                 ASSERT_TRUE(same_bits(expected, out)) << format_of(dtype).name << ", T " << T;
@@ -272,7 +272,7 @@ TEST(FastCpu, WeighReadsRowsThatAreApart) {
 // -- A.7 activations in small integers --------------------------------------------------------------
 
 static void expect_quantise(const Kernels& k, const Vector& x, int block) {
-    Ints expected(x, 1, block), out(x, 1, block, k.quantise);
+    Ints expected(x, 1, block), out(x, 1, block, k);
     ASSERT_EQ(expected.q, out.q) << k.name << ", block " << block;
     ASSERT_EQ(expected.sums, out.sums) << k.name << ", block " << block;
     Vector d(expected.d.begin(), expected.d.end()), other(out.d.begin(), out.d.end());

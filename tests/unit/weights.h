@@ -260,13 +260,18 @@ inline std::string extreme_block(Dtype dtype) {
 struct Ints {
     std::vector<int16_t> q, sums;
     std::vector<float> d;
+    std::vector<std::byte> parts;
     IntRows rows;
 
-    Ints(const Vector& x, int T, int block, void (*quantise)(const IntRows&, const real*) = quantise_plain) {
+    Ints(const Vector& x, int T, int block, const Kernels& k = {}) {
         size_t n = x.size() / size_t(T);
         q.resize(x.size(), 9999), sums.resize(x.size() / 16, 9999), d.resize(x.size() / size_t(block), 9999);
-        rows = {int(n), block, q.data(), sums.data(), d.data()};
-        for (int t = 0; t < T; t++) quantise(rows.at(t), x.data() + size_t(t) * n);
+        parts.resize(k.part_bytes(T, int(n), block), std::byte{99});
+        rows = {int(n), block, q.data(), sums.data(), d.data(), parts.empty() ? nullptr : parts.data(),
+                T < MANY_TOKENS};
+        for (int t = 0; t < T; t += QUANTISED_TOGETHER)
+            k.quantise(rows.at(t), {x.data() + size_t(t) * n, int64_t(n)},
+                       std::min(QUANTISED_TOGETHER, T - t));
     }
     Ints(const Ints&) = delete;
 };
