@@ -36,7 +36,7 @@ help:
 	@echo "make asan            the tests once more, with the address and undefined-behaviour sanitizers"
 	@echo "make fuzz            five minutes of libFuzzer for each parser (SECONDS_EACH=300)"
 	@echo "make style           the budgets of the source text: function lengths, nesting, columns, contents"
-	@echo "make bench           speed of prefill and decode on this machine"
+	@echo "make bench           speed on this machine and what it allows at most (MODELS=\"FOLDER FILE.gguf\")"
 	@echo "make golden          make the golden files anew (needs Python with numpy)"
 	@echo "make clean           remove what was built"
 
@@ -180,8 +180,13 @@ golden:
 	@python3 -c "import numpy" || { echo "make golden needs Python with numpy; make test does not."; exit 1; }
 	python3 tests/golden/make_golden.py
 
-bench: deepseek
-	./deepseek bench
+# Multiply-adds may be fused here: these are peaks, not results.
+build/floors: tests/bench/floors.cpp build/flags | build/have-run
+	$(call compile,$(CXX),-O2 -ffp-contract=fast,$<)
+
+MODELS ?= weights/tiny
+bench: deepseek build/floors
+	@tests/bench/bench.py $(MODELS)
 
 # -- weights ---------------------------------------------------------------------------------------------
 

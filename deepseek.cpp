@@ -390,6 +390,18 @@ inline double seconds() {
 
 inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every long loop looks at it
 
+// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
+// at `interrupted` and a read that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
+}
+
 // -- 1.7  Json: reading objects strictly ---------------------------------------------------------
 
 using Json = simdjson::dom::element;
@@ -3972,18 +3984,6 @@ inline void command_run(const Options& o) {
     std::string text = o.raw ? prompt : talk.tokenizer.render(messages, true);
     talk.answer(talk.encode(text, o.raw && talk.tokenizer.add_bos, o));
     if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
-}
-
-// False after Ctrl-C. The signal is let in only while this waits: between a look at `interrupted` and a read
-// that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
 }
 
 inline void command_chat(const Options& o) {
