@@ -117,11 +117,12 @@ deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
 
 TEST_FLAGS     := $(CXXFLAGS) -I.
-SANITIZE       := -O1 -g -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-FUZZ_TARGETS   := safetensors index config tokenizer_json messages
+SANITIZE       := -O1 -g1 -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_TARGETS   := safetensors index config tokenizer_json messages gguf
 SECONDS_EACH   ?= 300
 FUZZING         = -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048 -dict=tests/fuzz/words.dict \
-	-max_len=$$([ $$target = tokenizer_json ] && echo 16384 || echo 4096) -print_final_stats=1
+	-max_len=$$(case $$target in gguf) echo 65536;; tokenizer_json) echo 16384;; *) echo 4096;; esac) \
+	-print_final_stats=1
 
 build/compilers/deepseek-clang: deepseek.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)

@@ -2546,7 +2546,8 @@ public:
         widen_plain(out.data(), m, 0);
         for (real v : out) {
             if (!std::isfinite(v))
-                fail("%s: tensor '%s' holds a number that is not finite", t.file.c_str(), name.c_str());
+                fail("%s: tensor '%s' holds a number that is not finite", t.file.c_str(),
+                     shown(name).c_str());
         }
         return out;
     }

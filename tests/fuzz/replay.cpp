@@ -24,6 +24,9 @@
 #define LLVMFuzzerTestOneInput fuzz_messages
 #include "messages.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_gguf
+#include "gguf.cpp"
+#undef LLVMFuzzerTestOneInput
 
 struct Target {
     const char* name;
@@ -33,7 +36,8 @@ constexpr Target TARGETS[] = {{"safetensors", fuzz_safetensors},
                               {"index", fuzz_index},
                               {"config", fuzz_config},
                               {"tokenizer_json", fuzz_tokenizer_json},
-                              {"messages", fuzz_messages}};
+                              {"messages", fuzz_messages},
+                              {"gguf", fuzz_gguf}};
 
 // Copies to the heap, where a sanitizer sees a read beyond the end.
 void run_on(const Target& target, std::string_view text) {

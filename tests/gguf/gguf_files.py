@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""GGUF files that `deepseek quantize` wrote say what their models say, and damaged ones are refused.
+"""GGUF files say what their models say, whoever wrote them, in whichever layout; damaged ones are refused.
 
     tests/gguf/gguf_files.py [PROGRAM]         from anywhere; PROGRAM is ./deepseek unless given
 """
@@ -10,6 +10,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+
+import damaged
+import gguf_model
+import tiny_gguf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "deepseek").resolve()
@@ -42,25 +46,43 @@ def floats(data):
     return array.array("f", data)
 
 
-# A GGUF file of latent attention holds W^UK transposed: its products are summed in another order. Both orders
-# are within four times NumPy's own float32 error of float64 (tests/golden checks that), so within eight of
-# each other. Grouped-query models have the same sums in the same order: the same bits.
-def same_logits(folder, work):
-    taps, metadata = tensors(folder / "taps.safetensors")
-    ids = ",".join(map(str, array.array("i", taps["ids"])))
-    gguf, ours, theirs = work / "model.gguf", work / "a.safetensors", work / "b.safetensors"
+# The logits of `ours`, a model folder, and `theirs`. W^UK transposed means that its products are summed in another
+# order. Both orders are within four times NumPy's own float32 error of float64 (tests/golden checks that), so
+# within eight of each other. All else is the same sums in the same order: the same bits.
+def same_logits(name, ours, theirs, work, transposed):
+    taps, metadata = tensors(ours / "taps.safetensors")
+    ids, outs = ",".join(map(str, array.array("i", taps["ids"]))), []
+    for model in ours, theirs:
+        outs.append(work / f"{len(outs)}.safetensors")
+        done = deepseek("logits", "-m", model, "--ids", ids, "--out", outs[-1])
+        check(f"{name} logits", done[0] == 0, done[2])
+    a, b = (tensors(out)[0] for out in outs)
+    check(f"{name}: some logits", a and a.keys() == b.keys(), f"{a.keys()} and {b.keys()}")
+    for tap, data in a.items():
+        gap = max(abs(x - y) for x, y in zip(floats(data), floats(b[tap])))
+        limit = 8 * json.loads(metadata["float32_error"])[tap] if transposed else 0
+        check(f"{name} {tap}", gap <= limit and (transposed or data == b[tap]), f"{gap} beyond {limit}")
+
+
+def written(folder, work):
+    """What `deepseek quantize` writes."""
+    gguf = work / "model.gguf"
     code, _, said = deepseek("quantize", "-m", folder, "-o", gguf, "--type", "f32")
     if folder.name == "v2-groups":               # cos and sin are scaled there, which no GGUF key says
         return check(folder.name, code == 1 and "'mscale'" in said, said)
-    for model, out in (folder, ours), (gguf, theirs):
-        done = deepseek("logits", "-m", model, "--ids", ids, "--out", out)
-        check(f"{folder.name} logits", done[0] == 0, done[2])
-    a, b = tensors(ours)[0], tensors(theirs)[0]
     mla = "kv_lora_rank" in json.loads((folder / "config.json").read_text())
-    for name, data in a.items():
-        gap = max(abs(x - y) for x, y in zip(floats(data), floats(b[name])))
-        limit = 8 * json.loads(metadata["float32_error"])[name] if mla else 0
-        check(f"{folder.name} {name}", gap <= limit and (mla or data == b[name]), f"{gap} beyond {limit}")
+    same_logits(folder.name, folder, gguf, work, mla)
+
+
+def layouts(folder, work):
+    """What llama.cpp's converters wrote over the years."""
+    config = json.loads((folder / "config.json").read_text())
+    if folder.name == "v2-groups" or "quantization_config" in config:    # no GGUF key or type says it
+        return
+    for layout in ("kv_b", "ik", "mla") if "kv_lora_rank" in config else ("plain",):
+        file = work / f"{layout}.gguf"
+        file.write_bytes(gguf_model.container(*gguf_model.convert(folder, layout)))
+        same_logits(f"{folder.name} {layout}", folder, file, work, layout == "mla")
 
 
 def quantised(work):
@@ -77,45 +99,64 @@ def quantised(work):
             check(f"text of {kind}", out == text, out)
         check(f"threads {kind}", deepseek("run", "-m", file, *question, "-n", 60, "--threads", 1)[1] == out)
         check(f"chunks {kind}", deepseek("run", "-m", file, *question, "-n", 60, "--chunk", 3)[1] == out)
-    return work / "q8_0.gguf"
 
 
-def damaged(good):
-    """name -> bytes of a file that is no GGUF file any more."""
-    data = good.read_bytes()
-    put = lambda at, form, value: data[:at] + struct.pack(form, value) + data[at + struct.calcsize(form):]
-    cases = {f"cut at {n}": data[:n] for n in [0, 3, 4, 8, 15, 23, 24, 31, 43, 100] +
-             [len(data) * i // 24 for i in range(1, 24)] + [len(data) - 1]}
-    cases |= {"magic": b"GGUX" + data[4:], "version 1": put(4, "<I", 1), "version 9": put(4, "<I", 9),
-              "big endian": put(4, ">I", 3), "key longer than the file": put(24, "<Q", 1 << 40),
-              "key length wraps": put(24, "<Q", 2**64 - 8), "43 bytes": data[:8] + b"\xff" * 35,
-              "type of value": data.replace(b"general.architecture\x08", b"general.architecture\x63", 1),
-              "architecture": data.replace(b"deepseek2", b"deepseek9"),
-              "a tensor's name": data.replace(b"token_embd.weight", b"token_xmbd.weight", 1),
-              "missing key": data.replace(b"deepseek2.block_count", b"deepseek2.block_xount", 1),
-              "pre-tokenizer": data.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.pxe", 1)}
-    for n in (0, 1, 1 << 20, 1 << 40, 2**63, 2**64 - 1):
-        cases |= {f"{n} tensors": put(8, "<Q", n), f"{n} keys": put(16, "<Q", n)}
-    return cases
+def refused(name, done, expect):
+    code, out, said = done
+    check(f"refused: {name}", code == 1 and not out and said.count("\n") == 1 and expect in said,
+          f"exit code {code}, {said[:300]} instead of {expect}")
 
 
-def refused(name, content, work):
-    file = work / "damaged.gguf"
-    file.write_bytes(content)
-    code, out, said = deepseek("run", "-m", file, "-p", "hello", "-n", 1)
-    lines = said.splitlines()
-    check(f"damaged: {name}", code == 1 and not out and len(lines) == 1 and "damaged.gguf" in said,
-          f"exit code {code}, {said[:300]}")
+def split_files(work):
+    """A model in three files, whichever of them is named; and what may be wrong with the three."""
+    keys, weights = tiny_gguf.all_models()["deepseek2_q4_0"]
+    whole, parts = work / "whole.gguf", work / "parts"
+    parts.mkdir()
+    whole.write_bytes(gguf_model.container(keys, weights))
+    files = gguf_model.split(keys, weights, 3)
+    ask = lambda model: deepseek("run", "-m", model, "-p", "ab cab", "--raw", "-n", 9)
+    put = lambda changed: [(parts / f"m{tail}").write_bytes(data) for tail, data in (files | changed).items()]
+    put({})
+    for tail in files:
+        check(f"split: {tail}", ask(parts / f"m{tail}")[:2] == ask(whole)[:2] and ask(whole)[0] == 0)
+    first, second, third = files
+    qwen2 = gguf_model.split(*tiny_gguf.all_models()["qwen2_q8_0"], 3)
+    of_four = gguf_model.split(keys, weights, 4)["-00002-of-00004.gguf"]
+    wrong = {"twice the same": {second: files[first]}, "cut short": {second: files[second][:-32]},
+             "another order": {second: files[third], third: files[second]}, "another model": {second: qwen2[second]},
+             "another number": {second: of_four}, "empty": {third: b""}}
+    for name, changed in wrong.items():
+        put(changed)
+        refused(f"split: {name}", ask(parts / f"m{first}"), ".gguf")
+    put({})
+    (parts / f"m{second}").unlink()
+    refused("split: a missing part", ask(parts / f"m{third}"), f"m{second}")
+    (parts / f"m{first}").rename(parts / "other.gguf")
+    refused("split: another name", ask(parts / "other.gguf"), "one of 3 parts")
+
+
+def damaged_files(work):
+    good, file = work / "good.gguf", work / "damaged.gguf"
+    for name, model in tiny_gguf.all_models().items():
+        good.write_bytes(gguf_model.container(*model))
+        code, out, said = deepseek("run", "-m", good, "-p", "ab cab", "--raw", "-n", 2)
+        check(f"good: {name}", code == 0 and out, said)
+    for name, content, expect in damaged.all_cases():
+        file.write_bytes(content)
+        done = deepseek("run", "-m", file, "-p", "ab cab", "--raw", "-n", 2)
+        refused(name, done, expect)
+        check(f"names the file: {name}", "damaged.gguf" in done[2], done[2])
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         for model in sorted(MODELS.iterdir()):
-            same_logits(model, work)
-        good = quantised(work)
-        for name, content in damaged(good).items():
-            refused(name, content, work)
+            written(model, work)
+            layouts(model, work)
+        quantised(work)
+        split_files(work)
+        damaged_files(work)
     print(*failures, sep="\n", end="\n" if failures else "")
     print(f"gguf: {passed} passed, {len(failures)} failed")
     return 1 if failures else 0
