@@ -4,7 +4,7 @@
 #
 #     tests/bench/peers.sh [FOLDER]       FOLDER: where all this goes (default: build/peers; 25 GB)
 #
-# llama.cpp comes from the source package of llama-cpp-python at the Python registry, which has the whole tree.
+# llama.cpp is in the source package of llama-cpp-python at the Python registry.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 folder=$(mkdir -p "${1:-$root/build/peers}" && cd "${1:-$root/build/peers}" && pwd)

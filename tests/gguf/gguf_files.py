@@ -46,9 +46,9 @@ def floats(data):
     return array.array("f", data)
 
 
-# The logits of `ours`, a model folder, and `theirs`. W^UK transposed means that its products are summed in another
-# order. Both orders are within four times NumPy's own float32 error of float64 (tests/golden checks that), so
-# within eight of each other. All else is the same sums in the same order: the same bits.
+# The logits of `ours`, a model folder, and `theirs`. W^UK transposed means that its products are summed in
+# another order. Both orders are within four times NumPy's own float32 error of float64 (tests/golden checks
+# that), so within eight of each other. All else is the same sums in the same order: the same bits.
 def same_logits(name, ours, theirs, work, transposed):
     taps, metadata = tensors(ours / "taps.safetensors")
     ids, outs = ",".join(map(str, array.array("i", taps["ids"]))), []
@@ -123,8 +123,8 @@ def split_files(work):
     qwen2 = gguf_model.split(*tiny_gguf.all_models()["qwen2_q8_0"], 3)
     of_four = gguf_model.split(keys, weights, 4)["-00002-of-00004.gguf"]
     wrong = {"twice the same": {second: files[first]}, "cut short": {second: files[second][:-32]},
-             "another order": {second: files[third], third: files[second]}, "another model": {second: qwen2[second]},
-             "another number": {second: of_four}, "empty": {third: b""}}
+             "another order": {second: files[third], third: files[second]},
+             "another model": {second: qwen2[second]}, "another number": {second: of_four}, "empty": {third: b""}}
     for name, changed in wrong.items():
         put(changed)
         refused(f"split: {name}", ask(parts / f"m{first}"), ".gguf")
