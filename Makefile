@@ -147,7 +147,7 @@ build/asan/replay: tests/fuzz/replay.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(SANITIZE),$<)
 
 $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
-	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer,$<)
+	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer -Wno-pass-failed,$<)
 
 -include $(wildcard build/deps/*.d)
 

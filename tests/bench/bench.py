@@ -3,9 +3,10 @@
 
     tests/bench/bench.py [--peer FOLDER] [--repeats N] [--prompt N] [--tokens N] MODEL...
 
-MODEL: a folder or a .gguf file. FOLDER holds llama-bench; it is run on .gguf models, in turn with ours. Prints a
-table in Markdown: medians of N runs; "of floor" is the share of the time that the machine must need: reading the
-weights once (decode), or the multiply-adds in f32 (prefill; integers and tiles can be faster than that).
+MODEL: a folder or a .gguf file. FOLDER holds llama-bench; it is run on .gguf models, in turn with ours.
+Prints a table in Markdown: medians of N runs and, as the machine's own speed changes, of each run's ratios.
+"of floor" is the share of the time that the machine must need: reading the weights once (decode), or the
+multiply-adds in f32 (prefill; integers and tiles can be faster than that).
 Standard library only.
 """
 
@@ -23,20 +24,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def output(*command):
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
     return done.stdout
 
 
+def sizes(prompt, tokens):
+    return "-p", prompt, "-n", tokens, "-r", 1
+
+
 def ours(model, threads, prompt, tokens):
-    text = output(ROOT / "deepseek", "bench", "-m", model, "-p", prompt, "-n", tokens, "-r", 1, "--threads", threads)
+    text = output(ROOT / "deepseek", "bench", "-m", model, "--threads", threads, *sizes(prompt, tokens))
     lines = [json.loads(line) for line in text.splitlines()]
     return {line["test"]: line["tokens_per_s"][0] for line in lines}
 
 
 def theirs(folder, model, threads, prompt, tokens):
-    text = output(folder / "llama-bench", "-m", model, "-t", threads, "-p", prompt, "-n", tokens, "-r", 1, "-o", "json")
+    text = output(folder / "llama-bench", "-m", model, "-t", threads, "-o", "json", *sizes(prompt, tokens))
     return {"prefill" if line["n_prompt"] else "decode": line["avg_ts"] for line in json.loads(text)}
 
 
@@ -54,24 +59,36 @@ def processor():
     return platform.machine()
 
 
-def row(model, test, n, measured, floor):
-    """A line of the table. floor: tokens per second that the machine allows."""
-    mine = statistics.median(m[test] for m in measured["ours"])
-    cells = [model.name, f"{test} {n}", f"{mine:.1f}", f"{floor:.1f}", f"{100 * mine / floor:.0f} %"]
-    if measured["peer"]:
-        peer = statistics.median(m[test] for m in measured["peer"])
-        ratio = statistics.median(a[test] / b[test] for a, b in zip(measured["ours"], measured["peer"]))
-        cells += [f"{peer:.1f}", f"{ratio:.2f}"]
+def median(runs, value):
+    return statistics.median(value(run) for run in runs)
+
+
+def row(model, test, n, runs, floor):
+    """A line of the table. floor(run): tokens per second that the machine allowed in that run."""
+    cells = [model.name, f"{test} {n}", f"{median(runs, lambda r: r['ours'][test]):.1f}"]
+    share = median(runs, lambda r: r["ours"][test] / floor(r))
+    cells += [f"{median(runs, floor):.1f}", f"{100 * share:.0f} %"]
+    if "peer" in runs[0]:
+        cells.append(f"{median(runs, lambda r: r['peer'][test]):.1f}")
+        cells.append(f"{median(runs, lambda r: r['ours'][test] / r['peer'][test]):.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
 def measure(model, options, threads):
-    measured = {"ours": [], "peer": []}
-    for _ in range(options.repeats):
-        measured["ours"].append(ours(model, threads, options.prompt, options.tokens))
-        if options.peer and model.suffix == ".gguf":
-            measured["peer"].append(theirs(options.peer, model, threads, options.prompt, options.tokens))
-    return measured
+    """One run: what the machine can do just now, then our speed and the peer's."""
+    run = {"floors": json.loads(output(ROOT / "build/floors", threads))}
+    run["ours"] = ours(model, threads, options.prompt, options.tokens)
+    if options.peer and model.suffix == ".gguf":
+        run["peer"] = theirs(options.peer, model, threads, options.prompt, options.tokens)
+    return run
+
+
+def rows_of(model, options, threads, runs):
+    weights, size = work(model)
+    compute = lambda r: r["floors"]["f32_gflop_s"] * 1e9 / (2 * weights)
+    read = lambda r: r["floors"]["read_gb_s"] * 1e9 / size
+    yield row(model, "prefill", options.prompt, runs, compute)
+    yield row(model, "decode", options.tokens, runs, read)
 
 
 def main():
@@ -82,22 +99,18 @@ def main():
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("models", nargs="+", type=pathlib.Path)
     options = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
-    rows, floors = [], {"read_gb_s": 0, "f32_gflop_s": 0}
+    threads, rows, runs = len(os.sched_getaffinity(0)), [], []
     for model in options.models:
-        now = json.loads(output(ROOT / "build/floors", threads))
-        floors = {key: max(floors[key], now[key]) for key in floors}
-        measured = measure(model, options, threads)
-        weights, size = work(model)
-        rows.append((model, "prefill", options.prompt, measured, lambda f, w=weights: f["f32_gflop_s"] * 1e9 / (2 * w)))
-        rows.append((model, "decode", options.tokens, measured, lambda f, s=size: f["read_gb_s"] * 1e9 / s))
-    print(f"{datetime.date.today()}, {processor()}, {threads} threads, medians of {options.repeats} runs;", end=" ")
-    print(f"memory is read at {floors['read_gb_s']:.1f} GB/s, f32 peak {floors['f32_gflop_s']:.0f} GFLOP/s.\n")
+        own = [measure(model, options, threads) for _ in range(options.repeats)]
+        rows += rows_of(model, options, threads, own)
+        runs += own
+    read, peak = (median(runs, lambda r, k=k: r["floors"][k]) for k in ("read_gb_s", "f32_gflop_s"))
+    print(f"{datetime.date.today()}, {processor()}, {threads} threads, medians of {options.repeats} runs;")
+    print(f"memory was read at {read:.1f} GB/s, f32 peak {peak:.0f} GFLOP/s.\n")
     peer = options.peer is not None
     print("| model | test | tok/s | floor | of floor |" + (" llama.cpp | ratio |" if peer else ""))
     print("|---|---|---|---|---|" + ("---|---|" if peer else ""))
-    for model, test, n, measured, floor in rows:
-        print(row(model, test, n, measured, floor(floors)))
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ static double read_bandwidth(int threads) {
     for (size_t ahead : {0, 2048, 4096, 16384}) {
         for (int repeat = 0; repeat < 3; repeat++) {
             double seconds = time_of(threads, [&](int i) {
-                volatile uint64_t sum = read_all(static_cast<Line*>(memory) + size_t(i) * lines, lines, ahead);
+                auto mine = static_cast<const Line*>(memory) + size_t(i) * lines;
+                volatile uint64_t sum = read_all(mine, lines, ahead);
                 (void)sum;
             });
             best = std::max(best, double(lines * sizeof(Line) * size_t(threads)) / seconds);

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Builds llama.cpp's newest release natively, writes models of published shapes with random weights, and prints
-# the table of tests/bench/bench.py: our speed, the machine's floors, llama.cpp's speed.
+# Builds llama.cpp's newest release natively, writes models of published shapes with random weights, and
+# prints the table of tests/bench/bench.py: our speed, the machine's floors, llama.cpp's speed.
 #
 #     tests/bench/peers.sh [FOLDER]       FOLDER: where all this goes (default: build/peers; 25 GB)
 #
