@@ -9,7 +9,8 @@ import tiny_gguf
 from gguf_model import TYPES, container, text
 
 NOT_READ = 16  # IQ2_XXS: a type that exists, and that is not supported
-IGNORED = ("attention.head_count_kv", "attention.key_length", "attention.value_length")  # MLA has its own keys
+# MLA has keys of its own for these.
+IGNORED = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
 
 
 # -- the container ---------------------------------------------------------------------------------------
@@ -19,8 +20,8 @@ def container_cases(keys, tensors):
     """Bytes changed by place: the header, lengths, and the end."""
     data = container(keys, tensors)
     put = lambda at, form, value: data[:at] + struct.pack(form, value) + data[at + struct.calcsize(form) :]
-    cuts = [0, 3, 4, 8, 15, 23, 24, 31, 43, 100] + [len(data) * i // 24 for i in range(1, 24)] + [len(data) - 32]
-    for n in cuts:
+    size = len(data)
+    for n in [0, 3, 4, 8, 15, 23, 24, 31, 43, 100, *(size * i // 24 for i in range(1, 24)), size - 32]:
         yield f"cut at {n}", data[:n], ""
     yield "magic", b"GGUX" + data[4:], "not a GGUF file"
     yield "version 1", put(4, "<I", 1), "version 1"
@@ -34,7 +35,8 @@ def container_cases(keys, tensors):
     for n in (0, 1, 1 << 20, 1 << 40, 2**63, 2**64 - 1):
         yield f"{n} tensors", put(8, "<Q", n), ""
         yield f"{n} keys", put(16, "<Q", n), ""
-    yield "type of a value", data.replace(b"general.architecture\x08", b"general.architecture\x63", 1), "type 99"
+    value = data.replace(b"general.architecture\x08", b"general.architecture\x63", 1)
+    yield "type of a value", value, "type 99"
 
 
 def raw_value(keys, tensors, name, raw):
@@ -64,7 +66,7 @@ def value_cases(keys, tensors):
 
 def key_cases(keys, tensors):
     """Every number of the model: missing where it is needed, of a wrong type, out of range."""
-    needed = (".block_count", ".context_length", ".embedding_length", "2.feed_forward_length", ".kv_lora_rank")
+    needed = (".block_count", "context_length", "embedding_length", "2.feed_forward_length", "kv_lora_rank")
     for key in keys:
         kind, _ = keys[key]
         if not key.startswith("deepseek2.") or key.endswith(IGNORED) or kind not in ("u32", "f32"):

@@ -124,7 +124,8 @@ def split_files(work):
     of_four = gguf_model.split(keys, weights, 4)["-00002-of-00004.gguf"]
     wrong = {"twice the same": {second: files[first]}, "cut short": {second: files[second][:-32]},
              "another order": {second: files[third], third: files[second]},
-             "another model": {second: qwen2[second]}, "another number": {second: of_four}, "empty": {third: b""}}
+             "another model": {second: qwen2[second]}, "another number": {second: of_four},
+             "empty": {third: b""}}
     for name, changed in wrong.items():
         put(changed)
         refused(f"split: {name}", ask(parts / f"m{first}"), ".gguf")

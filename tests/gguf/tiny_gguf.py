@@ -1,4 +1,4 @@
-"""Tiny GGUF models with random weights, a few kilobytes each: what damaged.py damages and the fuzzer begins with.
+"""Tiny GGUF models with random weights: what damaged.py damages and the fuzzer begins with.
 
 A model is (keys, tensors) as gguf_model.container takes them.
 
