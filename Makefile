@@ -24,7 +24,7 @@ SHELL     := /bin/bash
 comma     := ,
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all run test asan fuzz style golden bench clean help always
+.PHONY: all run test asan fuzz cross style golden bench clean help always
 
 all: deepseek
 
@@ -34,6 +34,7 @@ help:
 	@echo "make test            every test (a few minutes on two cores)"
 	@echo "make weights/NAME    fetch a published model, for example make weights/DeepSeek-R1-Distill-Qwen-1.5B"
 	@echo "make asan            the tests once more, with the address and undefined-behaviour sanitizers"
+	@echo "make cross           the unit and golden tests for aarch64, under QEMU"
 	@echo "make fuzz            five minutes of libFuzzer for each parser (SECONDS_EACH=300)"
 	@echo "make style           the budgets of the source text: function lengths, nesting, columns, contents"
 	@echo "make bench           speed on this machine and what it allows at most (MODELS=\"FOLDER FILE.gguf\")"
@@ -91,6 +92,10 @@ build/have-test: | build/have-run
 build/have-style: | build/have-run
 	$(call packages,make style,clang-tidy python3 git,\
 		clang-tidy --version && python3 --version && git --version,clang-tidy$(comma) Python 3 and git)
+
+build/have-cross: | build/have-run
+	$(call packages,make cross,g++-aarch64-linux-gnu qemu-user,\
+		aarch64-linux-gnu-g++ --version && qemu-aarch64 --version,a cross compiler for aarch64 and QEMU)
 
 build/have-fetch:
 	$(call packages,make weights/NAME,python3 curl ca-certificates,python3 --version && curl --version,\
@@ -176,6 +181,9 @@ fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)
 
 style: | build/have-style
 	@tests/style.py
+
+cross: | build/have-cross
+	@tests/cross.sh
 
 golden:
 	@python3 -c "import numpy" || { echo "make golden needs Python with numpy; make test does not."; exit 1; }

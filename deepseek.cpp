@@ -30,6 +30,7 @@
 //   G   GGUF models                its metadata as a Config, its vocabulary as a tokenizer
 //   H   Quantising                 blocks by least squares, mixtures of formats
 //   I   GGUF: writing              a model as a file that llama.cpp reads
+//   J   Fast CPU: NEON             the same on ARM, the same bits
 //   K   Fast CPU: AVX-512          wider registers, the same bits
 //   L   Fast CPU: AMX              tiles of bytes, the same bits
 //
@@ -98,6 +99,8 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "tokenizer.h"
@@ -3652,6 +3655,18 @@ inline void quantise(const IntRows& out, ConstRows x, int T);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 }  // namespace amx
 #endif
+#if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
+namespace neon {   // appendix J
+inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
+inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
+inline void widen(float* out, const Matrix& w, int r);
+inline float dot_real(const float* a, const float* b, int n);
+inline void exp_below(float* z, float top, int n);
+inline void silu_times(float* gate, const float* up, int n);
+inline void quantise(const IntRows& out, ConstRows x, int T);
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+}  // namespace neon
+#endif
 
 // -- A.6  choose_kernels: once, at start ---------------------------------------------------------
 
@@ -3672,6 +3687,9 @@ inline std::vector<Kernels> available_kernels() {
         k.quantise = amx::quantise, k.part_bytes = amx::part_bytes;
         if (amx::available()) all.push_back(k);
     }
+#elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
+    all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::exp_below,
+                   neon::silu_times, neon::quantise, neon::int_rows});
 #endif
     return all;
 }
@@ -4493,6 +4511,23 @@ void command_quantize(const Options& o) {
 // as it multiplies, and one for many, which unpacks a block of 16 rows once. Integer sums are exact, so
 // neither can differ from chapter 5.
 
+// body.operator()<D>() for the D that is `dtype`.
+template <class Body> void for_quantised(Dtype dtype, const Body& body) {
+    switch (dtype) {
+    case Dtype::Q4_0: return body.template operator()<Dtype::Q4_0>();
+    case Dtype::Q4_1: return body.template operator()<Dtype::Q4_1>();
+    case Dtype::Q5_0: return body.template operator()<Dtype::Q5_0>();
+    case Dtype::Q5_1: return body.template operator()<Dtype::Q5_1>();
+    case Dtype::Q8_0: return body.template operator()<Dtype::Q8_0>();
+    case Dtype::Q2_K: return body.template operator()<Dtype::Q2_K>();
+    case Dtype::Q3_K: return body.template operator()<Dtype::Q3_K>();
+    case Dtype::Q4_K: return body.template operator()<Dtype::Q4_K>();
+    case Dtype::Q5_K: return body.template operator()<Dtype::Q5_K>();
+    case Dtype::Q6_K: return body.template operator()<Dtype::Q6_K>();
+    default: CHECK(false, "dtype %d is not quantised", int(dtype));
+    }
+}
+
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 namespace avx2 {
 
@@ -4862,23 +4897,6 @@ void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row
         alignas(32) float sums[INT_ROWS];
         sum_block_lanes_of_rows(sums, b.lane[t]);
         std::copy_n(sums, R, out[t] + row);
-    }
-}
-
-// body.operator()<D>() for the D that is `dtype`.
-template <class Body> void for_quantised(Dtype dtype, const Body& body) {
-    switch (dtype) {
-    case Dtype::Q4_0: return body.template operator()<Dtype::Q4_0>();
-    case Dtype::Q4_1: return body.template operator()<Dtype::Q4_1>();
-    case Dtype::Q5_0: return body.template operator()<Dtype::Q5_0>();
-    case Dtype::Q5_1: return body.template operator()<Dtype::Q5_1>();
-    case Dtype::Q8_0: return body.template operator()<Dtype::Q8_0>();
-    case Dtype::Q2_K: return body.template operator()<Dtype::Q2_K>();
-    case Dtype::Q3_K: return body.template operator()<Dtype::Q3_K>();
-    case Dtype::Q4_K: return body.template operator()<Dtype::Q4_K>();
-    case Dtype::Q5_K: return body.template operator()<Dtype::Q5_K>();
-    case Dtype::Q6_K: return body.template operator()<Dtype::Q6_K>();
-    default: CHECK(false, "dtype %d is not quantised", int(dtype));
     }
 }
 
@@ -6422,6 +6440,344 @@ void write_gguf(const Model& m, const fs::path& source, const std::string& out, 
 }
 
 // =================================================================================================
+// Appendix J. Fast CPU: NEON
+// =================================================================================================
+//
+// And on ARM? Chapter 5's sixteen lanes are four registers of four numbers here, and 32 registers hold the
+// sums of two rows with three tokens. So one kernel serves few tokens and many; for many it reads rows that
+// were widened before. Small integers are multiplied in 16 bits and added in 32, as in appendix E.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
+namespace neon {
+
+// -- J.1  four weights at a time -----------------------------------------------------------------
+
+inline uint8x16_t load16(const std::byte* p) { return vld1q_u8(reinterpret_cast<const uint8_t*>(p)); }
+inline uint8x8_t load8(const std::byte* p) { return vld1_u8(reinterpret_cast<const uint8_t*>(p)); }
+
+inline float32x4_t widen4(F32Row w, int i) { return vreinterpretq_f32_u8(load16(w.p + 4 * size_t(i))); }
+inline float32x4_t widen4(F16Row w, int i) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(load8(w.p + 2 * size_t(i))));
+}
+inline float32x4_t widen4(Bf16Row w, int i) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(load8(w.p + 2 * size_t(i))), 16));
+}
+inline float32x4_t widen4(E4m3Row w, int i) {                        // as avx2::widen8
+    uint8x8_t four = vreinterpret_u8_u32(vdup_n_u32(load<uint32_t>(w.p + i)));
+    uint32x4_t b = vmovl_u16(vget_low_u16(vmovl_u8(four))), magnitude = vandq_u32(b, vdupq_n_u32(127));
+    uint32x4_t sign = vshlq_n_u32(vshrq_n_u32(b, 7), 31), nan = vceqq_u32(magnitude, vdupq_n_u32(127));
+    float32x4_t value = vmulq_n_f32(vreinterpretq_f32_u32(vshlq_n_u32(magnitude, 20)), 0x1p120f);
+    return vreinterpretq_f32_u32(vorrq_u32(vorrq_u32(vreinterpretq_u32_f32(value), sign), nan));
+}
+
+template <class Row> void widen_row(float* out, Row w, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, widen4(w, i));
+    for (; i < n; i++) out[i] = w(i);
+}
+
+inline void widen(float* out, const Matrix& w, int r) {
+    if (w.dtype == Dtype::BF16) return widen_row(out, Bf16Row{w.row(r)}, w.cols);
+    if (w.dtype == Dtype::F16) return widen_row(out, F16Row{w.row(r)}, w.cols);
+    widen_plain(out, w, r);
+}
+
+// -- J.2  dots of R rows and T tokens ------------------------------------------------------------
+
+using Lanes = float32x4_t[4];
+
+// The tree of chapter 5's sum_lanes.
+inline float sum(const Lanes& v) {
+    float32x4_t four = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
+    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+template <class Row> void add_tail(Lanes& v, Row w, const float* x, int begin, int end) {
+    float lane[LANES];
+    for (int q = 0; q < 4; q++) vst1q_f32(lane + 4 * q, v[q]);
+    for (int i = begin; i < end; i++) lane[i - begin] = std::fma(w(i), x[i], lane[i - begin]);
+    for (int q = 0; q < 4; q++) v[q] = vld1q_f32(lane + 4 * q);
+}
+
+template <class Row, int R, int T> struct Dots {
+    Lanes v[R][T];
+
+    void clear() {
+        for (auto& row : v)
+            for (Lanes& lanes : row) std::fill_n(lanes, 4, vdupq_n_f32(0));
+    }
+    void add_products(const Row* w, ConstRows x, int begin, int end) {
+        int whole = end - (end - begin) % LANES;
+        for (int i = begin; i < whole; i += LANES) {
+            for (int q = 0; q < 4; q++) {
+                float32x4_t xt[T];
+                for (int t = 0; t < T; t++) xt[t] = vld1q_f32(x[t] + i + 4 * q);
+                for (int r = 0; r < R; r++) {
+                    float32x4_t wr = widen4(w[r], i + 4 * q);
+                    for (int t = 0; t < T; t++) v[r][t][q] = vfmaq_f32(v[r][t][q], wr, xt[t]);
+                }
+            }
+        }
+        for (int r = 0; r < R && whole < end; r++)
+            for (int t = 0; t < T; t++) add_tail(v[r][t], w[r], x[t], whole, end);
+    }
+};
+
+template <class Row, int R, int T> void dots(Rows out, ConstRows x, const Matrix& w, int first) {
+    Row row[R];
+    for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
+    Dots<Row, R, T> all, block;
+    all.clear();
+    if constexpr (std::is_same_v<Row, E4m3Row>) {
+        for (int begin = 0; begin < w.cols; begin += SCALE_BLOCK) {
+            block.clear();
+            block.add_products(row, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
+            for (int r = 0; r < R; r++) {
+                float s = load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4);
+                for (int t = 0; t < T; t++)
+                    for (int q = 0; q < 4; q++)
+                        all.v[r][t][q] = vfmaq_n_f32(all.v[r][t][q], block.v[r][t][q], s);
+            }
+        }
+    } else {
+        all.add_products(row, x, 0, w.cols);
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
+}
+
+// All tokens, three at a time, on R rows.
+template <class Row, int R> void dots_of_rows(Rows out, ConstRows x, const Matrix& w, int T, int first) {
+    int t = 0;
+    for (; t + 3 <= T; t += 3) dots<Row, R, 3>({out[t], out.stride}, {x[t], x.stride}, w, first);
+    if (T - t == 2) dots<Row, R, 2>({out[t], out.stride}, {x[t], x.stride}, w, first);
+    if (T - t == 1) dots<Row, R, 1>({out[t], out.stride}, {x[t], x.stride}, w, first);
+}
+template <class Row> void rows_of(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    int r = begin;
+    for (; r + 2 <= end; r += 2) dots_of_rows<Row, 2>(out, x, w, T, r);
+    if (r < end) dots_of_rows<Row, 1>(out, x, w, T, r);
+}
+
+inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    if (w.dtype == Dtype::F32) return rows_of<F32Row>(out, x, w, T, begin, end);
+    if (w.dtype == Dtype::F8_E4M3) return rows_of<E4m3Row>(out, x, w, T, begin, end);
+    if (T < MANY_TOKENS && w.dtype == Dtype::BF16) return rows_of<Bf16Row>(out, x, w, T, begin, end);
+    if (T < MANY_TOKENS && w.dtype == Dtype::F16) return rows_of<F16Row>(out, x, w, T, begin, end);
+    thread_local Vector widened;
+    widened.resize(2 * size_t(w.cols));
+    for (int r = begin; r < end; r += 2) {
+        int count = std::min(2, end - r);
+        for (int k = 0; k < count; k++) widen(widened.data() + size_t(k) * size_t(w.cols), w, r + k);
+        rows_of<F32Row>({out[0] + r, out.stride}, x, real_matrix(widened.data(), 2, w.cols), T, 0, count);
+    }
+}
+
+inline float dot_real(const float* a, const float* b, int n) {
+    float out;
+    dots<F32Row, 1, 1>({&out, 1}, {b, 0}, real_matrix(a, 1, n), 0);
+    return out;
+}
+
+// -- J.3  weighted sums of rows ------------------------------------------------------------------
+
+// out[t] += sum_j p[t][j] v[j], v in f32, over the first n rows
+template <int T> void weigh_tokens(Rows out, ConstRows p, const Matrix& v, int n) {
+    int col = 0;
+    for (; col + 16 <= v.cols; col += 16) {
+        float32x4_t y[T][4];
+        for (int t = 0; t < T; t++)
+            for (int q = 0; q < 4; q++) y[t][q] = vld1q_f32(out[t] + col + 4 * q);
+        for (int j = 0; j < n; j++) {
+            F32Row row{v.row(j)};
+            for (int q = 0; q < 4; q++) {
+                float32x4_t w = widen4(row, col + 4 * q);
+                for (int t = 0; t < T; t++) y[t][q] = vfmaq_n_f32(y[t][q], w, p[t][j]);
+            }
+        }
+        for (int t = 0; t < T; t++)
+            for (int q = 0; q < 4; q++) vst1q_f32(out[t] + col + 4 * q, y[t][q]);
+    }
+    for (; col < v.cols; col++)
+        for (int t = 0; t < T; t++)
+            for (int j = 0; j < n; j++) out[t][col] = std::fma(p[t][j], F32Row{v.row(j)}(col), out[t][col]);
+}
+
+inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    constexpr int AT_ONCE = 64;
+    thread_local Vector rows;
+    rows.resize(AT_ONCE * size_t(v.cols));
+    Matrix part = real_matrix(rows.data(), AT_ONCE, v.cols);
+    for (int begin = 0; begin < n; begin += AT_ONCE) {
+        int count = std::min(AT_ONCE, n - begin), t = 0;
+        if (v.dtype == Dtype::F32) part = v.view(begin, count);
+        else for (int j = 0; j < count; j++) widen(rows.data() + size_t(j) * size_t(v.cols), v, begin + j);
+        for (; t + 4 <= T; t += 4)
+            weigh_tokens<4>({out[t], out.stride}, {p[t] + begin, p.stride}, part, count);
+        for (; t < T; t++) weigh_tokens<1>({out[t], out.stride}, {p[t] + begin, p.stride}, part, count);
+    }
+}
+
+// -- J.4  exp ------------------------------------------------------------------------------------
+
+inline float32x2_t exp2_of(float32x2_t x) {
+    float64x2_t wide = vcvt_f64_f32(x), magic = vdupq_n_f64(TO_INTEGER_F64);
+    float64x2_t shifted = vfmaq_f64(magic, wide, vdupq_n_f64(LOG2_E)), k = vsubq_f64(shifted, magic);
+    float64x2_t r = vfmaq_f64(wide, k, vdupq_n_f64(-LN_2)), p = vdupq_n_f64(EXP_SERIES[0]);
+    for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = vfmaq_f64(vdupq_n_f64(EXP_SERIES[i]), p, r);
+    int64x2_t exponent = vaddq_s64(vreinterpretq_s64_f64(shifted), vdupq_n_s64(1023));   // as avx2::exp4
+    return vcvt_f32_f64(vmulq_f64(p, vreinterpretq_f64_s64(vshlq_n_s64(exponent, 52))));
+}
+
+// exp_of of four numbers.
+inline float32x4_t exp4(float32x4_t x) {
+    float32x4_t low = vdupq_n_f32(-104.0f), high = vdupq_n_f32(88.8f), zero = vdupq_n_f32(0);
+    float32x4_t clamped = vminq_f32(vmaxq_f32(x, low), high);
+    float32x4_t y = vcombine_f32(exp2_of(vget_low_f32(clamped)), exp2_of(vget_high_f32(clamped)));
+    y = vbslq_f32(vcgtq_f32(x, high), vdupq_n_f32(std::numeric_limits<float>::infinity()), y);
+    y = vbslq_f32(vcleq_f32(x, low), zero, y);
+    return vbslq_f32(vceqq_f32(x, x), y, x);
+}
+
+inline void exp_below(float* z, float top, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(z + i, exp4(vsubq_f32(vld1q_f32(z + i), vdupq_n_f32(top))));
+    exp_below_plain(z + i, top, n - i);
+}
+
+inline void silu_times(float* gate, const float* up, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t z = vld1q_f32(gate + i), e = exp4(vnegq_f32(z));
+        float32x4_t y = vdivq_f32(z, vaddq_f32(vdupq_n_f32(1), e));
+        vst1q_f32(gate + i, vmulq_f32(y, vld1q_f32(up + i)));
+    }
+    silu_times_plain(gate + i, up + i, n - i);
+}
+
+// -- J.5  small integers -------------------------------------------------------------------------
+
+inline float half_at(const std::byte* p) {
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(load<uint16_t>(p)))), 0);
+}
+inline void store(int8_t* out, uint8x16_t q) { vst1q_s8(out, vreinterpretq_s8_u8(q)); }
+inline uint8x16_t low_nibble(uint8x16_t b) { return vandq_u8(b, vdupq_n_u8(15)); }
+
+inline void unpack_q4_k(Block& b, const std::byte* p) {
+    b.d = half_at(p), b.m = half_at(p + 2);
+    unpack_six_bits(b, reinterpret_cast<Bytes>(p + 4));
+    for (int i = 0; i < 8; i++) {
+        uint8x16_t two = load16(p + 16 + 16 * i);
+        int8_t* out = b.q + i / 2 * 64 + i % 2 * 16;
+        store(out, low_nibble(two)), store(out + 32, vshrq_n_u8(two, 4));
+    }
+}
+
+inline void unpack_q6_k(Block& b, const std::byte* p) {
+    b.d = half_at(p + 208);
+    for (int g = 0; g < 16; g++) b.scale[g] = int8_t(p[192 + g]);
+    for (int n = 0; n < 2; n++) {
+        for (int h = 0; h < 2; h++) {
+            uint8x16_t first = load16(p + 64 * n + 16 * h), second = load16(p + 64 * n + 32 + 16 * h),
+                       high = load16(p + 128 + 32 * n + 16 * h);
+            uint8x16_t low[4] = {low_nibble(first), low_nibble(second), vshrq_n_u8(first, 4),
+                                 vshrq_n_u8(second, 4)};
+            uint8x16_t two[4] = {vshlq_n_u8(high, 4), vshlq_n_u8(high, 2), high, vshrq_n_u8(high, 2)};
+            for (int k = 0; k < 4; k++) {
+                uint8x16_t q = vorrq_u8(low[k], vandq_u8(two[k], vdupq_n_u8(48)));
+                store(b.q + 128 * n + 32 * k + 16 * h, vsubq_u8(q, vdupq_n_u8(32)));
+            }
+        }
+    }
+}
+
+// As chapter 2.3; for what most files have, fast.
+template <Dtype D> void unpack_fast(Block& b, const std::byte* p) {
+    if constexpr (D == Dtype::Q8_0) b.d = half_at(p), std::memcpy(b.q, p + 2, 32);
+    else if constexpr (D == Dtype::Q4_K) unpack_q4_k(b, p);
+    else if constexpr (D == Dtype::Q6_K) unpack_q6_k(b, p);
+    else unpack(b, p, D);
+}
+
+// sum += a . b, 16 numbers
+inline int32x4_t add_dot(int32x4_t sum, int16x8_t low, int16x8_t high, const int16_t* b) {
+    int16x8_t b_low = vld1q_s16(b), b_high = vld1q_s16(b + 8);
+    sum = vmlal_high_s16(vmlal_s16(sum, vget_low_s16(low), vget_low_s16(b_low)), low, b_low);
+    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(high), vget_low_s16(b_high)), high, b_high);
+}
+
+template <Dtype D, int T> void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+    constexpr int VALUES = format_of(D).values, GROUPS = VALUES / GROUP;
+    float lane[T][BLOCK_LANES] = {};
+    for (int b = 0; b < x.n / VALUES; b++, p += format_of(D).bytes) {
+        Block w;
+        unpack_fast<D>(w, p);
+        int32x4_t sum[T];
+        std::fill_n(sum, T, vdupq_n_s32(0));
+        for (int g = 0; g < GROUPS; g++) {
+            int8x16_t q = vld1q_s8(w.q + GROUP * g);
+            int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_high_s8(q);
+            if (VALUES == 256) low = vmulq_n_s16(low, w.scale[g]), high = vmulq_n_s16(high, w.scale[g]);
+            for (int t = 0; t < T; t++)
+                sum[t] = add_dot(sum[t], low, high, x.q + int64_t(t) * x.n + b * VALUES + GROUP * g);
+        }
+        for (int t = 0; t < T; t++) {
+            float dx = x.d[t * (x.n / VALUES) + b], &y = lane[t][b % BLOCK_LANES];
+            y = std::fma(w.d * dx, float(vaddvq_s32(sum[t])), y);
+            if (!format_of(D).minimums) continue;
+            const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
+            int32_t minimum = 0;
+            if constexpr (VALUES == 32) minimum = -(sums[0] + sums[1]);
+            else minimum = vaddvq_s32(add_dot(vdupq_n_s32(0), vld1q_s16(w.minimum), vld1q_s16(w.minimum + 8),
+                                              sums));
+            y = std::fma(-(w.m * dx), float(minimum), y);
+        }
+    }
+    for (int t = 0; t < T; t++) out[t * stride] = sum_block_lanes(lane[t]);
+}
+
+template <Dtype D>
+void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for (int r = begin; r < end; r++) {
+        int t = 0;
+        for (; t + 4 <= T; t += 4) int_row<D, 4>(out[t] + r, out.stride, x.at(t), w.row(r));
+        for (; t < T; t++) int_row<D, 1>(out[t] + r, out.stride, x.at(t), w.row(r));
+    }
+}
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+}
+
+inline void quantise(const IntRows& rows, ConstRows x, int T) {
+    for (int t = 0; t < T; t++) {
+        IntRows out = rows.at(t);
+        for (int begin = 0; begin < out.n; begin += out.block) {
+            uint32x4_t top = vdupq_n_u32(0);
+            for (int i = begin; i < begin + out.block; i += 4)
+                top = vmaxq_u32(top, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x[t] + i)),
+                                               vdupq_n_u32(0x7FFFFFFF)));
+            IntScale s = int_scale(vmaxvq_u32(top));
+            out.d[begin / out.block] = s.d;
+            for (int i = begin; i < begin + out.block; i += GROUP) {
+                int32x4_t sum = vdupq_n_s32(0);
+                for (int k = i; k < i + GROUP; k += 4) {
+                    // Ties to even; 0 for NaN, which 0 times infinity is.
+                    int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x[t] + k), s.inverse));
+                    vst1_s16(out.q + k, vmovn_s32(q));
+                    sum = vaddq_s32(sum, q);
+                }
+                out.sums[i / GROUP] = int16_t(vaddvq_s32(sum));
+            }
+        }
+    }
+}
+
+}  // namespace neon
+#endif
+
+// =================================================================================================
 // Appendix K. Fast CPU: AVX-512
 // =================================================================================================
 //
@@ -7169,7 +7525,7 @@ AMX_ENTRY void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, i
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T < MANY_TOKENS) return avx512::few_ints(out, x, w, T, begin, end);
-    avx2::for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
 }
 
 // A process asks the system for the registers of the tiles before it uses them.

@@ -18,7 +18,7 @@ import suite
 from hub import Hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LONG = re.compile(r"^make (test|asan|fuzz|style|golden|bench)\b", re.MULTILINE)
+LONG = re.compile(r"^make (test|asan|fuzz|cross|style|golden|bench)\b", re.MULTILINE)
 
 
 def blocks(text):
