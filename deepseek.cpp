@@ -3273,8 +3273,8 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // One token needs each weight once: the time is that of reading the weights from memory, and the kernels
 // read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
 // into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512 or amx
-// in the environment overrides the choice.
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512, amx or
+// neon in the environment overrides the choice.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline

@@ -32,7 +32,7 @@ fi
 
 for name in unit golden; do
     program=$cross/$name
-    [ "$program" -nt deepseek.cpp ] && [ -z "$(find tests/$name -newer "$program")" ] && continue
+    [ -x "$program" ] && [ -z "$(find deepseek.cpp tokenizer.h tests/$name -newer "$program")" ] && continue
     echo "compiling $program"
     aarch64-linux-gnu-g++ -O2 -std=c++20 -ffp-contract=off -fopenmp-simd -fpeel-loops -pthread -Wall -Wextra \
         -Wpedantic -Werror -Wno-psabi -I. -I"$cross/sysroot/usr/include" tests/$name/$name.cpp -o "$program" \

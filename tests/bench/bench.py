@@ -46,10 +46,12 @@ def theirs(folder, model, threads, prompt, tokens):
 
 
 def work(model):
-    """Weights that a token meets, and their bytes: all active ones but the embedding's other rows."""
+    """Weights that a token meets, and their bytes at the file's mean width: all active ones but the
+    embedding, of which a token needs one row. A model whose head is its embedding is not meant here."""
     info = json.loads(output(ROOT / "deepseek", "info", "-m", model, "--json"))
-    weights = info["parameters"]["active"] - info["vocab_size"] * info["hidden_size"]
-    return weights, sum(info["bytes"].values()) * weights / info["parameters"]["total"]
+    parameters = info["parameters"]
+    weights = parameters["active"] - info["vocab_size"] * info["hidden_size"]
+    return weights, sum(info["bytes"].values()) * weights / (parameters["total"] + parameters["mtp"])
 
 
 def processor():
