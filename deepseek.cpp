@@ -32,7 +32,6 @@
 //   I   GGUF: writing              a model as a file that llama.cpp reads
 //   J   Fast CPU: NEON             the same on ARM, the same bits
 //   K   Fast CPU: AVX-512          wider registers, the same bits
-//   L   Fast CPU: AMX              tiles of bytes, the same bits
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -1484,38 +1483,41 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 //
 // Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine
 // adds, and whatever width its registers have, the sum is the same. So the activations are made integers
-// too, q = x / d rounded to 12 bits, with one d for as many numbers as share a scale of the weights (a
+// too, q = x / d rounded to 8 bits, with one d for as many numbers as share a scale of the weights (a
 // block b of 32 or 256):
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
 //      dot = ((0+4) + (2+6)) + ((1+5) + (3+7))                                             over the 8 lanes
 //
-// Twelve bits because the widest weights, 32 * 128 of Q6_K, times 2047, times 256 stay below 2^31. The error
-// of the activations is then a fraction of that of the weights (README has the measurements); `--exact`
-// leaves x as it is, and dequantises each weight.
+// Eight bits because processors multiply bytes the fastest. The error of the activations is about that of
+// 8-bit weights (README has the measurements); `--exact` leaves x as it is, and dequantises each weight.
 
-constexpr int X_LIMIT = 2047, GROUP = 16, BLOCK_LANES = 8, QUANTISED_TOGETHER = 16;
+constexpr int X_LIMIT = 127, GROUP = 16, BLOCK_LANES = 8;
 
-// T vectors of n numbers in small integers: x[t][i] ~ d[t][i / block] * q[t][i].
+// From so many tokens on a kernel unpacks a block of rows once for all of them.
+constexpr int MANY_TOKENS = 4;
+
+// T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
+// after the other; those of many vectors, which are multiplied by the same weights, side by side.
 struct IntRows {
     int n = 0, block = 0;
-    int16_t* q = nullptr;      // (T, n)
-    int16_t* sums = nullptr;   // (T, n / GROUP): of 16 q each
-    float* d = nullptr;        // (T, n / block)
-    std::byte* parts = nullptr;   // the same, cut into bytes (appendices K, L), or none
-    bool few = true;              // T < MANY_TOKENS
+    int64_t next_vector = 0, next_block = 0;   // in blocks
+    int8_t* q = nullptr;                       // (block) each
+    int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
+    float* d = nullptr;                        // 1 each
 
-    // The vectors from t on; with parts, t is a multiple of QUANTISED_TOGETHER.
-    IntRows at(int t) const {
+    IntRows() = default;
+    IntRows(int T, int n, int block)
+        : n(n), block(block), next_vector(T < MANY_TOKENS ? n / block : 1),
+          next_block(T < MANY_TOKENS ? 1 : T) {}
+
+    // Block b of vector t, and those that follow it.
+    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
         IntRows r = *this;
-        r.q += int64_t(t) * n, r.sums += int64_t(t) * (n / GROUP), r.d += int64_t(t) * (n / block);
-        if (parts) r.parts += size_t(t / QUANTISED_TOGETHER) * tile_bytes(n, block);
+        int64_t i = t * next_vector + b * next_block;
+        r.q += i * block, r.sums += i * (block / GROUP), r.d += i;
         return r;
-    }
-    // Parts of QUANTISED_TOGETHER vectors for matrix tiles.
-    static size_t tile_bytes(int n, int block) {
-        return size_t(n / block) * (block == 32 ? 2048 + 64 + 64 : 4 * 2048 + 64 + 512);
     }
 };
 
@@ -1533,28 +1535,20 @@ inline IntScale int_scale(uint32_t largest) {
 }
 
 // One vector: x (n). Ties go to the even integer.
-inline void quantise_one(const IntRows& out, const real* x) {
+inline void quantise_plain(const IntRows& out, const real* x) {
     constexpr float TO_INTEGER = 0x1.8p23f;
-    for (int begin = 0; begin < out.n; begin += out.block) {
+    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
+        IntRows block = out.at(0, b);
         uint32_t largest = 0;
-        for (int i = begin; i < begin + out.block; i++)
-            largest = std::max(largest, magnitude_bits(float(x[i])));
+        for (int i = 0; i < out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
         IntScale s = int_scale(largest);
-        out.d[begin / out.block] = s.d;
-        for (int i = begin; i < begin + out.block; i++)
-            out.q[i] =
-                s.inverse == 0 ? int16_t(0) : int16_t(float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER);
+        *block.d = s.d;
+        std::fill_n(block.sums, out.block / GROUP, int16_t(0));
+        for (int i = 0; i < out.block; i++) {
+            float q = s.inverse == 0 ? 0 : float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER;
+            block.q[i] = int8_t(q), block.sums[i / GROUP] += block.q[i];
+        }
     }
-    for (int g = 0; g < out.n / GROUP; g++) {
-        int sum = 0;
-        for (int i = 0; i < GROUP; i++) sum += out.q[g * GROUP + i];
-        out.sums[g] = int16_t(sum);
-    }
-}
-
-// T <= QUANTISED_TOGETHER vectors.
-inline void quantise_plain(const IntRows& out, ConstRows x, int T) {
-    for (int t = 0; t < T; t++) quantise_one(out.at(t), x[t]);
 }
 
 inline float sum_block_lanes(const float* lane) {
@@ -1572,12 +1566,12 @@ inline float int_dot_plain(const Matrix& w, int r, const IntRows& x) {
     for (int b = 0; b < w.cols / f.values; b++, p += f.bytes) {
         unpack(block, p, w.dtype);
         int32_t sum = 0, minimum = 0;
-        for (int i = 0; i < f.values; i++) sum += block.scale[i / GROUP] * block.q[i] * x.q[b * f.values + i];
-        for (int g = 0; g < f.values / GROUP; g++)
-            minimum += block.minimum[g] * x.sums[b * f.values / GROUP + g];
+        IntRows xb = x.at(0, b);
+        for (int i = 0; i < f.values; i++) sum += block.scale[i / GROUP] * block.q[i] * xb.q[i];
+        for (int g = 0; g < f.values / GROUP; g++) minimum += block.minimum[g] * xb.sums[g];
         float& y = lane[b % BLOCK_LANES];
-        y = std::fma(block.d * x.d[b], float(sum), y);
-        if (f.minimums) y = std::fma(-(block.m * x.d[b]), float(minimum), y);
+        y = std::fma(block.d * *xb.d, float(sum), y);
+        if (f.minimums) y = std::fma(-(block.m * *xb.d), float(minimum), y);
     }
     return sum_block_lanes(lane);
 }
@@ -1622,9 +1616,7 @@ inline void exp_below_plain(real* z, real top, int n) {
 
 // -- 5.4  the kernels in use ---------------------------------------------------------------------
 
-inline size_t no_parts(int, int, int) { return 0; }
-
-// Plain, or the fastest that this processor has (appendices A, E, J to L), with the same bits.
+// Plain, or the fastest that this processor has (appendices A, E, J, K), with the same bits.
 struct Kernels {
     const char* name = "plain";
     bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
@@ -1634,9 +1626,8 @@ struct Kernels {
     real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
     void (*exp_below)(real* z, real top, int n) = exp_below_plain;
     void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
-    void (*quantise)(const IntRows& out, ConstRows x, int T) = quantise_plain;
+    void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
     void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
-    size_t (*part_bytes)(int T, int n, int block) = no_parts;   // IntRows::parts that int_rows wants
 };
 inline Kernels kernels;
 
@@ -1659,8 +1650,7 @@ struct Product {
     int T;
 };
 
-// From so many tokens on a kernel unpacks a block of rows once for all of them.
-constexpr int MANY_TOKENS = 4, MANY_ROWS = 192;
+constexpr int MANY_ROWS = 192;           // at most so many at once for many tokens
 
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
@@ -1674,21 +1664,15 @@ public:
             if (same_rows && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
         }
         size_t n = size_t(p.w->cols), T = size_t(p.T);
-        size_t parts = kernels.part_bytes(p.T, p.w->cols, block);
-        IntRows rows{.n = p.w->cols, .block = block, .few = p.T < MANY_TOKENS};
+        IntRows rows(p.T, p.w->cols, block);
         auto place = [&](Arena arena) {
-            rows.q = arena.take<int16_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
+            rows.q = arena.take<int8_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
             rows.d = arena.take<float>(T * n / size_t(block));
-            rows.parts = parts > 0 ? arena.take<std::byte>(parts) : nullptr;
             return arena.used;
         };
         std::byte* memory = memory_at(entries_.size(), place({}) + 64).data();
         place({memory + -reinterpret_cast<uintptr_t>(memory) % 64});
-        int64_t groups = (p.T + QUANTISED_TOGETHER - 1) / QUANTISED_TOGETHER;
-        parallel_for(groups, [&](int64_t g) {
-            int t = int(g) * QUANTISED_TOGETHER, count = std::min(QUANTISED_TOGETHER, p.T - t);
-            kernels.quantise(rows.at(t), {p.x[t], p.x.stride}, count);
-        }, int64_t(n) * QUANTISED_TOGETHER);
+        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
         entries_.push_back({p.x, p.T, rows});
         return entries_.back().rows;
     }
@@ -1713,7 +1697,7 @@ private:
 
 // Rows of W that a thread takes at once: few enough for all threads to have work, many enough to be worth it.
 inline int rows_at_once(const Product& p, int threads) {
-    if (p.T >= MANY_TOKENS) return std::clamp(p.w->rows / (4 * threads) / 48 * 48, 48, MANY_ROWS);
+    if (p.T >= MANY_TOKENS) return std::clamp(p.w->rows / (4 * threads) / 96 * 96, 96, MANY_ROWS);
     return std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
 }
 
@@ -3273,8 +3257,8 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // One token needs each weight once: the time is that of reading the weights from memory, and the kernels
 // read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
 // into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512, amx or
-// neon in the environment overrides the choice.
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512 or neon
+// in the environment overrides the choice.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
@@ -3636,24 +3620,16 @@ AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
 }
 
 // Appendix E.
-inline void quantise(const IntRows& out, ConstRows x, int T);
+inline void quantise(const IntRows& out, const float* x);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 
 }  // namespace avx2
 
-// Appendices K and L.
+// Appendix K.
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
-inline size_t part_bytes(int T, int n, int block);
-inline void quantise(const IntRows& out, ConstRows x, int T);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 }  // namespace avx512
-namespace amx {
-inline bool available();
-inline size_t part_bytes(int T, int n, int block);
-inline void quantise(const IntRows& out, ConstRows x, int T);
-inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
-}  // namespace amx
 #endif
 #if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
 namespace neon {   // appendix J
@@ -3663,7 +3639,7 @@ inline void widen(float* out, const Matrix& w, int r);
 inline float dot_real(const float* a, const float* b, int n);
 inline void exp_below(float* z, float top, int n);
 inline void silu_times(float* gate, const float* up, int n);
-inline void quantise(const IntRows& out, ConstRows x, int T);
+inline void quantise(const IntRows& out, const float* x);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 }  // namespace neon
 #endif
@@ -3681,11 +3657,7 @@ inline std::vector<Kernels> available_kernels() {
         __builtin_cpu_supports("avx512vnni")) {
         Kernels k = all.back();
         k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
-        k.quantise = avx512::quantise, k.part_bytes = avx512::part_bytes;
         all.push_back(k);
-        k.name = "amx", k.int_rows = amx::int_rows;
-        k.quantise = amx::quantise, k.part_bytes = amx::part_bytes;
-        if (amx::available()) all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
     all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::exp_below,
@@ -4505,11 +4477,11 @@ void command_quantize(const Options& o) {
 // Appendix E. Fast integers
 // =================================================================================================
 //
-// How are the small integers of 5.2 multiplied fast? AVX2 multiplies sixteen pairs of 16-bit numbers and
-// adds neighbours in one instruction. So every format is unpacked to one form, the values of a group
-// times the group's scale in 16 bits, and two kernels serve them all: one for few tokens, which unpacks
-// as it multiplies, and one for many, which unpacks a block of 16 rows once. Integer sums are exact, so
-// neither can differ from chapter 5.
+// How are the small integers of 5.2 multiplied fast? AVX2 multiplies 32 pairs of bytes, one of them
+// unsigned, and adds neighbours in one instruction. So every format is unpacked to one form, unsigned
+// bytes that are too large by a known offset, and two kernels serve them all: one for few tokens, which
+// unpacks as it multiplies, and one for many, which unpacks a block of 32 rows once. Integer sums are
+// exact, so neither can differ from chapter 5.
 
 // body.operator()<D>() for the D that is `dtype`.
 template <class Body> void for_quantised(Dtype dtype, const Body& body) {
@@ -4531,28 +4503,88 @@ template <class Body> void for_quantised(Dtype dtype, const Body& body) {
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 namespace avx2 {
 
-// -- E.1  unpacking small integers ---------------------------------------------------------------
+// -- E.1  unpacking bytes ------------------------------------------------------------------------
 //
-// ints<D>(p, m, sink) hands a block's values to sink(i, w): w holds the 16 values of group i, times the
-// group's scale, in 16 bits. m receives the minimums of 16 groups. Chapter 2.3 says what the bits mean.
+// bytes<D>(p, sink) hands a block's values to sink(i, w): w holds the 32 values from 32 i on, plus
+// offset_of(D), which makes them unsigned bytes. Chapter 2.3 says what the bits mean.
 
-AVX2 __m256i bytes16(const std::byte* p) { return _mm256_cvtepu8_epi16(load128(p)); }
+constexpr int offset_of(Dtype d) {
+    return d == Dtype::Q8_0 ? 128 : d == Dtype::Q4_0 ? 8 : d == Dtype::Q5_0 ? 16
+         : d == Dtype::Q6_K ? 32 : d == Dtype::Q3_K ? 4 : 0;
+}
+constexpr bool of_32(Dtype d) { return d < Dtype::Q2_K; }
+
+AVX2 __m256i all8(int v) { return _mm256_set1_epi8(char(v)); }
 AVX2 __m256i all16(int v) { return _mm256_set1_epi16(int16_t(v)); }
-AVX2 __m256i low_nibble(__m256i b) { return _mm256_and_si256(b, all16(15)); }
-AVX2 __m256i high_nibble(__m256i b) { return _mm256_srli_epi16(b, 4); }
-AVX2 __m256i times(__m256i q, int16_t scale) { return _mm256_mullo_epi16(q, all16(scale)); }
-// 16 bits of a mask as 16 numbers: `value` where the bit is 1.
-AVX2 __m256i where_bit(int mask, int value) {
-    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
-                                          16384, int16_t(0x8000));
-    return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(all16(mask), bit), bit), all16(value));
+AVX2 __m256i low_nibble(__m256i b) { return _mm256_and_si256(b, all8(15)); }
+AVX2 __m256i high_nibble(__m256i b) { return low_nibble(_mm256_srli_epi16(b, 4)); }
+// `value` where the byte has bit k.
+AVX2 __m256i where_bit(__m256i b, int k, int value) {
+    __m256i bit = all8(1 << k);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(b, bit), bit), all8(value));
 }
-// 16 where bit k of the number is 1.
-AVX2 __m256i bit_as_16(__m256i b, int k) {
-    __m256i clear = _mm256_cmpeq_epi16(_mm256_and_si256(b, all16(1 << k)), _mm256_setzero_si256());
-    return _mm256_andnot_si256(clear, all16(16));
+// `value` where the mask has bit i, for 32 i.
+AVX2 __m256i where_bit_of(uint32_t mask, int value) {
+    __m256i places = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    __m256i b = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), places);
+    __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(b, bit), bit), all8(value));
 }
 
+template <Dtype D, class Sink> AVX2 void bytes_of_32(const std::byte* p, Sink& sink) {
+    if constexpr (D == Dtype::Q8_0) {
+        sink(0, _mm256_xor_si256(load256(p + 2), all8(128)));
+    } else {
+        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1;
+        p += D == Dtype::Q4_1 || D == Dtype::Q5_1 ? 4 : 2;
+        __m128i b = load128(p + (FIVE ? 4 : 0));
+        __m256i q = low_nibble(_mm256_set_m128i(_mm_srli_epi16(b, 4), b));
+        sink(0, FIVE ? _mm256_or_si256(q, where_bit_of(load<uint32_t>(p), 16)) : q);
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void bytes_q4_q5_k(const std::byte* p, Sink& sink) {
+    constexpr bool FIVE = D == Dtype::Q5_K;
+    __m256i bits = FIVE ? load256(p + 16) : _mm256_setzero_si256();
+    for (int j = 0; j < 4; j++) {
+        __m256i b = load256(p + (FIVE ? 48 : 16) + 32 * j), q[2] = {low_nibble(b), high_nibble(b)};
+        for (int k = 0; k < 2; k++)
+            sink(2 * j + k, FIVE ? _mm256_or_si256(q[k], where_bit(bits, 2 * j + k, 16)) : q[k]);
+    }
+}
+
+template <class Sink> AVX2 void bytes_q6_k(const std::byte* p, Sink& sink) {
+    for (int n = 0; n < 2; n++) {
+        __m256i a = load256(p + 64 * n), b = load256(p + 64 * n + 32), high = load256(p + 128 + 32 * n);
+        __m256i low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
+        __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
+                          _mm256_srli_epi16(high, 2)};
+        for (int k = 0; k < 4; k++)
+            sink(4 * n + k, _mm256_or_si256(low[k], _mm256_and_si256(two[k], all8(48))));
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void bytes_q2_q3_k(const std::byte* p, Sink& sink) {
+    constexpr bool THREE = D == Dtype::Q3_K;
+    __m256i high = THREE ? load256(p) : _mm256_setzero_si256();
+    for (int n = 0; n < 2; n++) {
+        __m256i b = load256(p + (THREE ? 32 : 16) + 32 * n);
+        __m256i crumbs[4] = {b, _mm256_srli_epi16(b, 2), _mm256_srli_epi16(b, 4), _mm256_srli_epi16(b, 6)};
+        for (int k = 0; k < 4; k++) {
+            __m256i q = _mm256_and_si256(crumbs[k], all8(3));
+            sink(4 * n + k, THREE ? _mm256_or_si256(q, where_bit(high, 4 * n + k, 4)) : q);
+        }
+    }
+}
+
+template <Dtype D, class Sink> AVX2 void bytes(const std::byte* p, Sink& sink) {
+    if constexpr (of_32(D)) bytes_of_32<D>(p, sink);
+    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) bytes_q4_q5_k<D>(p, sink);
+    else if constexpr (D == Dtype::Q6_K) bytes_q6_k(p, sink);
+    else bytes_q2_q3_k<D>(p, sink);
+}
+
+// Of 16 groups: the scale, and the minimum or, where the format has none, what offset_of adds to a value.
 struct Scales {
     alignas(32) int16_t scale[16], minimum[16];
 };
@@ -4566,86 +4598,17 @@ AVX2 void six_bit_scales(Scales& s, const std::byte* p) {
     store256(s.minimum, _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(all, all)));
 }
 
-template <Dtype D, class Sink> AVX2 void ints_of_32(const std::byte* p, Sink& sink) {
-    if constexpr (D == Dtype::Q8_0) {
-        sink(0, _mm256_cvtepi8_epi16(load128(p + 2)));
-        sink(1, _mm256_cvtepi8_epi16(load128(p + 18)));
+template <Dtype D> AVX2 void scales(Scales& s, const std::byte* p) {
+    if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) return six_bit_scales(s, p + 4);
+    if constexpr (D == Dtype::Q6_K) {
+        store256(s.scale, _mm256_cvtepi8_epi16(load128(p + 192)));
     } else {
-        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1,
-                       MINIMUM = D == Dtype::Q4_1 || D == Dtype::Q5_1;
-        p += MINIMUM ? 4 : 2;
-        uint32_t high = FIVE ? load<uint32_t>(p) : 0;
-        __m256i b = bytes16(p + (FIVE ? 4 : 0)), q[2] = {low_nibble(b), high_nibble(b)};
-        for (int k = 0; k < 2; k++) {
-            if (FIVE) q[k] = _mm256_add_epi16(q[k], where_bit(int(high >> 16 * k & 0xFFFF), 16));
-            sink(k, MINIMUM ? q[k] : _mm256_sub_epi16(q[k], all16(FIVE ? 16 : 8)));
-        }
+        Block block;   // few files have these: the plain way
+        if (D == Dtype::Q2_K) unpack_q2_k_scales(block, reinterpret_cast<Bytes>(p));
+        else unpack_q3_k_scales(block, reinterpret_cast<Bytes>(p));
+        std::copy_n(block.scale, 16, s.scale), std::copy_n(block.minimum, 16, s.minimum);
     }
-}
-
-template <Dtype D, class Sink> AVX2 void ints_q4_q5_k(const std::byte* p, Scales& s, Sink& sink) {
-    six_bit_scales(s, p + 4);
-    const std::byte *high = p + 16, *low = D == Dtype::Q5_K ? p + 48 : p + 16;
-    for (int h = 0; h < 2; h++) {
-        __m256i bits = D == Dtype::Q5_K ? bytes16(high + 16 * h) : _mm256_setzero_si256();
-        for (int j = 0; j < 4; j++) {
-            __m256i b = bytes16(low + 32 * j + 16 * h), q[2] = {low_nibble(b), high_nibble(b)};
-            for (int k = 0; k < 2; k++) {
-                if (D == Dtype::Q5_K) q[k] = _mm256_add_epi16(q[k], bit_as_16(bits, 2 * j + k));
-                int group = 4 * j + 2 * k + h;
-                sink(group, times(q[k], s.scale[group]));
-            }
-        }
-    }
-}
-
-template <class Sink> AVX2 void ints_q6_k(const std::byte* p, Scales& s, Sink& sink) {
-    store256(s.scale, _mm256_cvtepi8_epi16(load128(p + 192)));
-    for (int n = 0; n < 2; n++) {
-        for (int h = 0; h < 2; h++) {
-            __m256i a = bytes16(p + 64 * n + 16 * h), b = bytes16(p + 64 * n + 32 + 16 * h);
-            __m256i high = bytes16(p + 128 + 32 * n + 16 * h),
-                    low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
-            __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
-                              _mm256_srli_epi16(high, 2)};
-            for (int k = 0; k < 4; k++) {
-                __m256i q = _mm256_or_si256(low[k], _mm256_and_si256(two[k], all16(48)));
-                int group = 8 * n + 2 * k + h;
-                sink(group, times(_mm256_sub_epi16(q, all16(32)), s.scale[group]));
-            }
-        }
-    }
-}
-
-template <Dtype D, class Sink> AVX2 void ints_q2_q3_k(const std::byte* p, Scales& s, Sink& sink) {
-    Block scales;   // few files have these: their scales the plain way
-    if (D == Dtype::Q2_K) unpack_q2_k_scales(scales, reinterpret_cast<Bytes>(p));
-    else unpack_q3_k_scales(scales, reinterpret_cast<Bytes>(p));
-    std::copy_n(scales.scale, 16, s.scale), std::copy_n(scales.minimum, 16, s.minimum);
-    const std::byte* low = p + (D == Dtype::Q2_K ? 16 : 32);
-    for (int h = 0; h < 2; h++) {
-        __m256i high = D == Dtype::Q3_K ? bytes16(p + 16 * h) : _mm256_setzero_si256();
-        for (int n = 0; n < 2; n++) {
-            __m256i b = bytes16(low + 32 * n + 16 * h);
-            __m256i crumbs[4] = {b, _mm256_srli_epi16(b, 2), _mm256_srli_epi16(b, 4),
-                                 _mm256_srli_epi16(b, 6)};
-            for (int k = 0; k < 4; k++) {
-                __m256i q = _mm256_and_si256(crumbs[k], all16(3));
-                if (D == Dtype::Q3_K)
-                    q = _mm256_sub_epi16(
-                        _mm256_add_epi16(q, _mm256_srli_epi16(bit_as_16(high, 4 * n + k), 2)), all16(4));
-                int group = 8 * n + 2 * k + h;
-                sink(group, times(q, s.scale[group]));
-            }
-        }
-    }
-}
-
-template <Dtype D, class Sink> AVX2 void ints(const std::byte* p, Scales& s, Sink& sink) {
-    if constexpr (D < Dtype::Q2_K) ints_of_32<D>(p, sink);
-    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) ints_q4_q5_k<D>(p, s, sink);
-    else if constexpr (D == Dtype::Q6_K) ints_q6_k(p, s, sink);
-    else ints_q2_q3_k<D>(p, s, sink);
+    if (offset_of(D)) store256(s.minimum, _mm256_mullo_epi16(load256(s.scale), all16(offset_of(D))));
 }
 
 // Where the f16 numbers d and m of a block stand.
@@ -4657,16 +4620,6 @@ constexpr bool has_minimums(Dtype d) {
 }
 
 // -- E.2  integers: one row, a few tokens --------------------------------------------------------
-
-template <int T> struct DotSink {
-    __m256i sum[T];
-    const int16_t* x;
-    int64_t stride;
-    AVX2 void operator()(int group, __m256i w) {
-        for (int t = 0; t < T; t++)
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(w, load256(x + t * stride + GROUP * group)));
-    }
-};
 
 // The sums of the eight lanes of eight vectors.
 AVX2 __m256i sum8(const __m256i* v) {
@@ -4682,43 +4635,74 @@ AVX2 float sum_block_lanes(__m256 lane) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+// 32 bytes of weights times x, in 16 sums of two. Signed weights: those of Q8_0, whose offset would be too
+// much for 16 bits; the instruction wants one side unsigned, so they give their sign to x.
+template <Dtype D> AVX2 __m256i pairs(__m256i w, __m256i x) {
+    if (D != Dtype::Q8_0) return _mm256_maddubs_epi16(w, x);
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+AVX2 __m256i signed_again(__m256i w) { return _mm256_xor_si256(w, all8(128)); }
+
+// Adds a block's weights, times their scales, times T vectors.
+template <Dtype D, int T> struct DotSink {
+    __m256i sum[T];
+    const Scales& s;
+    const int8_t* x;
+    int64_t stride;
+
+    AVX2 void operator()(int i, __m256i w) {
+        const __m256i halves = _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100, 0x0302030203020302,
+                                                  0x0302030203020302);
+        __m256i scale = all16(1);
+        if (D == Dtype::Q8_0) w = signed_again(w);
+        if (!of_32(D))
+            scale = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(s.scale + 2 * i)), halves);
+        for (int t = 0; t < T; t++) {
+            __m256i two = pairs<D>(w, load256(x + t * stride + 32 * i));
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(two, scale));
+        }
+    }
+};
+
 // Up to eight blocks of a row: their integer sums with T vectors, and their scales.
 template <Dtype D, int T> struct BlockSums {
     __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
     alignas(16) uint16_t d[BLOCK_LANES], m[BLOCK_LANES];
+
+    // The block at p is number k of the eight; x begins at it.
+    AVX2 void add(int k, const std::byte* p, const IntRows& x) {
+        Scales s;
+        if constexpr (!of_32(D)) scales<D>(s, p);
+        DotSink<D, T> sink{{}, s, x.q, x.n};
+        for (int t = 0; t < T; t++) sink.sum[t] = _mm256_setzero_si256();
+        bytes<D>(p, sink);
+        d[k] = load<uint16_t>(p + place_of_d(D));
+        if (has_minimums(D)) m[k] = load<uint16_t>(p + place_of_d(D) + 2);
+        for (int t = 0; t < T; t++) {
+            sum[t][k] = sink.sum[t];
+            __m256i sums = of_32(D) ? _mm256_setzero_si256() : load256(x.sums + t * (x.n / GROUP));
+            if (!of_32(D)) minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), sums);
+        }
+    }
+    // lane += `count` blocks; x begins at the first
+    AVX2 void add_to(__m256 (&lane)[T], int count, const IntRows& x) const {
+        __m256 ds = _mm256_cvtph_ps(load128(d)), ms = _mm256_cvtph_ps(load128(m));
+        for (int t = 0; t < T; t++) {
+            IntRows xt = x.at(t);
+            alignas(32) float scale[BLOCK_LANES] = {};
+            alignas(32) int16_t sums[2 * BLOCK_LANES] = {};
+            std::copy_n(xt.d, count, scale);
+            if (of_32(D)) std::copy_n(xt.sums, 2 * count, sums);
+            __m256i total = sum8(sum[t]), factor = all16(offset_of(D) ? offset_of(D) : -1);
+            __m256i minimums = of_32(D) ? _mm256_madd_epi16(load256(sums), factor) : sum8(minimum[t]);
+            if (offset_of(D) && D != Dtype::Q8_0) total = _mm256_sub_epi32(total, minimums);
+            __m256 dx = _mm256_load_ps(scale);
+            lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(total), lane[t]);
+            if (has_minimums(D))
+                lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), _mm256_cvtepi32_ps(minimums), lane[t]);
+        }
+    }
 };
-
-template <Dtype D, int T>
-AVX2 void sum_block(BlockSums<D, T>& out, int k, const std::byte* p, const IntRows& x, int b) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, GROUPS = VALUES / GROUP;
-    Scales s;
-    DotSink<T> sink{{}, x.q + int64_t(b) * VALUES, x.n};
-    for (int t = 0; t < T; t++) sink.sum[t] = _mm256_setzero_si256();
-    ints<D>(p, s, sink);
-    out.d[k] = load<uint16_t>(p + place_of_d(D));
-    if (has_minimums(D)) out.m[k] = load<uint16_t>(p + place_of_d(D) + 2);
-    for (int t = 0; t < T; t++) {
-        out.sum[t][k] = sink.sum[t];
-        const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
-        if (has_minimums(D) && VALUES == 256)
-            out.minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), load256(sums));
-        else if (has_minimums(D))
-            out.minimum[t][k] = _mm256_setr_epi32(-(sums[0] + sums[1]), 0, 0, 0, 0, 0, 0, 0);
-    }
-}
-
-template <Dtype D, int T> AVX2 void add_blocks(__m256 (&lane)[T], const BlockSums<D, T>& s, const float* dx,
-                                               int64_t stride, int count) {
-    __m256 d = _mm256_cvtph_ps(load128(s.d)), m = _mm256_cvtph_ps(load128(s.m));
-    for (int t = 0; t < T; t++) {
-        alignas(32) float part[BLOCK_LANES] = {};
-        if (count < BLOCK_LANES) std::copy_n(dx + t * stride, count, part);
-        __m256 x = _mm256_loadu_ps(count < BLOCK_LANES ? part : dx + t * stride);
-        lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(d, x), _mm256_cvtepi32_ps(sum8(s.sum[t])), lane[t]);
-        if (has_minimums(D))
-            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(m, x), _mm256_cvtepi32_ps(sum8(s.minimum[t])), lane[t]);
-    }
-}
 
 template <Dtype D, int T>
 AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
@@ -4729,8 +4713,8 @@ AVX2_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std:
         int count = std::min(BLOCK_LANES, blocks - b);
         BlockSums<D, T> sums;
         if (count < BLOCK_LANES) std::memset(static_cast<void*>(&sums), 0, sizeof sums);
-        for (int k = 0; k < count; k++, p += bytes) sum_block<D, T>(sums, k, p, x, b + k);
-        add_blocks<D, T>(lane, sums, x.d + b, x.n / x.block, count);
+        for (int k = 0; k < count; k++, p += bytes) sums.add(k, p, x.at(0, b + k));
+        sums.add_to(lane, count, x.at(0, b));
     }
     for (int t = 0; t < T; t++) out[t * stride] = sum_block_lanes(lane[t]);
 }
@@ -4745,24 +4729,60 @@ void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begi
 }
 
 // -- E.3  integers: a block of rows, many tokens -------------------------------------------------
+//
+// The weights of 32 rows are laid out so that one register holds four columns of several rows, and four
+// numbers of x, repeated, meet them all.
 
-constexpr int INT_ROWS = 16, INT_COLS = 512, INT_PAIRS = INT_COLS / 2;
+constexpr int INT_ROWS = 32, INT_TOKENS = 64;
 
 struct IntBlock {
-    alignas(64) int16_t row[INT_ROWS][INT_COLS];                      // scaled weights, row by row
-    alignas(64) int32_t pair[INT_PAIRS][INT_ROWS];                    // two columns of 16 rows
-    alignas(64) float d[INT_COLS / 32][INT_ROWS], m[INT_COLS / 32][INT_ROWS];
-    alignas(64) int16_t minimum[INT_COLS / 256][GROUP / 2][INT_ROWS][2];   // two groups of 16 rows
-    alignas(64) float lane[BLOCK_TOKENS][BLOCK_LANES][INT_ROWS];
+    std::byte* w;       // (cols / 4, INT_ROWS, 4): with their offset
+    float *d, *m;       // (blocks, INT_ROWS)
+    int32_t* scale;     // (cols / GROUP, INT_ROWS)             blocks of 256
+    int32_t* minimum;   // (cols / (2 GROUP), INT_ROWS): of two groups, 16 bits each
+    float* lane;        // (BLOCK_LANES, INT_TOKENS, INT_ROWS)
+    std::byte* row;     // (INT_ROWS, cols): before they are laid out
+
+    IntBlock(std::vector<std::byte>& memory, int cols, int block) {
+        size_t n = size_t(cols) * INT_ROWS, blocks = n / size_t(block), groups = block == 32 ? 0 : n / GROUP;
+        auto place = [&](Arena arena) {
+            w = arena.take<std::byte>(n), row = arena.take<std::byte>(n);
+            d = arena.take<float>(blocks), m = arena.take<float>(blocks);
+            scale = arena.take<int32_t>(groups), minimum = arena.take<int32_t>(groups / 2);
+            lane = arena.take<float>(BLOCK_LANES * INT_TOKENS * INT_ROWS);
+            return arena.used;
+        };
+        size_t bytes = place({}) + 64;
+        if (memory.size() < bytes) memory.resize(bytes);
+        place({memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64});
+    }
 };
 
 struct StoreSink {
-    int16_t* out;
-    AVX2 void operator()(int group, __m256i w) { store256(out + GROUP * group, w); }
+    std::byte* out;
+    AVX2 void operator()(int i, __m256i w) { store256(out + 32 * i, w); }
 };
 
-// Rows of 8 pairs to columns.
-AVX2_ENTRY void transpose8(int32_t* out, int64_t out_stride, const int16_t* in, int64_t in_stride) {
+template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::byte* p, int cols) {
+    constexpr int VALUES = format_of(D).values;
+    std::byte* row = block.row + r * int64_t(cols);
+    for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes) {
+        StoreSink sink{row + b * VALUES};
+        bytes<D>(p, sink);
+        int at = b * INT_ROWS + r;
+        block.d[at] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
+        if (has_minimums(D)) block.m[at] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2));
+        if constexpr (of_32(D)) continue;
+        Scales s;
+        if constexpr (!of_32(D)) scales<D>(s, p);
+        for (int g = 0; g < GROUP; g++) block.scale[(b * GROUP + g) * INT_ROWS + r] = s.scale[g];
+        for (int g = 0; g < GROUP / 2; g++)
+            block.minimum[(b * GROUP / 2 + g) * INT_ROWS + r] = load<int32_t>(s.minimum + 2 * g);
+    }
+}
+
+// 8 rows of 8 times four bytes, to columns.
+AVX2_ENTRY void transpose8(std::byte* out, const std::byte* in, int64_t in_stride) {
     __m256i r[8], a[8], b[8];
     for (int i = 0; i < 8; i++) r[i] = load256(in + i * in_stride);
     for (int i = 0; i < 4; i++) {
@@ -4776,144 +4796,141 @@ AVX2_ENTRY void transpose8(int32_t* out, int64_t out_stride, const int16_t* in, 
         b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-        store256(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-        store256(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+        store256(out + i * 4 * INT_ROWS, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+        store256(out + (i + 4) * 4 * INT_ROWS, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
     }
 }
 
-template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& b, int r, const std::byte* p, int n) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
-        Scales s;
-        StoreSink sink{b.row[r] + k * VALUES};
-        ints<D>(p, s, sink);
-        b.d[k][r] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
-        b.m[k][r] = has_minimums(D) ? f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2)) : 0;
-        for (int g = 0; has_minimums(D) && VALUES == 256 && g < GROUP; g++)
-            b.minimum[k][g / 2][r][g % 2] = s.minimum[g];
+// R rows from `row` on. What stands in the other rows is of no account.
+template <Dtype D> void pack(IntBlock& block, const Matrix& w, int row, int R) {
+    for (int r = 0; r < R; r++) pack_row<D>(block, r, w.row(row + r), w.cols);
+    for (int r = 0; r < R; r += 8)
+        for (int col = 0; col < w.cols; col += 32)
+            transpose8(block.w + int64_t(col) * INT_ROWS + 4 * r, block.row + int64_t(r) * w.cols + col,
+                       w.cols);
+}
+
+// v += 2 n numbers of 8 rows, in pairs of 16 bits, times x: (T, 2 n)
+template <int T>
+AVX2 void add_pairs(__m256i (&v)[T], const int32_t* w, const int16_t* x, int64_t stride, int n) {
+    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
+        __m256i two = load256(w);
+        for (int t = 0; t < T; t++)
+            v[t] = _mm256_add_epi32(
+                v[t], _mm256_madd_epi16(two, _mm256_set1_epi32(load<int32_t>(x + t * stride))));
     }
 }
 
-// n columns from `begin` on of R rows; missing rows become 0.
-template <Dtype D> void pack(IntBlock& b, const Matrix& w, int row, int R, int begin, int n) {
-    if (R < INT_ROWS) std::memset(&b, 0, offsetof(IntBlock, lane));
-    for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
-    for (int col = 0; col < n; col += 16)
-        for (int r = 0; r < INT_ROWS; r += 8)
-            transpose8(&b.pair[col / 2][r], INT_ROWS, b.row[r] + col, INT_COLS);
+// How many products of two bytes each can be added in 16 bits, at most those of a scale.
+constexpr int in_16_bits(Dtype d) {
+    switch (d) {
+    case Dtype::Q8_0: return 1;
+    case Dtype::Q6_K: return 2;
+    case Dtype::Q4_0: case Dtype::Q4_1: case Dtype::Q4_K: return 8;
+    default: return 4;
+    }
 }
 
-template <int T> struct IntSums {
-    __m256i v[T][2];                                                // of 16 rows
+// lane (T, INT_ROWS), of 8 rows from r on, += block b of the rows times T vectors; x: their block b
+template <Dtype D, int T>
+AVX2 void int_tile_of_8(const IntBlock& block, int b, const IntRows& x, float* lane, int r) {
+    constexpr int VALUES = format_of(D).values, STEPS = in_16_bits(D);
+    const std::byte* w = block.w + (int64_t(b) * VALUES * INT_ROWS + 4 * r);
+    __m256i sum[T], minimum[T];
+    for (int t = 0; t < T; t++) sum[t] = minimum[t] = _mm256_setzero_si256();
+    for (int i = 0; i < VALUES / 4; i += STEPS) {
+        __m256i part[T], scale = all16(1);
+        for (int t = 0; t < T; t++) part[t] = _mm256_setzero_si256();
+        for (int k = i; k < i + STEPS; k++) {
+            __m256i wk = load256(w + int64_t(k) * 4 * INT_ROWS);
+            if (D == Dtype::Q8_0) wk = signed_again(wk);
+            for (int t = 0; t < T; t++) {
+                __m256i xt = _mm256_set1_epi32(load<int32_t>(x.q + t * VALUES + 4 * k));
+                part[t] = _mm256_add_epi16(part[t], pairs<D>(wk, xt));
+            }
+        }
+        if (!of_32(D)) {
+            scale = load256(block.scale + (int64_t(b) * GROUP + i / 4) * INT_ROWS + r);
+            scale = _mm256_blend_epi16(scale, _mm256_slli_epi32(scale, 16), 0xAA);
+        }
+        for (int t = 0; t < T; t++) sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(part[t], scale));
+    }
+    const int32_t* two = block.minimum + int64_t(b) * (GROUP / 2) * INT_ROWS + r;
+    if (!of_32(D)) add_pairs<T>(minimum, two, x.sums, GROUP, GROUP / 2);
+    __m256 d = _mm256_load_ps(block.d + b * INT_ROWS + r), m = _mm256_load_ps(block.m + b * INT_ROWS + r);
+    for (int t = 0; t < T; t++) {
+        if (of_32(D)) {
+            int total = x.sums[2 * t] + x.sums[2 * t + 1];
+            minimum[t] = _mm256_set1_epi32(total * (has_minimums(D) ? -1 : offset_of(D)));
+        }
+        if (offset_of(D) && D != Dtype::Q8_0) sum[t] = _mm256_sub_epi32(sum[t], minimum[t]);
+        __m256 dx = _mm256_set1_ps(x.d[t]), y = _mm256_load_ps(lane + t * INT_ROWS + r);
+        y = _mm256_fmadd_ps(_mm256_mul_ps(d, dx), _mm256_cvtepi32_ps(sum[t]), y);
+        if (has_minimums(D)) y = _mm256_fnmadd_ps(_mm256_mul_ps(m, dx), _mm256_cvtepi32_ps(minimum[t]), y);
+        _mm256_store_ps(lane + t * INT_ROWS + r, y);
+    }
+}
+
+// Appendix K has another one.
+struct Tile8 {
+    static constexpr int tokens(Dtype) { return 4; }
+    template <Dtype D, int T>
+    AVX2_ENTRY static void tile(const IntBlock& block, int b, const IntRows& x, float* lane) {
+        for (int r = 0; r < INT_ROWS; r += 8) int_tile_of_8<D, T>(block, b, x, lane, r);
+    }
 };
 
-// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
-template <int T>
-AVX2 void add_pairs(IntSums<T>& s, const int32_t* w, const int16_t* x, int64_t stride, int n) {
-    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
-        __m256i low = load256(w), high = load256(w + 8);
-        for (int t = 0; t < T; t++) {
-            __m256i two = _mm256_set1_epi32(load<int32_t>(x + t * stride));
-            s.v[t][0] = _mm256_add_epi32(s.v[t][0], _mm256_madd_epi16(low, two));
-            s.v[t][1] = _mm256_add_epi32(s.v[t][1], _mm256_madd_epi16(high, two));
-        }
-    }
-}
-
-template <int T> AVX2 IntSums<T> no_sums() {
-    IntSums<T> s;
-    for (int t = 0; t < T; t++) s.v[t][0] = s.v[t][1] = _mm256_setzero_si256();
-    return s;
-}
-
-// lane += (d dx) v, or lane -= (m dx) v
-template <bool MINUS> AVX2 void add_scaled(float* lane, const float* d, float dx, const __m256i* v) {
-    for (int half = 0; half < 2; half++) {
-        __m256 scale = _mm256_mul_ps(_mm256_load_ps(d + 8 * half), _mm256_set1_ps(dx)),
-               y = _mm256_load_ps(lane + 8 * half);
-        __m256 sum = _mm256_cvtepi32_ps(v[half]);
-        _mm256_store_ps(lane + 8 * half,
-                        MINUS ? _mm256_fnmadd_ps(scale, sum, y) : _mm256_fmadd_ps(scale, sum, y));
-    }
-}
-
-// The block's columns, which begin at `begin` of the matrix, for T tokens; x: the first of them.
-template <int VALUES, bool MINIMUMS, int T>
-AVX2_ENTRY void int_tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
-    int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
-    for (int k = 0; k < n / VALUES; k++) {
-        int block = begin / VALUES + k;
-        const float* dx = x.d + block;
-        float* lane = b.lane[token][block % BLOCK_LANES];
-        IntSums<T> s = no_sums<T>();
-        add_pairs<T>(s, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
-        for (int t = 0; t < T; t++)
-            add_scaled<false>(lane + t * BLOCK_LANES * INT_ROWS, b.d[k], dx[t * blocks], s.v[t]);
-        if (!MINIMUMS) continue;
-        const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
-        s = no_sums<T>();
-        if (VALUES == 256)
-            add_pairs<T>(s, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups, GROUP / 2);
-        for (int t = 0; t < T; t++, sums += groups) {
-            if (VALUES == 32) s.v[t][0] = s.v[t][1] = _mm256_set1_epi32(-(sums[0] + sums[1]));
-            add_scaled<true>(lane + t * BLOCK_LANES * INT_ROWS, b.m[k], dx[t * blocks], s.v[t]);
-        }
-    }
-}
-
-// The tree of sum_block_lanes, for 16 rows.
-AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float (*lane)[INT_ROWS]) {
+// The tree of sum_block_lanes, for 32 rows.
+AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float* lane) {
+    constexpr int PLANE = INT_TOKENS * INT_ROWS;
     for (int r = 0; r < INT_ROWS; r += 8) {
         __m256 v[4];
-        for (int j = 0; j < 4; j++)
-            v[j] = _mm256_add_ps(_mm256_load_ps(lane[j] + r), _mm256_load_ps(lane[j + 4] + r));
+        for (int j = 0; j < 4; j++) {
+            const float* at = lane + j * PLANE + r;
+            v[j] = _mm256_add_ps(_mm256_load_ps(at), _mm256_load_ps(at + 4 * PLANE));
+        }
         _mm256_store_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
     }
 }
 
-// How many tokens a tile has, and the tile. Appendix K has a wider one.
-struct Narrow {
-    static constexpr int TOKENS = 4;
-    template <int VALUES, bool MINIMUMS, int T>
-    static void tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
-        int_tile<VALUES, MINIMUMS, T>(b, token, x, begin, n);
-    }
-};
-
-template <class Width, Dtype D>
-void int_block(IntBlock& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256, TOKENS = Width::TOKENS;
-    constexpr bool MINIMUMS = has_minimums(D);
-    std::fill_n(b.lane[0][0], T * BLOCK_LANES * INT_ROWS, 0.0f);
-    for (int begin = 0; begin < w.cols; begin += INT_COLS) {
-        int n = std::min(INT_COLS, w.cols - begin);
-        pack<D>(b, w, row, R, begin, n);
-        int t = 0;
-        for (; t + TOKENS <= T; t += TOKENS)
-            Width::template tile<VALUES, MINIMUMS, TOKENS>(b, t, x.at(t), begin, n);
-        for (; t < T; t++) Width::template tile<VALUES, MINIMUMS, 1>(b, t, x.at(t), begin, n);
+// The packed rows, R of them from `row` on, times T <= INT_TOKENS vectors. Blocks whose sums go to the same
+// lane follow each other, so that a lane's sums stay in the first cache.
+template <class Tile, Dtype D>
+void int_block(const IntBlock& block, Rows out, const IntRows& x, int row, int R, int T) {
+    constexpr int TOKENS = Tile::tokens(D);
+    std::fill_n(block.lane, BLOCK_LANES * INT_TOKENS * INT_ROWS, 0.0f);
+    for (int j = 0; j < BLOCK_LANES; j++) {
+        for (int b = j; b < x.n / x.block; b += BLOCK_LANES) {
+            float* lane = block.lane + j * INT_TOKENS * INT_ROWS;
+            int t = 0;
+            for (; t + TOKENS <= T; t += TOKENS)
+                Tile::template tile<D, TOKENS>(block, b, x.at(t, b), lane + t * INT_ROWS);
+            for (; t < T; t++) Tile::template tile<D, 1>(block, b, x.at(t, b), lane + t * INT_ROWS);
+        }
     }
     for (int t = 0; t < T; t++) {
         alignas(32) float sums[INT_ROWS];
-        sum_block_lanes_of_rows(sums, b.lane[t]);
+        sum_block_lanes_of_rows(sums, block.lane + t * INT_ROWS);
         std::copy_n(sums, R, out[t] + row);
     }
 }
 
-template <class Width>
+template <class Tile>
 void many_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    thread_local IntBlock memory;
-    IntBlock& block = memory;
+    thread_local std::vector<std::byte> memory;
+    IntBlock block(memory, w.cols, x.block);
     for_quantised(w.dtype, [&]<Dtype D>() {
-        for (int t = 0; t < T; t += BLOCK_TOKENS)
-            for (int r = begin; r < end; r += INT_ROWS)
-                int_block<Width, D>(block, {out[t], out.stride}, x.at(t), w, r, std::min(INT_ROWS, end - r),
-                                    std::min(BLOCK_TOKENS, T - t));
+        for (int r = begin; r < end; r += INT_ROWS) {
+            int R = std::min(INT_ROWS, end - r);
+            pack<D>(block, w, r, R);
+            for (int t = 0; t < T; t += INT_TOKENS)
+                int_block<Tile, D>(block, {out[t], out.stride}, x.at(t), r, R, std::min(INT_TOKENS, T - t));
+        }
     });
 }
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    if (T >= MANY_TOKENS) return many_ints<Narrow>(out, x, w, T, begin, end);
+    if (T >= MANY_TOKENS) return many_ints<Tile8>(out, x, w, T, begin, end);
     for_quantised(w.dtype, [&]<Dtype D>() { few_tokens_int<D>(out, x, w, T, begin, end); });
 }
 
@@ -4926,27 +4943,27 @@ AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
     return *std::max_element(lane, lane + 8);
 }
 
-AVX2_ENTRY void quantise_vector(const IntRows& out, const float* x) {
-    for (int begin = 0; begin < out.n; begin += out.block) {
-        IntScale s = int_scale(largest_magnitude(x + begin, out.block));
-        out.d[begin / out.block] = s.d;
-        for (int i = begin; i < begin + out.block; i += GROUP) {
-            __m256i q[2];
-            for (int half = 0; half < 2; half++)
-                q[half] = _mm256_cvtps_epi32(
-                    _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * half), _mm256_set1_ps(s.inverse)));
-            if (s.inverse == 0) q[0] = q[1] = _mm256_setzero_si256();
-            store256(out.q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xD8));
-            alignas(32) int32_t lane[8];
-            store256(lane, _mm256_add_epi32(q[0], q[1]));
-            out.sums[i / GROUP] =
-                int16_t(lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7]);
+AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
+        IntScale s = int_scale(largest_magnitude(x, out.block));
+        IntRows block = out.at(0, b);
+        *block.d = s.d;
+        for (int i = 0; i < out.block; i += 32) {
+            __m256i q[4];
+            for (int k = 0; k < 4; k++)
+                q[k] = _mm256_cvtps_epi32(
+                    _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), _mm256_set1_ps(s.inverse)));
+            if (s.inverse == 0) q[0] = q[1] = q[2] = q[3] = _mm256_setzero_si256();
+            __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+            __m256i eight = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+            store256(block.q + i, eight);
+            __m256i two = _mm256_maddubs_epi16(all8(1), eight), four = _mm256_madd_epi16(two, all16(1));
+            four = _mm256_hadd_epi32(four, four), four = _mm256_hadd_epi32(four, four);
+            block.sums[i / GROUP] = int16_t(_mm256_extract_epi16(four, 0));
+            block.sums[i / GROUP + 1] = int16_t(_mm256_extract_epi16(four, 8));
         }
     }
-}
-
-inline void quantise(const IntRows& out, ConstRows x, int T) {
-    for (int t = 0; t < T; t++) quantise_vector(out.at(t), x[t]);
 }
 
 }  // namespace avx2
@@ -6445,7 +6462,7 @@ void write_gguf(const Model& m, const fs::path& source, const std::string& out, 
 //
 // And on ARM? Chapter 5's sixteen lanes are four registers of four numbers here, and 32 registers hold the
 // sums of two rows with three tokens. So one kernel serves few tokens and many; for many it reads rows that
-// were widened before. Small integers are multiplied in 16 bits and added in 32, as in appendix E.
+// were widened before. Small integers are multiplied as bytes and added in 32 bits, as in appendix E.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
 namespace neon {
@@ -6700,11 +6717,15 @@ template <Dtype D> void unpack_fast(Block& b, const std::byte* p) {
     else unpack(b, p, D);
 }
 
-// sum += a . b, 16 numbers
-inline int32x4_t add_dot(int32x4_t sum, int16x8_t low, int16x8_t high, const int16_t* b) {
-    int16x8_t b_low = vld1q_s16(b), b_high = vld1q_s16(b + 8);
-    sum = vmlal_high_s16(vmlal_s16(sum, vget_low_s16(low), vget_low_s16(b_low)), low, b_low);
-    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(high), vget_low_s16(b_high)), high, b_high);
+// w . x, 16 numbers each, in four sums
+inline int32x4_t dot16(const int8_t* w, const int8_t* x) {
+    int8x16_t a = vld1q_s8(w), b = vld1q_s8(x);
+    return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));   // at most 2 128 127
+}
+inline int32_t dot16(const int16_t* w, const int16_t* x) {
+    int16x8_t a = vld1q_s16(w), b = vld1q_s16(x), c = vld1q_s16(w + 8), d = vld1q_s16(x + 8);
+    int32x4_t sum = vmlal_high_s16(vmull_s16(vget_low_s16(a), vget_low_s16(b)), a, b);
+    return vaddvq_s32(vmlal_high_s16(vmlal_s16(sum, vget_low_s16(c), vget_low_s16(d)), c, d));
 }
 
 template <Dtype D, int T> void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
@@ -6713,24 +6734,22 @@ template <Dtype D, int T> void int_row(float* out, int64_t stride, const IntRows
     for (int b = 0; b < x.n / VALUES; b++, p += format_of(D).bytes) {
         Block w;
         unpack_fast<D>(w, p);
+        IntRows xs[T];
+        for (int t = 0; t < T; t++) xs[t] = x.at(t, b);
         int32x4_t sum[T];
         std::fill_n(sum, T, vdupq_n_s32(0));
         for (int g = 0; g < GROUPS; g++) {
-            int8x16_t q = vld1q_s8(w.q + GROUP * g);
-            int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_high_s8(q);
-            if (VALUES == 256) low = vmulq_n_s16(low, w.scale[g]), high = vmulq_n_s16(high, w.scale[g]);
-            for (int t = 0; t < T; t++)
-                sum[t] = add_dot(sum[t], low, high, x.q + int64_t(t) * x.n + b * VALUES + GROUP * g);
+            for (int t = 0; t < T; t++) {
+                int32x4_t group = dot16(w.q + GROUP * g, xs[t].q + GROUP * g);
+                sum[t] = VALUES == 32 ? vaddq_s32(sum[t], group) : vmlaq_n_s32(sum[t], group, w.scale[g]);
+            }
         }
         for (int t = 0; t < T; t++) {
-            float dx = x.d[t * (x.n / VALUES) + b], &y = lane[t][b % BLOCK_LANES];
+            float dx = *xs[t].d, &y = lane[t][b % BLOCK_LANES];
             y = std::fma(w.d * dx, float(vaddvq_s32(sum[t])), y);
             if (!format_of(D).minimums) continue;
-            const int16_t* sums = x.sums + t * (x.n / GROUP) + b * GROUPS;
-            int32_t minimum = 0;
-            if constexpr (VALUES == 32) minimum = -(sums[0] + sums[1]);
-            else minimum = vaddvq_s32(add_dot(vdupq_n_s32(0), vld1q_s16(w.minimum), vld1q_s16(w.minimum + 8),
-                                              sums));
+            const int16_t* sums = xs[t].sums;
+            int32_t minimum = VALUES == 32 ? -(sums[0] + sums[1]) : dot16(w.minimum, sums);
             y = std::fma(-(w.m * dx), float(minimum), y);
         }
     }
@@ -6750,26 +6769,22 @@ inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int beg
     for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
 }
 
-inline void quantise(const IntRows& rows, ConstRows x, int T) {
-    for (int t = 0; t < T; t++) {
-        IntRows out = rows.at(t);
-        for (int begin = 0; begin < out.n; begin += out.block) {
-            uint32x4_t top = vdupq_n_u32(0);
-            for (int i = begin; i < begin + out.block; i += 4)
-                top = vmaxq_u32(top, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x[t] + i)),
-                                               vdupq_n_u32(0x7FFFFFFF)));
-            IntScale s = int_scale(vmaxvq_u32(top));
-            out.d[begin / out.block] = s.d;
-            for (int i = begin; i < begin + out.block; i += GROUP) {
-                int32x4_t sum = vdupq_n_s32(0);
-                for (int k = i; k < i + GROUP; k += 4) {
-                    // Ties to even; 0 for NaN, which 0 times infinity is.
-                    int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x[t] + k), s.inverse));
-                    vst1_s16(out.q + k, vmovn_s32(q));
-                    sum = vaddq_s32(sum, q);
-                }
-                out.sums[i / GROUP] = int16_t(vaddvq_s32(sum));
-            }
+inline void quantise(const IntRows& out, const float* x) {
+    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
+        uint32x4_t top = vdupq_n_u32(0);
+        for (int i = 0; i < out.block; i += 4)
+            top = vmaxq_u32(top, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7FFFFFFF)));
+        IntScale s = int_scale(vmaxvq_u32(top));
+        IntRows block = out.at(0, b);
+        *block.d = s.d;
+        for (int i = 0; i < out.block; i += GROUP) {
+            int16x4_t q[4];                      // ties to even; 0 for NaN, which 0 times infinity is
+            for (int k = 0; k < 4; k++)
+                q[k] = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4 * k), s.inverse)));
+            int8x8_t low = vmovn_s16(vcombine_s16(q[0], q[1])), high = vmovn_s16(vcombine_s16(q[2], q[3]));
+            int8x16_t all = vcombine_s8(low, high);
+            vst1q_s8(block.q + i, all);
+            block.sums[i / GROUP] = vaddlvq_s8(all);
         }
     }
 }
@@ -6783,7 +6798,7 @@ inline void quantise(const IntRows& rows, ConstRows x, int T) {
 //
 // What do wider registers change? Nothing in any result. Chapter 5's sixteen lanes are one register, and a
 // dot in integers has one answer, however it is cut up. So "avx512" does what "avx2" does with twice as
-// much an instruction, and with one that multiplies pairs and adds them to a sum (VNNI).
+// much an instruction, and with one that multiplies four bytes and adds them to a sum (VNNI).
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -6800,8 +6815,8 @@ inline void quantise(const IntRows& rows, ConstRows x, int T) {
 
 namespace avx512 {
 
-using avx2::BLOCK_TOKENS, avx2::FloatBlock, avx2::INT_COLS, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales;
-using avx2::has_minimums, avx2::load128, avx2::load256, avx2::place_of_d;
+using avx2::FloatBlock, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales;
+using avx2::has_minimums, avx2::load256, avx2::of_32, avx2::offset_of, avx2::place_of_d;
 
 // -- K.1  sixteen weights at a time --------------------------------------------------------------
 
@@ -6956,9 +6971,7 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
 
 // -- K.4  integers: one row, a few tokens --------------------------------------------------------
 //
-// The formats of the common files, Q8_0 and Q4_K with Q6_K; the others take the way of "avx2". A byte holds
-// a weight of the latter two before it meets its scale. So x is cut into x = 64 x_high + x_low, two bytes,
-// and 64 weights are multiplied at once.
+// The formats of the common files, Q8_0 and Q4_K with Q6_K; the others take the way of "avx2".
 
 AVX512 __m512i all16(int16_t v) { return _mm512_set1_epi16(v); }
 AVX512 __m512i all8(char v) { return _mm512_set1_epi8(v); }
@@ -6975,41 +6988,17 @@ AVX512 __m512i four_scales(__m512i scales, int i) {
     return _mm512_permutexvar_epi16(_mm512_add_epi16(pairs, all16(int16_t(4 * i))), scales);
 }
 
-// (T, 2, n): low and high parts of few vectors.
-inline size_t part_bytes(int T, int n, int block) {
-    return block == 256 && T < MANY_TOKENS ? size_t(2 * T) * size_t(n) : 0;
-}
-
-AVX512_ENTRY void split(const IntRows& x, int T) {
-    for (int t = 0; t < T; t++) {
-        std::byte* out = x.parts + int64_t(2 * t) * x.n;
-        for (int i = 0; i < x.n; i += 32) {
-            __m512i q = load512(x.q + int64_t(t) * x.n + i);
-            avx2::store256(out + i, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(63))));
-            avx2::store256(out + x.n + i, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 6)));
-        }
-    }
-}
-
-inline void quantise(const IntRows& out, ConstRows x, int T) {
-    avx2::quantise(out, x, T);
-    if (out.parts) split(out, T);
-}
-
 // A block's sums with T vectors.
 template <int T> struct ByteSums {
-    __m512i low[T], high[T];
-    const std::byte* x;                                // of the block
+    __m512i sum[T];
+    const int8_t* x;                                   // of the block
     int64_t n;
 
-    // Weights 64 i .. 64 i + 64
+    // Weights 64 i .. 64 i + 64, with their offset
     AVX512 void add(int i, __m512i w, __m512i scales) {
         __m512i four = four_scales(scales, i);
-        for (int t = 0; t < T; t++) {
-            const std::byte* part = x + 2 * t * n + 64 * i;
-            low[t] = _mm512_dpwssd_epi32(low[t], _mm512_maddubs_epi16(w, load512(part)), four);
-            high[t] = _mm512_dpwssd_epi32(high[t], _mm512_maddubs_epi16(w, load512(part + n)), four);
-        }
+        for (int t = 0; t < T; t++)
+            sum[t] = _mm512_dpwssd_epi32(sum[t], _mm512_maddubs_epi16(w, load512(x + t * n + 64 * i)), four);
     }
 };
 
@@ -7017,7 +7006,6 @@ template <int T> AVX512 void add_q4_k(ByteSums<T>& sums, const std::byte* p, __m
     for (int i = 0; i < 4; i++) sums.add(i, shifted_right(twice(p + 16 + 32 * i), 0, 4, 15), scales);
 }
 
-// Without the 32 that is to be subtracted from each weight.
 template <int T> AVX512 void add_q6_k(ByteSums<T>& sums, const std::byte* p, __m512i scales) {
     for (int i = 0; i < 2; i++) {
         __m512i low = load512(p + 64 * i), high = twice(p + 128 + 32 * i);
@@ -7027,68 +7015,57 @@ template <int T> AVX512 void add_q6_k(ByteSums<T>& sums, const std::byte* p, __m
     }
 }
 
-// The sums of the sixteen lanes of eight vectors.
-AVX512 __m256i sum8(const __m512i* v) {
-    __m512i pair[4], four[2];
-    for (int i = 0; i < 4; i++)
-        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
-                                   _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 2; i++)
-        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
-                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
-    __m512i half = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88),
-                                    _mm512_shuffle_i32x4(four[0], four[1], 0xDD));
-    __m512i all = _mm512_add_epi32(half, _mm512_shuffle_i32x4(half, half, 0xB1));
-    return _mm512_castsi512_si256(_mm512_shuffle_i32x4(all, all, 0x08));
+AVX512 __m256i halves_added(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
 }
 
 // Eight blocks of a row: their sums with T vectors, and their scales in f16.
 template <Dtype D, int T> struct EightBlocks {
-    static constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    __m512i sum[T][BLOCK_LANES];
-    __m256i minimum[T][BLOCK_LANES];
+    __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
     uint64_t d[2], m[2];
 
     AVX512 void clear() { std::memset(static_cast<void*>(this), 0, sizeof *this); }
 
-    // The block at p is number k of the eight, and number b of the row.
-    AVX512 void add(int k, int b, const std::byte* p, const IntRows& x) {
+    // The block at p is number k of the eight; x begins at it.
+    AVX512 void add(int k, const std::byte* p, const IntRows& x) {
         d[k / 4] |= uint64_t(load<uint16_t>(p + place_of_d(D))) << 16 * (k % 4);
         if constexpr (D == Dtype::Q8_0) {
-            __m512i w = _mm512_cvtepi8_epi16(load256(p + 2));
+            __m256i w = avx2::signed_again(load256(p + 2));              // unsigned, that is
             for (int t = 0; t < T; t++)
-                sum[t][k] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w, load512(x.q + t * x.n + b * 32));
+                sum[t][k] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, load256(x.q + t * x.n));
         } else {
-            add_k_block(k, b, p, x);
+            add_k_block(k, p, x);
         }
     }
-    AVX512 void add_k_block(int k, int b, const std::byte* p, const IntRows& x) {
+    AVX512 void add_k_block(int k, const std::byte* p, const IntRows& x) {
         Scales s;
-        if (D == Dtype::Q4_K) avx2::six_bit_scales(s, p + 4);
-        __m256i scale = D == Dtype::Q4_K ? load256(s.scale) : _mm256_cvtepi8_epi16(load128(p + 192));
-        ByteSums<T> sums{{}, {}, x.parts + b * VALUES, x.n};
-        for (int t = 0; t < T; t++) sums.low[t] = sums.high[t] = _mm512_setzero_si512();
-        if (D == Dtype::Q4_K) add_q4_k(sums, p, _mm512_castsi256_si512(scale));
-        else add_q6_k(sums, p, _mm512_castsi256_si512(scale));
+        avx2::scales<D>(s, p);
+        ByteSums<T> sums{{}, x.q, x.n};
+        for (int t = 0; t < T; t++) sums.sum[t] = _mm512_setzero_si512();
+        __m512i scales = _mm512_castsi256_si512(load256(s.scale));
+        if (D == Dtype::Q4_K) add_q4_k(sums, p, scales);
+        else add_q6_k(sums, p, scales);
         if (D == Dtype::Q4_K) m[k / 4] |= uint64_t(load<uint16_t>(p + 2)) << 16 * (k % 4);
         for (int t = 0; t < T; t++) {
-            __m256i of_16 = load256(x.sums + t * (x.n / GROUP) + b * GROUP);
-            sum[t][k] = _mm512_add_epi32(sums.low[t], _mm512_slli_epi32(sums.high[t], 6));
-            if (D == Dtype::Q4_K) {
-                minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), of_16);
-            } else {
-                __m256i too_much = _mm256_slli_epi32(_mm256_madd_epi16(scale, of_16), 5);
-                sum[t][k] = _mm512_sub_epi32(sum[t][k], _mm512_zextsi256_si512(too_much));
-            }
+            __m256i of_16 = load256(x.sums + t * (x.n / GROUP));
+            minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), of_16);
+            sum[t][k] = halves_added(sums.sum[t]);
+            if (!has_minimums(D)) sum[t][k] = _mm256_sub_epi32(sum[t][k], minimum[t][k]);
         }
     }
-    // lane += the blocks b .. b + count
-    AVX512 void add_to(__m256 (&lane)[T], int b, int count, const IntRows& x) const {
+    // lane += `count` blocks; x begins at the first
+    AVX512 void add_to(__m256 (&lane)[T], int count, const IntRows& x) const {
         __m256 ds = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(d[1]), int64_t(d[0]))),
                ms = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(m[1]), int64_t(m[0])));
         for (int t = 0; t < T; t++) {
-            __m256 dx = _mm256_maskz_loadu_ps(__mmask8((1 << count) - 1), x.d + t * (x.n / VALUES) + b);
-            lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(sum8(sum[t])), lane[t]);
+            IntRows xt = x.at(t);
+            __m256 dx = _mm256_maskz_loadu_ps(__mmask8((1 << count) - 1), xt.d);
+            __m256i total = avx2::sum8(sum[t]);
+            if constexpr (D == Dtype::Q8_0) {
+                __m256i sums = _mm256_maskz_loadu_epi16(__mmask16((1 << 2 * count) - 1), xt.sums);
+                total = _mm256_sub_epi32(total, _mm256_madd_epi16(sums, avx2::all16(avx2::offset_of(D))));
+            }
+            lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(total), lane[t]);
             if (!has_minimums(D)) continue;
             __m256 minimums = _mm256_cvtepi32_ps(avx2::sum8(minimum[t]));
             lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), minimums, lane[t]);
@@ -7099,7 +7076,7 @@ template <Dtype D, int T> struct EightBlocks {
 template <Dtype D, int T>
 AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
     constexpr int BYTES = format_of(D).bytes;
-    int blocks = x.n / EightBlocks<D, T>::VALUES, b = 0;
+    int blocks = x.n / format_of(D).values, b = 0;
     __m256 lane[T];
     for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
     for (; b + BLOCK_LANES <= blocks; b += BLOCK_LANES, p += BLOCK_LANES * BYTES) {
@@ -7107,15 +7084,15 @@ AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const st
         EightBlocks<D, T> eight;
         eight.d[0] = eight.d[1] = eight.m[0] = eight.m[1] = 0;
         UNROLL
-        for (int k = 0; k < BLOCK_LANES; k++) eight.add(k, b + k, p + k * BYTES, x);
-        eight.add_to(lane, b, BLOCK_LANES, x);
+        for (int k = 0; k < BLOCK_LANES; k++) eight.add(k, p + k * BYTES, x.at(0, b + k));
+        eight.add_to(lane, BLOCK_LANES, x.at(0, b));
     }
     if (b < blocks) {
         for (int i = 0; i < (blocks - b) * BYTES; i += 64) prefetch(p + AHEAD + i);
         EightBlocks<D, T> rest;
         rest.clear();
-        for (int k = 0; k < blocks - b; k++) rest.add(k, b + k, p + k * BYTES, x);
-        rest.add_to(lane, b, blocks - b, x);
+        for (int k = 0; k < blocks - b; k++) rest.add(k, p + k * BYTES, x.at(0, b + k));
+        rest.add_to(lane, blocks - b, x.at(0, b));
     }
     for (int t = 0; t < T; t++) out[t * stride] = avx2::sum_block_lanes(lane[t]);
 }
@@ -7140,49 +7117,90 @@ inline void few_ints(Rows out, const IntRows& x, const Matrix& w, int T, int beg
 
 // -- K.5  integers: a block of rows, many tokens -------------------------------------------------
 
-// v += 2 n columns of 16 rows, in pairs, times x: (T, 2 n)
-template <int T>
-AVX512 void add_pairs(__m512i (&v)[T], const int32_t* w, const int16_t* x, int64_t stride, int n) {
-    for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
-        __m512i pair = load512(w);
-        for (int t = 0; t < T; t++)
-            v[t] = _mm512_dpwssd_epi32(v[t], pair, constant(load<int32_t>(x + t * stride)));
+// The sums of 32 rows with T vectors.
+template <int T> struct IntSums {
+    __m512i v[T][2];
+
+    AVX512 void clear() {
+        for (int t = 0; t < T; t++) v[t][0] = v[t][1] = _mm512_setzero_si512();
     }
-}
+    // += 4 n columns of bytes, of which w is unsigned; x: (T, stride)
+    AVX512 void add_bytes(const std::byte* w, const int8_t* x, int64_t stride, int n) {
+        for (int i = 0; i < n; i++, w += 4 * INT_ROWS, x += 4) {
+            __m512i low = load512(w), high = load512(w + 64);
+            for (int t = 0; t < T; t++) {
+                __m512i xt = constant(load<int32_t>(x + t * stride));
+                v[t][0] = _mm512_dpbusd_epi32(v[t][0], low, xt);
+                v[t][1] = _mm512_dpbusd_epi32(v[t][1], high, xt);
+            }
+        }
+    }
+    // += 2 n columns of 16 bits
+    AVX512 void add_pairs(const int32_t* w, const int16_t* x, int64_t stride, int n) {
+        for (int i = 0; i < n; i++, w += INT_ROWS, x += 2) {
+            __m512i low = load512(w), high = load512(w + 16);
+            for (int t = 0; t < T; t++) {
+                __m512i xt = constant(load<int32_t>(x + t * stride));
+                v[t][0] = _mm512_dpwssd_epi32(v[t][0], low, xt);
+                v[t][1] = _mm512_dpwssd_epi32(v[t][1], high, xt);
+            }
+        }
+    }
+};
 
 // lane + (d dx) v, of 16 rows
 AVX512 __m512 add_scaled(__m512 lane, __m512 d, float dx, __m512i v) {
     return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(dx)), _mm512_cvtepi32_ps(v), lane);
 }
 
-// avx2::int_tile, 16 tokens at a time.
-struct Wide {
-    static constexpr int TOKENS = 16;
-
-    template <int VALUES, bool MINIMUMS, int T>
-    AVX512_ENTRY static void tile(IntBlock& b, int token, const IntRows& x, int begin, int n) {
-        int64_t blocks = x.n / VALUES, groups = x.n / GROUP;
-        for (int k = 0; k < n / VALUES; k++) {
-            int block = begin / VALUES + k;
-            const float* dx = x.d + block;
-            const int16_t* sums = x.sums + int64_t(block) * (VALUES / GROUP);
-            __m512i v[T], minimum[T];
-            for (int t = 0; t < T; t++) {
-                v[t] = minimum[t] = _mm512_setzero_si512();
-                if (MINIMUMS && VALUES == 32)
-                    minimum[t] = constant(-(sums[t * groups] + sums[t * groups + 1]));
+// Block b of the rows times T vectors; x: their block b
+template <Dtype D, int T>
+AVX512 void sum_block(IntSums<T>& sum, IntSums<T>& minimum, const IntBlock& block, int b, const IntRows& x) {
+    constexpr int VALUES = format_of(D).values, SAME_SCALE = D == Dtype::Q4_K || D == Dtype::Q5_K ? 32 : 16;
+    const std::byte* w = block.w + int64_t(b) * VALUES * INT_ROWS;
+    sum.clear(), minimum.clear();
+    if constexpr (of_32(D)) {
+        for (int t = 0; t < T; t++) {
+            int total = x.sums[2 * t] + x.sums[2 * t + 1];
+            if (offset_of(D)) sum.v[t][0] = sum.v[t][1] = constant(-offset_of(D) * total);
+            else minimum.v[t][0] = minimum.v[t][1] = constant(-total);
+        }
+        sum.add_bytes(w, x.q, VALUES, VALUES / 4);
+    } else {
+        minimum.add_pairs(block.minimum + int64_t(b) * (GROUP / 2) * INT_ROWS, x.sums, GROUP, GROUP / 2);
+        for (int i = 0; i < VALUES; i += SAME_SCALE) {
+            IntSums<T> part;
+            part.clear();
+            part.add_bytes(w + int64_t(i) * INT_ROWS, x.q + i, VALUES, SAME_SCALE / 4);
+            const int32_t* scale = block.scale + (int64_t(b) * GROUP + i / GROUP) * INT_ROWS;
+            for (int h = 0; h < 2; h++) {
+                __m512i s = load512(scale + 16 * h);
+                for (int t = 0; t < T; t++)
+                    sum.v[t][h] = _mm512_add_epi32(sum.v[t][h], _mm512_mullo_epi32(part.v[t][h], s));
             }
-            add_pairs<T>(v, b.pair[k * VALUES / 2], x.q + begin + k * VALUES, x.n, VALUES / 2);
-            if (MINIMUMS && VALUES == 256)
-                add_pairs<T>(minimum, reinterpret_cast<const int32_t*>(b.minimum[k]), sums, groups,
-                             GROUP / 2);
-            __m512 d = _mm512_load_ps(b.d[k]);
-            __m512 minus_m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(b.m[k]));
+        }
+        for (int t = 0; t < T && offset_of(D); t++)
+            for (int h = 0; h < 2; h++) sum.v[t][h] = _mm512_sub_epi32(sum.v[t][h], minimum.v[t][h]);
+    }
+}
+
+// avx2::Tile8
+struct Tile16 {
+    static constexpr int tokens(Dtype d) { return of_32(d) ? 8 : 4; }
+
+    template <Dtype D, int T>
+    AVX512_ENTRY static void tile(const IntBlock& block, int b, const IntRows& x, float* lane) {
+        IntSums<T> sum, minimum;
+        sum_block<D, T>(sum, minimum, block, b, x);
+        for (int h = 0; h < 2; h++) {
+            int at = b * INT_ROWS + 16 * h;
+            __m512 d = _mm512_load_ps(block.d + at), m = _mm512_setzero_ps();
+            if (has_minimums(D)) m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(block.m + at));
             for (int t = 0; t < T; t++) {
-                float* lane = b.lane[token + t][block % BLOCK_LANES];
-                __m512 y = add_scaled(_mm512_load_ps(lane), d, dx[t * blocks], v[t]);
-                if (MINIMUMS) y = add_scaled(y, minus_m, dx[t * blocks], minimum[t]);
-                _mm512_store_ps(lane, y);
+                float* out = lane + t * INT_ROWS + 16 * h;
+                __m512 y = add_scaled(_mm512_load_ps(out), d, x.d[t], sum.v[t][h]);
+                if (has_minimums(D)) y = add_scaled(y, m, x.d[t], minimum.v[t][h]);
+                _mm512_store_ps(out, y);
             }
         }
     }
@@ -7190,354 +7208,10 @@ struct Wide {
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T < MANY_TOKENS) few_ints(out, x, w, T, begin, end);
-    else avx2::many_ints<Wide>(out, x, w, T, begin, end);
+    else avx2::many_ints<Tile16>(out, x, w, T, begin, end);
 }
 
 }  // namespace avx512
-#endif
-
-// =================================================================================================
-// Appendix L. Fast CPU: AMX
-// =================================================================================================
-//
-// AMX multiplies a tile of 16 rows x 64 bytes with one of 64 x 16: 16384 products of bytes at once. How do
-// integers of 12 and 14 bits get in? They are cut in two:
-//
-//      x = 128 x_high + x_low      w = 128 w_high + w_low
-//      w x = 2^14 w_high x_high  +  2^7 (w_high x_low + w_low x_high)  +  w_low x_low
-//
-// Each sum over a block fits in 32 bits, so nothing is lost. A block of 32 has weights of 8 bits, and sums
-// below 2^24: there tiles of bf16 serve better, which give the sum in f32 at once, as exactly.
-
-#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
-#define AMX __attribute__((target(AVX512_TARGET ",amx-tile,amx-int8,amx-bf16"), always_inline)) inline
-#define AMX_ENTRY __attribute__((target(AVX512_TARGET ",amx-tile,amx-int8,amx-bf16"))) inline
-
-namespace amx {
-
-using avx2::load256, avx512::all16, avx512::load512;
-
-// -- L.1  activations for tiles ------------------------------------------------------------------
-
-constexpr int TILE = 16, CHUNK = 64;           // rows or tokens of a tile, bytes of its rows
-constexpr int TILE_BYTES = TILE * CHUNK;
-static_assert(QUANTISED_TOGETHER == TILE);
-
-// IntRows::parts of 16 tokens.
-struct Group {
-    std::byte* parts;   // blocks of 32:  (n / 32, 2, 16, 16 tokens, 2): low and high part in bf16
-                        // blocks of 256: (n / 64, 2, 16, 16 tokens, 4): low and high part in bytes
-    float* d;           // (n / block, 16 tokens)
-    std::byte* sums;    // blocks of 32:  (n / 32, 16 tokens) in f32: minus the sum of 32 x
-                        // blocks of 256: (n / 256, 2, 4, 16 tokens, 4): low and high byte of sums of 16 x
-    explicit Group(const IntRows& x) {
-        parts = x.parts;
-        d = reinterpret_cast<float*>(parts + x.n / (x.block == 32 ? 32 : 64) * 2 * TILE_BYTES);
-        sums = reinterpret_cast<std::byte*>(d + x.n / x.block * TILE);
-    }
-
-    float* sums_32(int block) const { return reinterpret_cast<float*>(sums) + TILE * block; }
-    std::byte* sums_256(int block, int i, int t) const {
-        return sums + 512 * block + i / 4 * CHUNK + 4 * t + i % 4;
-    }
-};
-
-// 32 small integers in bf16, exactly.
-AVX512 __m512i to_bf16(__m512i q) {
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(q))),
-           high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(q, 1)));
-    __m256i a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(low), 16)),
-            b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(high), 16));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-}
-
-// Columns i .. i + 32 of a token, as one of 16 columns of the tiles: 4 bytes in each row of 64.
-AVX512 void arrange_32(std::byte* out, __m512i q) {
-    const __m512i rows =
-        _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-    __m512i low = _mm512_and_si512(q, all16(63)), high = _mm512_sub_epi16(q, low);
-    _mm512_i32scatter_epi32(out, rows, to_bf16(low), 4);
-    _mm512_i32scatter_epi32(out + TILE_BYTES, rows, to_bf16(high), 4);
-}
-AVX512 void arrange_256(std::byte* out, __m512i q) {
-    const __m256i rows = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
-    _mm256_i32scatter_epi32(out, rows, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(127))), 4);
-    _mm256_i32scatter_epi32(out + TILE_BYTES, rows, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 7)), 4);
-}
-
-AVX512_ENTRY void arrange(const IntRows& x, int T) {
-    Group g(x);
-    int blocks = x.n / x.block, groups = x.n / GROUP;
-    if (T < TILE) std::memset(x.parts, 0, IntRows::tile_bytes(x.n, x.block));
-    for (int i = 0; i < x.n; i += 32)
-        for (int t = 0; t < T; t++) {
-            __m512i q = load512(x.q + int64_t(t) * x.n + i);
-            if (x.block == 32) arrange_32(g.parts + i / 32 * 2 * TILE_BYTES + 4 * t, q);
-            else arrange_256(g.parts + i / 64 * 2 * TILE_BYTES + i % 64 * TILE + 4 * t, q);
-        }
-    for (int t = 0; t < T; t++) {
-        const int16_t* s = x.sums + int64_t(t) * groups;
-        for (int b = 0; b < blocks; b++) {
-            g.d[b * TILE + t] = x.d[int64_t(t) * blocks + b];
-            if (x.block == 32) g.sums_32(b)[t] = float(-(s[2 * b] + s[2 * b + 1]));
-            for (int i = 0; x.block == 256 && i < GROUP; i++) {
-                *g.sums_256(b, i, t) = std::byte(s[b * GROUP + i] & 255);
-                *(g.sums_256(b, i, t) + 256) = std::byte(s[b * GROUP + i] >> 8 & 255);
-            }
-        }
-    }
-}
-
-inline size_t part_bytes(int T, int n, int block) {
-    if (T < MANY_TOKENS) return avx512::part_bytes(T, n, block);
-    constexpr size_t READ_BEYOND = 1024;               // by multiply_minimums
-    return size_t(T + TILE - 1) / TILE * IntRows::tile_bytes(n, block) + READ_BEYOND;
-}
-
-inline void quantise(const IntRows& out, ConstRows x, int T) {
-    if (out.few) return avx512::quantise(out, x, T);
-    avx2::quantise(out, x, T);
-    arrange(out, T);
-}
-
-// -- L.2  tiles of weights, and their products ---------------------------------------------------
-
-constexpr int COLS = 2048, GROUPS = MANY_ROWS / TILE, TOKENS = 512;
-
-using Lanes = float[BLOCK_LANES][TILE][TILE];                         // of 16 rows and 16 tokens
-
-struct Block {
-    alignas(64) int16_t row[COLS];                                    // one row in 16 bits
-    // 16 rows of 32 columns in bf16, or of 64 columns in low and in high bytes
-    alignas(64) std::byte w[GROUPS][COLS / 32][TILE_BYTES];
-    alignas(64) std::byte minimum[GROUPS][COLS / 256][TILE_BYTES];    // 16 of each of 16 rows, and zeros
-    alignas(64) float d[GROUPS][COLS / 32][TILE], m[GROUPS][COLS / 32][TILE];
-    alignas(64) Lanes lane[TOKENS / TILE][GROUPS];
-    alignas(64) int32_t c[2][5][TILE][TILE];                          // products of this block and the next
-};
-
-AVX512 float half_at(const std::byte* p) { return _cvtsh_ss(load<uint16_t>(p)); }
-
-template <Dtype D> AVX512_ENTRY void pack_row(Block& b, int r, const std::byte* p, int n) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    int group = r / TILE, i = r % TILE;
-    if constexpr (D == Dtype::Q8_0) {
-        for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
-            b.d[group][k][i] = half_at(p);
-            _mm512_store_si512(b.w[group][k] + i * CHUNK, to_bf16(_mm512_cvtepi8_epi16(load256(p + 2))));
-        }
-        return;
-    }
-    for (int k = 0; k < n / VALUES; k++, p += format_of(D).bytes) {
-        avx2::Scales s;
-        avx2::StoreSink sink{b.row + k * VALUES};
-        avx2::ints<D>(p, s, sink);
-        b.d[group][k][i] = half_at(p + avx2::place_of_d(D));
-        if (!avx2::has_minimums(D)) continue;
-        b.m[group][k][i] = half_at(p + avx2::place_of_d(D) + 2);
-        if (VALUES == 256)
-            _mm_store_si128(reinterpret_cast<__m128i*>(b.minimum[group][k] + i * CHUNK),
-                            _mm256_cvtepi16_epi8(load256(s.minimum)));
-    }
-    for (int col = 0; col < n; col += 32) {
-        __m512i q = load512(b.row + col);
-        std::byte* out = b.w[group][VALUES == 32 ? col / 32 : col / 64 * 2] + i * CHUNK;
-        if (VALUES == 32) {
-            _mm512_store_si512(out, to_bf16(q));
-        } else {
-            avx2::store256(out + col % 64, _mm512_cvtepi16_epi8(_mm512_and_si512(q, all16(127))));
-            avx2::store256(out + col % 64 + TILE_BYTES, _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 7)));
-        }
-    }
-}
-
-// c[3], c[4]: the minimums times the low and the high bytes of the sums of x. Only 16 columns count; the
-// rest of b.minimum is 0.
-AMX void multiply_minimums(Block& b, int group, int k, const Group& x, int block) {
-    auto& c = b.c[k % 2];
-    _tile_zero(3);
-    _tile_zero(0);
-    _tile_loadd(4, b.minimum[group][k], CHUNK);
-    _tile_loadd(6, x.sums + 512 * block, CHUNK);
-    _tile_loadd(7, x.sums + 512 * block + 256, CHUNK);
-    _tile_dpbuud(3, 4, 6);
-    _tile_dpbusd(0, 4, 7);
-    _tile_stored(3, c[3], CHUNK);
-    _tile_stored(0, c[4], CHUNK);
-}
-
-// c[0], c[1], c[2]: low times low, the mixed products, high times high
-template <bool MINIMUMS> AMX void multiply_256(Block& b, int group, int k, const Group& x, int block) {
-    auto& c = b.c[k % 2];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    for (int j = 0; j < 4; j++) {
-        const std::byte *w = b.w[group][8 * k + 2 * j], *xs = x.parts + (8 * block + 2 * j) * TILE_BYTES;
-        _tile_loadd(4, w, CHUNK);
-        _tile_loadd(6, xs, CHUNK);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, xs + TILE_BYTES, CHUNK);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, w + TILE_BYTES, CHUNK);
-        _tile_dpbssd(2, 5, 7);
-        _tile_dpbssd(1, 5, 6);
-    }
-    _tile_stored(0, c[0], CHUNK);
-    _tile_stored(1, c[1], CHUNK);
-    _tile_stored(2, c[2], CHUNK);
-    if (MINIMUMS) multiply_minimums(b, group, k, x, block);
-}
-
-// c[0] = w x, 16 rows and 16 tokens, in f32: exact, since whole numbers below 2^24 are. The two use other
-// registers, so that one need not wait for the other.
-template <int VALUES, bool MINIMUMS>
-AMX void multiply_even(Block& b, int group, int k, const Group& g, int block) {
-    if constexpr (VALUES == 256) return multiply_256<MINIMUMS>(b, group, k, g, block);
-    const std::byte* x = g.parts + block * 2 * TILE_BYTES;
-    _tile_zero(0);
-    _tile_loadd(4, b.w[group][k], CHUNK);
-    _tile_loadd(6, x, CHUNK);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, x + TILE_BYTES, CHUNK);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_stored(0, b.c[0][0], CHUNK);
-}
-template <int VALUES, bool MINIMUMS>
-AMX void multiply_odd(Block& b, int group, int k, const Group& g, int block) {
-    if constexpr (VALUES == 256) return multiply_256<MINIMUMS>(b, group, k, g, block);
-    const std::byte* x = g.parts + block * 2 * TILE_BYTES;
-    _tile_zero(1);
-    _tile_loadd(5, b.w[group][k], CHUNK);
-    _tile_loadd(6, x, CHUNK);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, x + TILE_BYTES, CHUNK);
-    _tile_dpbf16ps(1, 5, 7);
-    _tile_stored(1, b.c[1][0], CHUNK);
-}
-
-// a + 2^shift b
-AVX512 __m512i join(const int32_t* a, const int32_t* b, int shift) {
-    return _mm512_add_epi32(load512(a), _mm512_slli_epi32(load512(b), unsigned(shift)));
-}
-
-// lane += (d dx) I - (m dx) M for 16 rows and 16 tokens
-template <int VALUES, bool MINIMUMS>
-AVX512 void add_block(const int32_t (*c)[TILE][TILE], float (*lane)[TILE], const float* d, const float* m,
-                      const Group& x, int block) {
-    __m512 dx = _mm512_loadu_ps(x.d + block * TILE);
-    for (int r = 0; r < TILE; r++) {
-        __m512 v = _mm512_castsi512_ps(load512(c[0][r])), y = _mm512_load_ps(lane[r]);
-        if (VALUES == 256) {
-            __m512i mixed = _mm512_add_epi32(load512(c[1][r]), _mm512_slli_epi32(load512(c[2][r]), 7));
-            v = _mm512_cvtepi32_ps(_mm512_add_epi32(load512(c[0][r]), _mm512_slli_epi32(mixed, 7)));
-        }
-        y = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(d[r]), dx), v, y);
-        if (MINIMUMS) {
-            __m512 minimum = VALUES == 32 ? _mm512_loadu_ps(x.sums_32(block))
-                                          : _mm512_cvtepi32_ps(join(c[3][r], c[4][r], 8));
-            y = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_set1_ps(m[r]), dx), minimum, y);
-        }
-        _mm512_store_ps(lane[r], y);
-    }
-}
-
-// The columns begin .. begin + n of 16 rows and 16 tokens. The products of the next block are on their way
-// while those of this one are added.
-template <int VALUES, bool MINIMUMS>
-AMX_ENTRY void multiply(Block& b, Lanes& lane, int group, const IntRows& x, int begin, int n) {
-    Group g(x);
-    int blocks = n / VALUES, first = begin / VALUES;
-    if (begin == 0) std::memset(lane, 0, sizeof lane);
-    auto add = [&](int k) __attribute__((target(AVX512_TARGET), always_inline)) {
-        add_block<VALUES, MINIMUMS>(b.c[k % 2], lane[(first + k) % BLOCK_LANES], b.d[group][k],
-                                    b.m[group][k], g, first + k);
-    };
-    for (int k = 0; k < blocks; k += 2) {
-        multiply_even<VALUES, MINIMUMS>(b, group, k, g, first + k);
-        if (k > 0) add(k - 1);
-        if (k + 1 < blocks) multiply_odd<VALUES, MINIMUMS>(b, group, k + 1, g, first + k + 1);
-        add(k);
-    }
-    if (blocks % 2 == 0) add(blocks - 1);
-}
-
-// The tree of sum_block_lanes; out: the first of 16 rows
-AVX512_ENTRY void sum_lanes(Rows out, const float (*lane)[TILE][TILE], int R, int T) {
-    alignas(64) float sum[TILE][TILE];
-    for (int r = 0; r < TILE; r++) {
-        __m512 v[4];
-        for (int j = 0; j < 4; j++)
-            v[j] = _mm512_add_ps(_mm512_load_ps(lane[j][r]), _mm512_load_ps(lane[j + 4][r]));
-        _mm512_store_ps(sum[r], _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3])));
-    }
-    if (R < TILE || T < TILE) {
-        for (int t = 0; t < T; t++)
-            for (int r = 0; r < R; r++) out[t][r] = sum[r][t];
-        return;
-    }
-    for (int t = 0; t < TILE; t += 8)
-        for (int r = 0; r < TILE; r += 8)
-            avx2::transpose8(reinterpret_cast<int32_t*>(out[t] + r), out.stride,
-                             reinterpret_cast<const int16_t*>(sum[r] + t), 2 * TILE);
-}
-
-template <Dtype D>
-void int_block(Block& b, Rows out, const IntRows& x, const Matrix& w, int row, int R, int T) {
-    constexpr int VALUES = D < Dtype::Q2_K ? 32 : 256;
-    int groups = (R + TILE - 1) / TILE;
-    if (R % TILE) {
-        std::memset(b.w[groups - 1], 0, sizeof b.w[0]);
-        std::memset(b.d[groups - 1], 0, sizeof b.d[0]);
-        std::memset(b.m[groups - 1], 0, sizeof b.m[0]);
-    }
-    for (int begin = 0; begin < w.cols; begin += COLS) {
-        int n = std::min(COLS, w.cols - begin);
-        bool last = begin + n == w.cols;
-        for (int r = 0; r < R; r++) pack_row<D>(b, r, w.row(row + r) + row_bytes(D, begin), n);
-        for (int t = 0; t < T; t += TILE)
-            for (int g = 0; g < groups; g++) {
-                Lanes& lane = b.lane[w.cols > COLS ? t / TILE : 0][g];
-                multiply<VALUES, avx2::has_minimums(D)>(b, lane, g, x.at(t), begin, n);
-                Rows tile{out[t] + row + g * TILE, out.stride};
-                if (last) sum_lanes(tile, lane, std::min(TILE, R - g * TILE), std::min(TILE, T - t));
-            }
-    }
-}
-
-struct alignas(64) TileConfig {                        // Intel SDM, LDTILECFG
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr TileConfig EIGHT_TILES = {};
-
-template <Dtype D>
-AMX_ENTRY void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    static thread_local const std::unique_ptr<Block> block(new Block());    // minimum: zeros
-    _tile_loadconfig(&EIGHT_TILES);
-    for (int t = 0; t < T; t += TOKENS)
-        for (int r = begin; r < end; r += MANY_ROWS)
-            int_block<D>(*block, {out[t], out.stride}, x.at(t), w, r, std::min(MANY_ROWS, end - r),
-                         std::min(TOKENS, T - t));
-    _tile_release();
-}
-
-inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    if (T < MANY_TOKENS) return avx512::few_ints(out, x, w, T, begin, end);
-    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
-}
-
-// A process asks the system for the registers of the tiles before it uses them.
-inline bool available() {
-    unsigned a, b, c, d;
-    constexpr unsigned AMX_BITS = 3u << 24 | 1u << 22;                     // tiles, int8, bf16
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;            // asm/prctl.h; XSAVE component
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_BITS) != AMX_BITS) return false;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-}  // namespace amx
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif

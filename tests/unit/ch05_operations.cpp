@@ -130,7 +130,7 @@ TEST(Weigh, OfNoRowsLeavesWhatWasThere) {
 
 // -- 5.2 dot in small integers ----------------------------------------------------------------------
 
-// The definition a second time: q = x 2047 / top to the nearest, ties to even, and d = top / 2047.
+// The definition a second time: q = x 127 / top to the nearest, ties to even, and d = top / 127.
 struct DefinedInts {
     std::vector<int> q;
     std::vector<float> d;
@@ -139,8 +139,8 @@ struct DefinedInts {
         for (size_t begin = 0; begin < x.size(); begin += block) {
             float top = 0;
             for (size_t i = begin; i < begin + block; i++) top = std::max(top, std::fabs(float(x[i])));
-            d.push_back(top / 2047);
-            float inverse = 2047 / top;
+            d.push_back(top / 127);
+            float inverse = 127 / top;
             for (size_t i = begin; i < begin + block; i++) q.push_back(to_even(float(x[i]) * inverse));
         }
     }
@@ -173,8 +173,8 @@ TEST(QuantiseX, FollowsItsDefinition) {
         }
     }
 }
-// Half a step of d, and the roundings of d, of 2047 / top and of the product: 3 * 2^-24 of |x|.
-TEST(QuantiseX, IsWithinHalfAStepAndTwelveBits) {
+// Half a step of d, and the roundings of d, of 127 / top and of the product: 3 * 2^-24 of |x|.
+TEST(QuantiseX, IsWithinHalfAStepAndEightBits) {
     Noise noise;
     for (int e = -90; e <= 100; e += 5) {
         Vector x = noise.vector(256);
@@ -186,30 +186,30 @@ TEST(QuantiseX, IsWithinHalfAStepAndTwelveBits) {
             largest = std::max(largest, std::abs(int(ints.q[i])));
             ASSERT_LE(std::fabs(d * ints.q[i] - (long double)(x[i])), d / 2 + 3.01L * 0x1p-24L * size) << e;
         }
-        EXPECT_EQ(largest, 2047) << e;
+        EXPECT_EQ(largest, 127) << e;
     }
 }
 TEST(QuantiseX, SendsTiesToTheEvenInteger) {
     Vector x(32);
-    const float halves[] = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 2045.5f, -2046.5f};
-    std::copy(std::begin(halves), std::end(halves), x.begin()), x[31] = 2047;      // d = 1
+    const float halves[] = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 125.5f, -126.5f};
+    std::copy(std::begin(halves), std::end(halves), x.begin()), x[31] = 127;      // d = 1
     Ints ints(x, 1, 32);
     EXPECT_EQ(ints.d[0], 1);
     EXPECT_EQ((std::vector<int>(ints.q.begin(), ints.q.begin() + 8)),
-              (std::vector<int>{0, 2, 2, 0, -2, -2, 2046, -2046}));
+              (std::vector<int>{0, 2, 2, 0, -2, -2, 126, -126}));
 }
 TEST(QuantiseX, OfZeroIsZero) {
     for (real tiny : {real(0), real(-0.0), real(1e-37), real(-1e-31)}) {           // below 2^-100 is nothing
         Ints ints(Vector(64, tiny), 1, 32);
-        EXPECT_EQ(ints.q, std::vector<int16_t>(64)) << tiny;
+        EXPECT_EQ(ints.q, std::vector<int8_t>(64)) << tiny;
         EXPECT_EQ(ints.sums, std::vector<int16_t>(4)) << tiny;
         EXPECT_EQ(ints.d, std::vector<float>(2)) << tiny;
     }
 }
 TEST(QuantiseX, SumsFit16Bits) {
     Ints ints(Vector(32, real(-3)), 1, 32);
-    EXPECT_EQ(ints.q, std::vector<int16_t>(32, -2047));
-    EXPECT_EQ(ints.sums, std::vector<int16_t>(2, -16 * 2047));
+    EXPECT_EQ(ints.q, std::vector<int8_t>(32, -127));
+    EXPECT_EQ(ints.sums, std::vector<int16_t>(2, -16 * 127));
 }
 
 // The definition in 64-bit integers, from the blocks as ch. 2's tests define them.
@@ -307,9 +307,9 @@ TEST(IntDot, DoesNotOverflow) {
         for (size_t i = 0; i < size_t(block); i++)
             largest = std::max(largest, std::abs(w.blocks(0)[0].scale[i] * w.blocks(0)[0].q[i]));
         EXPECT_EQ(largest, extreme_size(dtype)) << format_of(dtype).name;
-        EXPECT_LT(int64_t(largest) * 2047 * block, int64_t(1) << 31);
+        EXPECT_LT(int64_t(largest) * 127 * block, int64_t(1) << 31);
         for (real sign : {real(1), real(-1)}) {
-            Vector x(size_t(n), 2047 * sign);
+            Vector x(size_t(n), 127 * sign);
             Ints ints(x, 1, block);
             float sum = int_dot_plain(w.matrix, 0, ints.rows);
             EXPECT_EQ(sum, defined_int_dot(w, 0, DefinedInts(x, size_t(block)))) << format_of(dtype).name;

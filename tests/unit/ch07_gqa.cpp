@@ -119,14 +119,14 @@ struct AttendCase {
     real scale = real(0.7);
 };
 
-// For each number of x the step of its block of 32 in integers of 12 bits.
+// For each number of x the step of its block of 32 in integers of 8 bits.
 static std::vector<long double> integer_steps(const real* x, size_t n) {
     std::vector<long double> steps;
     for (size_t i = 0; i < n; i++) {
         long double top = 0;
         for (size_t j = i / 32 * 32; j < std::min(n, i / 32 * 32 + 32); j++)
             top = std::max(top, std::fabs((long double)(x[j])));
-        steps.push_back(top / 2047);
+        steps.push_back(top / 127);
     }
     return steps;
 }

@@ -173,7 +173,7 @@ static Keys wide_mla() {
     return with(tiny_v3(), {{"kv_lora_rank", "64"}, {"qk_rope_head_dim", "32"}, {"qk_nope_head_dim", "32"}});
 }
 
-// Dequantised; in integers, queries would be rounded to 12 bits.
+// Dequantised; in integers, queries would be rounded to 8 bits.
 TEST(Mla, BothFormsReadQuantisedWeights) {
     ScopedKernels scoped(kernels);
     kernels.integers = false;

@@ -75,7 +75,7 @@ TEST(FastCpu, ProductsEqualPlainForEveryWidth) {
         }
     });
 }
-// Blocks have 12 or 16 rows, and a thread takes 48: all that may be left over.
+// Blocks have 12 or 32 rows, and a thread takes 96: all that may be left over.
 TEST(FastCpu, ProductsEqualPlainForEveryNumberOfRows) {
     for_each([](const Kernels& k, Dtype dtype) {
         RandomMatrix w(dtype, 55, columns(dtype, 40, 1), 1, Contents::TAME, 100);
@@ -86,15 +86,15 @@ TEST(FastCpu, ProductsEqualPlainForEveryNumberOfRows) {
         }
     });
 }
-// A block takes 128 tokens.
+// A block takes 64 or 128 tokens.
 TEST(FastCpu, ProductsEqualPlainForManyTokens) {
     for_each([](const Kernels& k, Dtype dtype) {
         RandomMatrix w(dtype, 19, columns(dtype, 150, 2), 1);
-        for (int T : {15, 16, 17, 127, 128, 129, 130, 131, 132, 133, 255, 256, 257, 300})
+        for (int T : {15, 16, 17, 63, 64, 65, 127, 128, 129, 130, 131, 132, 133, 255, 256, 257, 300})
             ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, 1, 19}));
     });
 }
-// Columns are taken 256 or 512 at a time.
+// Floats are taken 256 columns at a time.
 TEST(FastCpu, ProductsEqualPlainForLongRows) {
     for_each([](const Kernels& k, Dtype dtype) {
         for (int n : {511, 512, 513, 767, 768, 769, 1023, 1024, 1025, 1040, 1536, 2049, 4352}) {
@@ -163,8 +163,8 @@ TEST(FastCpu, IntegersDoNotOverflow) {
             for (size_t at = 1; at < w.bytes.size(); at += extreme.size())
                 w.bytes.replace(at, extreme.size(), extreme);
             for (int T : {1, 2, 3, 4, 5, 129}) {
-                Vector x(size_t(T * n), 2047), expected(size_t(T) * 17), out = expected;
-                for (size_t i = 0; i < x.size(); i++) if (i / size_t(n) % 2) x[i] = -2047;
+                Vector x(size_t(T * n), 127), expected(size_t(T) * 17), out = expected;
+                for (size_t i = 0; i < x.size(); i++) if (i / size_t(n) % 2) x[i] = -127;
                 Ints ints(x, T, block, k);
                 int_rows_plain({expected.data(), 17}, ints.rows, w.matrix, T, 0, 17);
                 k.int_rows({out.data(), 17}, ints.rows, w.matrix, T, 0, 17);
@@ -294,9 +294,9 @@ TEST(FastCpu, QuantiseEqualsPlainAtTiesAndEnds) {
     for (const Kernels& k : fast_kernels()) {
         Noise noise;
         for (int block : {32, 256}) {
-            Vector halves(256);                                 // the largest is 2047: every number is a tie
-            for (real& v : halves) v = real(noise.below(4094)) - real(2046.5);
-            for (size_t i = 0; i < 256; i += 32) halves[i] = 2047;
+            Vector halves(256);                                 // the largest is 127: every number is a tie
+            for (real& v : halves) v = real(noise.below(254)) - real(126.5);
+            for (size_t i = 0; i < 256; i += 32) halves[i] = 127;
             ASSERT_NO_FATAL_FAILURE(expect_quantise(k, halves, block));
             for (double all : {0.0, -0.0, 1.0, -1.0, 0x1p-100, 0x1.Fp-101, 3e38})
                 ASSERT_NO_FATAL_FAILURE(expect_quantise(k, Vector(256, real(all)), block));

@@ -256,22 +256,18 @@ inline std::string extreme_block(Dtype dtype) {
 
 // -- activations in small integers ------------------------------------------------------------------
 
-// T vectors of n numbers, quantised by `quantise`.
+// T vectors of n numbers, quantised by k.
 struct Ints {
-    std::vector<int16_t> q, sums;
+    std::vector<int8_t> q;
+    std::vector<int16_t> sums;
     std::vector<float> d;
-    std::vector<std::byte> parts;
     IntRows rows;
 
-    Ints(const Vector& x, int T, int block, const Kernels& k = {}) {
-        size_t n = x.size() / size_t(T);
-        q.resize(x.size(), 9999), sums.resize(x.size() / 16, 9999), d.resize(x.size() / size_t(block), 9999);
-        parts.resize(k.part_bytes(T, int(n), block), std::byte{99});
-        rows = {int(n), block, q.data(), sums.data(), d.data(), parts.empty() ? nullptr : parts.data(),
-                T < MANY_TOKENS};
-        for (int t = 0; t < T; t += QUANTISED_TOGETHER)
-            k.quantise(rows.at(t), {x.data() + size_t(t) * n, int64_t(n)},
-                       std::min(QUANTISED_TOGETHER, T - t));
+    Ints(const Vector& x, int T, int block, const Kernels& k = {})
+        : q(x.size(), 99), sums(x.size() / 16, 9999), d(x.size() / size_t(block), 9999),
+          rows(T, int(x.size()) / T, block) {
+        rows.q = q.data(), rows.sums = sums.data(), rows.d = d.data();
+        for (int t = 0; t < T; t++) k.quantise(rows.at(t), x.data() + size_t(t) * size_t(rows.n));
     }
     Ints(const Ints&) = delete;
 };
