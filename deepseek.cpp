@@ -32,6 +32,8 @@
 //   I   GGUF: writing              a model as a file that llama.cpp reads
 //   J   Fast CPU: NEON             the same on ARM, the same bits
 //   K   Fast CPU: AVX-512          wider registers, the same bits
+//   L   Fast integers: AVX-512     bytes with VNNI
+//   M   Fast CPU: many tokens      rows side by side in a register
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -846,6 +848,67 @@ inline void dequantise(real* out, const Block& b, int values) {
     }
 }
 
+// -- 2.4  activations in small integers ----------------------------------------------------------
+//
+// Quantised weights are multiplied in integers (chapter 5.2), with activations that are made integers too:
+// q = x / d rounded to 8 bits, with one d for as many numbers as share a scale of the weights, a block of 32
+// or 256. Eight bits because processors multiply bytes the fastest. The error of the activations is about
+// that of 8-bit weights (README has the measurements).
+
+constexpr int X_LIMIT = 127, GROUP = 16;
+
+// T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
+// after the other; those of many vectors, which are multiplied by the same weights, side by side.
+struct IntRows {
+    int n = 0, block = 0;
+    int64_t next_vector = 0, next_block = 0;   // in blocks
+    int8_t* q = nullptr;                       // (block) each
+    int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
+    float* d = nullptr;                        // 1 each
+
+    IntRows() = default;
+    IntRows(int n, int block, int side_by_side)
+        : n(n), block(block), next_vector(side_by_side > 1 ? 1 : n / block), next_block(side_by_side) {}
+
+    // Block b of vector t, and those that follow it.
+    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
+        IntRows r = *this;
+        int64_t i = t * next_vector + b * next_block;
+        r.q += i * block, r.sums += i * (block / GROUP), r.d += i;
+        return r;
+    }
+};
+
+// The bits of |x| order like |x| does; NaN comes out above infinity.
+inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
+
+struct IntScale {
+    float d, inverse;          // q = x * inverse, rounded; x ~ d * q
+};
+inline IntScale int_scale(uint32_t largest) {
+    float top = std::bit_cast<float>(largest);
+    if (!std::isfinite(top)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    if (top < 0x1p-100f) return {0, 0};
+    return {top / X_LIMIT, X_LIMIT / top};
+}
+
+// One vector: x (n). Ties go to the even integer.
+inline void quantise_plain(const IntRows& out, const real* x) {
+    constexpr float TO_INTEGER = 0x1.8p23f;
+    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
+        IntRows block = out.at(0, b);
+        uint32_t largest = 0;
+        for (int i = 0; i < out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
+        IntScale s = int_scale(largest);
+        *block.d = s.d;
+        std::fill_n(block.sums, out.block / GROUP, int16_t(0));
+        for (int i = 0; i < out.block; i++) {
+            float q = s.inverse == 0 ? 0 : float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER;
+            block.q[i] = int8_t(q), block.sums[i / GROUP] += block.q[i];
+        }
+    }
+}
+
 // =================================================================================================
 // Chapter 3. Files
 // =================================================================================================
@@ -1482,74 +1545,16 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 // -- 5.2  dot in small integers ------------------------------------------------------------------
 //
 // Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine
-// adds, and whatever width its registers have, the sum is the same. So the activations are made integers
-// too, q = x / d rounded to 8 bits, with one d for as many numbers as share a scale of the weights (a
-// block b of 32 or 256):
+// adds, and whatever width its registers have, the sum is the same. So activations are made integers too
+// (chapter 2.4), q_x, and for each block b
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
 //      dot = ((0+4) + (2+6)) + ((1+5) + (3+7))                                             over the 8 lanes
 //
-// Eight bits because processors multiply bytes the fastest. The error of the activations is about that of
-// 8-bit weights (README has the measurements); `--exact` leaves x as it is, and dequantises each weight.
+// `--exact` leaves x as it is, and dequantises each weight.
 
-constexpr int X_LIMIT = 127, GROUP = 16, BLOCK_LANES = 8;
-
-// From so many tokens on a kernel unpacks a block of rows once for all of them.
-constexpr int MANY_TOKENS = 4;
-
-// T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
-// after the other; those of many vectors, which are multiplied by the same weights, side by side.
-struct IntRows {
-    int n = 0, block = 0;
-    int64_t next_vector = 0, next_block = 0;   // in blocks
-    int8_t* q = nullptr;                       // (block) each
-    int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
-    float* d = nullptr;                        // 1 each
-
-    IntRows() = default;
-    IntRows(int T, int n, int block)
-        : n(n), block(block), next_vector(T < MANY_TOKENS ? n / block : 1),
-          next_block(T < MANY_TOKENS ? 1 : T) {}
-
-    // Block b of vector t, and those that follow it.
-    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
-        IntRows r = *this;
-        int64_t i = t * next_vector + b * next_block;
-        r.q += i * block, r.sums += i * (block / GROUP), r.d += i;
-        return r;
-    }
-};
-
-// The bits of |x| order like |x| does; NaN comes out above infinity.
-inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
-
-struct IntScale {
-    float d, inverse;          // q = x * inverse, rounded; x ~ d * q
-};
-inline IntScale int_scale(uint32_t largest) {
-    float top = std::bit_cast<float>(largest);
-    if (!std::isfinite(top)) return {std::numeric_limits<float>::quiet_NaN(), 0};
-    if (top < 0x1p-100f) return {0, 0};
-    return {top / X_LIMIT, X_LIMIT / top};
-}
-
-// One vector: x (n). Ties go to the even integer.
-inline void quantise_plain(const IntRows& out, const real* x) {
-    constexpr float TO_INTEGER = 0x1.8p23f;
-    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
-        IntRows block = out.at(0, b);
-        uint32_t largest = 0;
-        for (int i = 0; i < out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
-        IntScale s = int_scale(largest);
-        *block.d = s.d;
-        std::fill_n(block.sums, out.block / GROUP, int16_t(0));
-        for (int i = 0; i < out.block; i++) {
-            float q = s.inverse == 0 ? 0 : float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER;
-            block.q[i] = int8_t(q), block.sums[i / GROUP] += block.q[i];
-        }
-    }
-}
+constexpr int BLOCK_LANES = 8;
 
 inline float sum_block_lanes(const float* lane) {
     float v[4];
@@ -1616,7 +1621,7 @@ inline void exp_below_plain(real* z, real top, int n) {
 
 // -- 5.4  the kernels in use ---------------------------------------------------------------------
 
-// Plain, or the fastest that this processor has (appendices A, E, J, K), with the same bits.
+// Plain, or the fastest that this processor has (appendices A, E, J to L), with the same bits.
 struct Kernels {
     const char* name = "plain";
     bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
@@ -1628,8 +1633,17 @@ struct Kernels {
     void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
     void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
     void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
+    // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
+    void (*arrange)(real* out, ConstRows x, int T, int n) = nullptr;
+    void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end) = nullptr;
 };
 inline Kernels kernels;
+
+constexpr int ARRANGE_FROM = 32, ARRANGED_TOKENS = 8;
+
+// Numbers of 8 arranged vectors of n: (LANES, n / LANES, 8), the lanes a little apart.
+inline size_t arranged_lane(int n) { return size_t(n + LANES - 1) / LANES * ARRANGED_TOKENS + 16; }
+inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
 
 // In place over n numbers, -inf allowed. The sum has 16 lanes, like a dot.
 inline void softmax(real* z, int n) {
@@ -1650,31 +1664,60 @@ struct Product {
     int T;
 };
 
-constexpr int MANY_ROWS = 192;           // at most so many at once for many tokens
+// From MANY_TOKENS on a kernel unpacks a block of rows once for all of them, at most MANY_ROWS at once.
+constexpr int MANY_TOKENS = 4, MANY_ROWS = 192;
 
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
-// The inputs of some products in small integers, where their weights want that; equal inputs once.
-class IntInputs {
+// x as its product wants it: in small integers, or arranged, or as it is.
+struct Input {
+    IntRows ints;
+    real* arranged = nullptr;
+};
+
+// Rows of W, and vectors x, that a thread takes at once: few enough for all threads to have work and for
+// arranged vectors to stay in a cache, many enough to be worth it.
+struct Parts {
+    int rows, tokens, of_rows;
+    int count = 0;                         // of parts; those with the same vectors follow each other
+
+    Parts(const Product& p, const Input& x, int threads) : tokens(std::max(p.T, 1)) {
+        constexpr int CACHED = 5 << 19;    // numbers
+        if (x.arranged) tokens = std::max(CACHED / p.w->cols / 64 * 64, 64);
+        if (p.T >= MANY_TOKENS) rows = std::clamp(p.w->rows / (4 * threads) / 96 * 96, 96, MANY_ROWS);
+        else rows = std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
+        of_rows = (p.w->rows + rows - 1) / rows;
+        count = of_rows * ((p.T + tokens - 1) / tokens);
+    }
+};
+
+// Part i of a product.
+inline void multiply(const Product& p, const Input& x, const Parts& part, int i) {
+    int t = i / part.of_rows * part.tokens, T = std::min(part.tokens, p.T - t);
+    int begin = i % part.of_rows * part.rows, end = std::min(p.w->rows, begin + part.rows);
+    Rows out{p.out[t], p.out.stride};
+    if (in_integers(*p.w)) return kernels.int_rows(out, x.ints, *p.w, T, begin, end);
+    if (!x.arranged) return kernels.rows(out, p.x, *p.w, T, begin, end);
+    const real* arranged = x.arranged + size_t(t / ARRANGED_TOKENS) * arranged_size(p.w->cols);
+    kernels.arranged_rows(out, arranged, *p.w, T, begin, end);
+}
+
+// The inputs of some products; equal ones once.
+class Inputs {
 public:
-    const IntRows& add(const Product& p) {
-        int block = format_of(p.w->dtype).values;
+    const Input& add(const Product& p) {
+        static const Input NONE;
+        if (p.T == 0) return NONE;
+        int block = in_integers(*p.w) ? format_of(p.w->dtype).values : 0;
         for (const Entry& e : entries_) {
             bool same_rows = e.x.data == p.x.data && e.x.stride == p.x.stride && e.T == p.T;
-            if (same_rows && e.rows.block == block && e.rows.n == p.w->cols) return e.rows;
+            if (same_rows && e.block == block && e.n == p.w->cols) return e.input;
         }
-        size_t n = size_t(p.w->cols), T = size_t(p.T);
-        IntRows rows(p.T, p.w->cols, block);
-        auto place = [&](Arena arena) {
-            rows.q = arena.take<int8_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
-            rows.d = arena.take<float>(T * n / size_t(block));
-            return arena.used;
-        };
-        std::byte* memory = memory_at(entries_.size(), place({}) + 64).data();
-        place({memory + -reinterpret_cast<uintptr_t>(memory) % 64});
-        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
-        entries_.push_back({p.x, p.T, rows});
-        return entries_.back().rows;
+        entries_.push_back({p.x, p.T, p.w->cols, block, {}});
+        Input& input = entries_.back().input;
+        if (block > 0) quantise(input.ints, p, block);
+        else if (kernels.arrange && p.T >= ARRANGE_FROM) arrange(input.arranged, p);
+        return input;
     }
     void clear() { entries_.clear(); }
 
@@ -1682,45 +1725,58 @@ private:
     using Buffer = std::vector<std::byte>;
     struct Entry {
         ConstRows x;
-        int T;
-        IntRows rows;
+        int T, n, block;
+        Input input;
     };
     std::deque<Entry> entries_;            // references to its elements stay good
     std::vector<Buffer> memory_;           // grows to what the largest call needed
 
-    Buffer& memory_at(size_t i, size_t bytes) {
-        if (memory_.size() <= i) memory_.resize(i + 1);
-        if (memory_[i].size() < bytes) memory_[i].resize(bytes);
-        return memory_[i];
+    void quantise(IntRows& rows, const Product& p, int block) {
+        size_t n = size_t(p.w->cols), T = size_t(p.T);
+        rows = {p.w->cols, block, p.T < MANY_TOKENS ? 1 : p.T};
+        in_memory([&](Arena& arena) {
+            rows.q = arena.take<int8_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
+            rows.d = arena.take<float>(T * n / size_t(block));
+        });
+        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
+    }
+    void arrange(real*& out, const Product& p) {
+        int n = p.w->cols, groups = (p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
+        in_memory([&](Arena& arena) { out = arena.take<real>(size_t(groups) * arranged_size(n)); });
+        parallel_for(groups, [&](int64_t g) {
+            int t = int(g) * ARRANGED_TOKENS;
+            kernels.arrange(out + size_t(g) * arranged_size(n), {p.x[t], p.x.stride},
+                            std::min(ARRANGED_TOKENS, p.T - t), n);
+        }, int64_t(n) * ARRANGED_TOKENS);
+    }
+    // The last entry's memory: take(arena) is called twice, the first time to count.
+    void in_memory(const std::function<void(Arena&)>& take) {
+        Arena count, arena;
+        take(count);
+        if (memory_.size() < entries_.size()) memory_.resize(entries_.size());
+        Buffer& memory = memory_[entries_.size() - 1];
+        if (memory.size() < count.used + 64) memory.resize(count.used + 64);
+        arena.base = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64;
+        take(arena);
     }
 };
 
-// Rows of W that a thread takes at once: few enough for all threads to have work, many enough to be worth it.
-inline int rows_at_once(const Product& p, int threads) {
-    if (p.T >= MANY_TOKENS) return std::clamp(p.w->rows / (4 * threads) / 96 * 96, 96, MANY_ROWS);
-    return std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
-}
-
 inline void matmul(std::span<const Product> products) {
-    thread_local IntInputs inputs;
+    thread_local Inputs inputs;
     inputs.clear();
-    std::vector<const IntRows*> ints;
-    std::vector<int64_t> first = {0};                     // index of each product's first block of rows
-    int threads = n_threads();
+    std::vector<const Input*> x;
+    std::vector<Parts> parts;
+    std::vector<int64_t> first = {0};                     // index of each product's first part
     int64_t work = 0;
     for (const Product& p : products) {
-        int at_once = rows_at_once(p, threads);
+        x.push_back(&inputs.add(p));
+        parts.emplace_back(p, *x.back(), n_threads());
         work += int64_t(p.w->rows) * p.w->cols * p.T;
-        ints.push_back(in_integers(*p.w) && p.T > 0 ? &inputs.add(p) : nullptr);
-        first.push_back(first.back() + (p.T > 0 ? (p.w->rows + at_once - 1) / at_once : 0));
+        first.push_back(first.back() + parts.back().count);
     }
-    parallel_for(first.back(), [&](int64_t block) {
-        size_t i = size_t(std::upper_bound(first.begin(), first.end(), block) - first.begin()) - 1;
-        const Product& p = products[i];
-        int at_once = rows_at_once(p, threads), begin = int(block - first[i]) * at_once;
-        int end = std::min(p.w->rows, begin + at_once);
-        if (ints[i]) kernels.int_rows(p.out, *ints[i], *p.w, p.T, begin, end);
-        else kernels.rows(p.out, p.x, *p.w, p.T, begin, end);
+    parallel_for(first.back(), [&](int64_t part) {
+        size_t i = size_t(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
+        multiply(products[i], *x[i], parts[i], int(part - first[i]));
     }, work / std::max<int64_t>(first.back(), 1));
 }
 
@@ -1732,10 +1788,12 @@ inline void matmul(real* out, const real* x, const Matrix& w, int T) {
 
 // The same for all rows of W, on the calling thread alone.
 inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
-    thread_local IntInputs inputs;
+    thread_local Inputs inputs;
     inputs.clear();
-    if (in_integers(w)) kernels.int_rows(out, inputs.add({out, x, &w, T}), w, T, 0, w.rows);
-    else kernels.rows(out, x, w, T, 0, w.rows);
+    Product p{out, x, &w, T};
+    const Input& input = inputs.add(p);
+    Parts part(p, input, 1);
+    for (int i = 0; i < part.count; i++) multiply(p, input, part, i);
 }
 
 // out[t] (w.cols) = W^T x[t], on the calling thread: the sum runs over the rows of W.
@@ -3316,6 +3374,27 @@ inline void widen(float* out, const Matrix& w, int r) {
     for (int i = 0; scale && i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
 }
 
+// 8 rows of 8 numbers of 32 bits, to columns; strides in bytes.
+AVX2_ENTRY void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
+    __m256i r[8], a[8], b[8];
+    for (int i = 0; i < 8; i++) r[i] = load256(static_cast<const std::byte*>(in) + i * in_stride);
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        std::byte* to = static_cast<std::byte*>(out) + i * out_stride;
+        store256(to, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+        store256(to + 4 * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+    }
+}
+
 // -- A.2  one row, a few tokens ------------------------------------------------------------------
 
 struct Lanes16 {
@@ -3619,16 +3698,19 @@ AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
     silu_times_plain(gate + i, up + i, n - i);
 }
 
-// Appendix E.
+// Appendices E and M.
 inline void quantise(const IntRows& out, const float* x);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+inline void arrange(float* out, ConstRows x, int T, int n);
+inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
 
 }  // namespace avx2
 
-// Appendix K.
+// Appendices K to M.
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
 }  // namespace avx512
 #endif
 #if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
@@ -3651,17 +3733,19 @@ inline std::vector<Kernels> available_kernels() {
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         all.push_back({"avx2", true, avx2::rows, avx2::weigh, avx2::widen, avx2::dot_real, avx2::exp_below,
-                       avx2::silu_times, avx2::quantise, avx2::int_rows});
+                       avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
+                       avx2::arranged_rows});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
         Kernels k = all.back();
         k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
+        k.arranged_rows = avx512::arranged_rows;
         all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
     all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::exp_below,
-                   neon::silu_times, neon::quantise, neon::int_rows});
+                   neon::silu_times, neon::quantise, neon::int_rows, nullptr, nullptr});
 #endif
     return all;
 }
@@ -4763,6 +4847,8 @@ struct StoreSink {
     AVX2 void operator()(int i, __m256i w) { store256(out + 32 * i, w); }
 };
 
+AVX2 float half_at(const std::byte* p) { return _cvtsh_ss(load<uint16_t>(p)); }
+
 template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::byte* p, int cols) {
     constexpr int VALUES = format_of(D).values;
     std::byte* row = block.row + r * int64_t(cols);
@@ -4770,8 +4856,8 @@ template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::b
         StoreSink sink{row + b * VALUES};
         bytes<D>(p, sink);
         int at = b * INT_ROWS + r;
-        block.d[at] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D)));
-        if (has_minimums(D)) block.m[at] = f16_at(reinterpret_cast<Bytes>(p + place_of_d(D) + 2));
+        block.d[at] = half_at(p + place_of_d(D));
+        if (has_minimums(D)) block.m[at] = half_at(p + place_of_d(D) + 2);
         if constexpr (of_32(D)) continue;
         Scales s;
         if constexpr (!of_32(D)) scales<D>(s, p);
@@ -4781,33 +4867,13 @@ template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::b
     }
 }
 
-// 8 rows of 8 times four bytes, to columns.
-AVX2_ENTRY void transpose8(std::byte* out, const std::byte* in, int64_t in_stride) {
-    __m256i r[8], a[8], b[8];
-    for (int i = 0; i < 8; i++) r[i] = load256(in + i * in_stride);
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        store256(out + i * 4 * INT_ROWS, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-        store256(out + (i + 4) * 4 * INT_ROWS, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
-    }
-}
-
 // R rows from `row` on. What stands in the other rows is of no account.
 template <Dtype D> void pack(IntBlock& block, const Matrix& w, int row, int R) {
     for (int r = 0; r < R; r++) pack_row<D>(block, r, w.row(row + r), w.cols);
     for (int r = 0; r < R; r += 8)
         for (int col = 0; col < w.cols; col += 32)
-            transpose8(block.w + int64_t(col) * INT_ROWS + 4 * r, block.row + int64_t(r) * w.cols + col,
-                       w.cols);
+            transpose8(block.w + int64_t(col) * INT_ROWS + 4 * r, 4 * INT_ROWS,
+                       block.row + int64_t(r) * w.cols + col, w.cols);
 }
 
 // v += 2 n numbers of 8 rows, in pairs of 16 bits, times x: (T, 2 n)
@@ -4831,7 +4897,8 @@ constexpr int in_16_bits(Dtype d) {
     }
 }
 
-// lane (T, INT_ROWS), of 8 rows from r on, += block b of the rows times T vectors; x: their block b
+// lane (T, INT_ROWS), of 8 rows from r on, += block b of the rows times T vectors; x: their block b. The
+// first eight blocks find nothing in their lanes.
 template <Dtype D, int T>
 AVX2 void int_tile_of_8(const IntBlock& block, int b, const IntRows& x, float* lane, int r) {
     constexpr int VALUES = format_of(D).values, STEPS = in_16_bits(D);
@@ -4864,7 +4931,8 @@ AVX2 void int_tile_of_8(const IntBlock& block, int b, const IntRows& x, float* l
             minimum[t] = _mm256_set1_epi32(total * (has_minimums(D) ? -1 : offset_of(D)));
         }
         if (offset_of(D) && D != Dtype::Q8_0) sum[t] = _mm256_sub_epi32(sum[t], minimum[t]);
-        __m256 dx = _mm256_set1_ps(x.d[t]), y = _mm256_load_ps(lane + t * INT_ROWS + r);
+        __m256 dx = _mm256_set1_ps(x.d[t]), y = _mm256_setzero_ps();
+        if (b >= BLOCK_LANES) y = _mm256_load_ps(lane + t * INT_ROWS + r);
         y = _mm256_fmadd_ps(_mm256_mul_ps(d, dx), _mm256_cvtepi32_ps(sum[t]), y);
         if (has_minimums(D)) y = _mm256_fnmadd_ps(_mm256_mul_ps(m, dx), _mm256_cvtepi32_ps(minimum[t]), y);
         _mm256_store_ps(lane + t * INT_ROWS + r, y);
@@ -4889,7 +4957,7 @@ AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float* lane) {
             const float* at = lane + j * PLANE + r;
             v[j] = _mm256_add_ps(_mm256_load_ps(at), _mm256_load_ps(at + 4 * PLANE));
         }
-        _mm256_store_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
+        _mm256_storeu_ps(out + r, _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3])));
     }
 }
 
@@ -4898,10 +4966,10 @@ AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float* lane) {
 template <class Tile, Dtype D>
 void int_block(const IntBlock& block, Rows out, const IntRows& x, int row, int R, int T) {
     constexpr int TOKENS = Tile::tokens(D);
-    std::fill_n(block.lane, BLOCK_LANES * INT_TOKENS * INT_ROWS, 0.0f);
     for (int j = 0; j < BLOCK_LANES; j++) {
+        float* lane = block.lane + j * INT_TOKENS * INT_ROWS;
+        if (j >= x.n / x.block) std::fill_n(lane, T * INT_ROWS, 0.0f);
         for (int b = j; b < x.n / x.block; b += BLOCK_LANES) {
-            float* lane = block.lane + j * INT_TOKENS * INT_ROWS;
             int t = 0;
             for (; t + TOKENS <= T; t += TOKENS)
                 Tile::template tile<D, TOKENS>(block, b, x.at(t, b), lane + t * INT_ROWS);
@@ -4909,9 +4977,9 @@ void int_block(const IntBlock& block, Rows out, const IntRows& x, int row, int R
         }
     }
     for (int t = 0; t < T; t++) {
-        alignas(32) float sums[INT_ROWS];
-        sum_block_lanes_of_rows(sums, block.lane + t * INT_ROWS);
-        std::copy_n(sums, R, out[t] + row);
+        float sums[INT_ROWS];
+        sum_block_lanes_of_rows(R == INT_ROWS ? out[t] + row : sums, block.lane + t * INT_ROWS);
+        if (R < INT_ROWS) std::copy_n(sums, R, out[t] + row);
     }
 }
 
@@ -4938,9 +5006,9 @@ AVX2_ENTRY uint32_t largest_magnitude(const float* x, int n) {
     __m256i top = _mm256_setzero_si256();
     for (int i = 0; i < n; i += 8)
         top = _mm256_max_epi32(top, _mm256_and_si256(load256(x + i), _mm256_set1_epi32(0x7FFFFFFF)));
-    alignas(32) uint32_t lane[8];
-    store256(lane, top);
-    return *std::max_element(lane, lane + 8);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1))));
 }
 
 AVX2_ENTRY void quantise(const IntRows& out, const float* x) {
@@ -6796,9 +6864,8 @@ inline void quantise(const IntRows& out, const float* x) {
 // Appendix K. Fast CPU: AVX-512
 // =================================================================================================
 //
-// What do wider registers change? Nothing in any result. Chapter 5's sixteen lanes are one register, and a
-// dot in integers has one answer, however it is cut up. So "avx512" does what "avx2" does with twice as
-// much an instruction, and with one that multiplies four bytes and adds them to a sum (VNNI).
+// What do wider registers change? Nothing in any result. Chapter 5's sixteen lanes are one register, and
+// "avx512" does what "avx2" does with twice as much an instruction.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -6870,7 +6937,8 @@ template <class Row, int R, int T> struct Dots {
         __m512 xt[T];
         for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
         for (int r = 0; r < R; r++) {
-            prefetch(w[r].p + ahead + STORED<Row> * size_t(i));
+            size_t at = STORED<Row> * size_t(i);
+            if (at % 64 == 0) prefetch(w[r].p + ahead + at);
             __m512 wr = widen16(w[r], i, m);
             for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
         }
@@ -6969,105 +7037,207 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
     avx2::many_tokens({TILE_ROWS, tile_of}, out, x, w, T, begin, end);
 }
 
-// -- K.4  integers: one row, a few tokens --------------------------------------------------------
-//
-// The formats of the common files, Q8_0 and Q4_K with Q6_K; the others take the way of "avx2".
+}  // namespace avx512
+#endif
 
-AVX512 __m512i all16(int16_t v) { return _mm512_set1_epi16(v); }
+// =================================================================================================
+// Appendix L. Fast integers: AVX-512
+// =================================================================================================
+//
+// And for bytes? One instruction (VNNI) multiplies 64 pairs of them and adds each four to a sum. For few
+// tokens here are the formats of the common files, Q8_0 and Q4_K with Q6_K; the others take appendix E's way.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+namespace avx512 {
+
+// -- L.1  integers: one row, a few tokens --------------------------------------------------------
+
 AVX512 __m512i all8(char v) { return _mm512_set1_epi8(v); }
 AVX512 __m512i twice(const std::byte* p) { return _mm512_broadcast_i64x4(load256(p)); }
+AVX512 __m512i quarters(int a, int b, int c, int d) { return _mm512_set4_epi32(d, c, b, a); }
+AVX512 __m512i halves(int64_t low, int64_t high) {
+    return _mm512_setr_epi64(low, low, low, low, high, high, high, high);
+}
+constexpr int64_t TWO_32 = 0x0000000100000001, FOUR_16 = 0x0001000100010001;   // factors that repeat
 // The lower half shifted by `low` bits, the upper by `high`, and masked.
 AVX512 __m512i shifted_right(__m512i v, int low, int high, char mask) {
-    __m512i by = _mm512_inserti64x4(constant(low), _mm256_set1_epi32(high), 1);
-    return _mm512_and_si512(_mm512_srlv_epi32(v, by), all8(mask));
-}
-// Of 16 scales, the four of the weights from 64 i on, each for 8 pairs of weights.
-AVX512 __m512i four_scales(__m512i scales, int i) {
-    constexpr int64_t ONES = 0x0001000100010001;
-    __m512i pairs = _mm512_set_epi64(3 * ONES, 3 * ONES, 2 * ONES, 2 * ONES, ONES, ONES, 0, 0);
-    return _mm512_permutexvar_epi16(_mm512_add_epi16(pairs, all16(int16_t(4 * i))), scales);
+    return _mm512_and_si512(_mm512_srlv_epi32(v, halves(low * TWO_32, high * TWO_32)), all8(mask));
 }
 
-// A block's sums with T vectors.
-template <int T> struct ByteSums {
-    __m512i sum[T];
-    const int8_t* x;                                   // of the block
-    int64_t n;
+// The sums of eight blocks. v[i]: eight numbers of block 2 i, eight of block 2 i + 1
+AVX512 __m256i sum8(const __m512i (&v)[4]) {
+    __m512i two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                  _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    __m512i four =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(two[0], two[1]), _mm512_unpackhi_epi64(two[0], two[1]));
+    four = _mm512_shuffle_i64x2(four, four, 0xD8);
+    __m256i all = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+    return _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+// Eight numbers of each of two blocks, of sixteen each.
+AVX512 __m512i pair_of(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+}
 
-    // Weights 64 i .. 64 i + 64, with their offset
-    AVX512 void add(int i, __m512i w, __m512i scales) {
-        __m512i four = four_scales(scales, i);
+// Eight blocks of a row from p on, or the `count` that are left, times T vectors x.
+template <Dtype D, int T, bool WHOLE> struct EightBlocks {
+    static constexpr int VALUES = format_of(D).values, BYTES = format_of(D).bytes;
+    const std::byte* p;
+    const IntRows x;
+    const int count;
+    __m512i sum[T][4], minimum[T][4];      // of two blocks each
+    __m128i d, m{};                        // f16
+
+    AVX512 EightBlocks(const std::byte* p, const IntRows& x, int count) : p(p), x(x), count(count) {}
+
+    AVX512 bool has(int k) const { return WHOLE || k < count; }
+    // The halves of a register in which blocks 2 i and 2 i + 1 are.
+    AVX512 __mmask16 both(int i) const { return has(2 * i + 1) ? ALL : has(2 * i) ? 0xFF : 0; }
+    AVX512 const int8_t* values(int t, int k) const { return x.q + t * x.n + k * VALUES; }
+    AVX512 const int16_t* sums(int t, int k) const { return x.sums + (t * x.n + k * VALUES) / GROUP; }
+
+    AVX512 void collect_d() {
+        uint64_t bits[2] = {};
+        UNROLL
+        for (int k = 0; k < BLOCK_LANES; k++)
+            if (has(k))
+                bits[k / 4] |= uint64_t(load<uint16_t>(p + k * BYTES + place_of_d(D))) << 16 * (k % 4);
+        d = _mm_set_epi64x(int64_t(bits[1]), int64_t(bits[0]));
+    }
+
+    AVX512 void add_q8_0() {
+        collect_d();
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            const std::byte* first = p + 2 * i * BYTES + 2;
+            __m512i w = _mm512_setzero_si512();
+            if (has(2 * i)) w = _mm512_zextsi256_si512(load256(first));
+            if (has(2 * i + 1)) w = _mm512_inserti64x4(w, load256(first + BYTES), 1);
+            w = _mm512_xor_si512(w, all8(char(offset_of(D))));
+            for (int t = 0; t < T; t++) {
+                __m512i xs = _mm512_maskz_loadu_epi32(both(i), values(t, 2 * i));
+                sum[t][i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, xs);
+            }
+        }
+    }
+
+    // Weights 64 i .. 64 i + 64 of block k, with their offset, times their scales.
+    AVX512 void add_64(__m512i (&v)[T], int k, int i, __m512i w, __m512i scales) const {
+        for (int t = 0; t < T; t++) {
+            __m512i two = _mm512_maddubs_epi16(w, load512(values(t, k) + 64 * i));
+            v[t] = _mm512_dpwssd_epi32(v[t], two, scales);
+        }
+    }
+
+    // Scales and minimums of eight groups (unpack_six_bits) of four blocks, a quarter of the register each.
+    AVX512 static __m512i six_bits(__m512i header) {
+        constexpr int SIX = 0x3F3F3F3F, FOUR = 0x0F0F0F0F, TWO = 0x30303030;
+        __m512i low = _mm512_shuffle_epi32(header, _MM_PERM_ENUM(0xED));
+        __m512i high = _mm512_srli_epi32(_mm512_shuffle_epi32(header, _MM_PERM_ENUM(0x84)), 2);
+        low = _mm512_srlv_epi32(low, quarters(0, 0, 0, 4));
+        return _mm512_or_si512(_mm512_and_si512(low, quarters(SIX, FOUR, SIX, FOUR)),
+                               _mm512_and_si512(high, quarters(0, TWO, 0, TWO)));
+    }
+    AVX512 void add_q4_k() {
+        __m512i header[2], six[2];
+        UNROLL
+        for (int g = 0; g < 2; g++) {
+            __m128i h[4] = {};
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                if (has(4 * g + k)) h[k] = avx2::load128(p + (4 * g + k) * BYTES);
+            header[g] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(h[1], h[0])),
+                                           _mm256_set_m128i(h[3], h[2]), 1);
+            six[g] = six_bits(header[g]);
+        }
+        __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+        __m256i d_and_m = _mm512_castsi512_si256(_mm512_permutex2var_epi32(header[0], first, header[1]));
+        d = _mm256_cvtepi32_epi16(d_and_m), m = _mm256_cvtepi32_epi16(_mm256_srli_epi32(d_and_m, 16));
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            __m512i v[2][T];
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                for (int t = 0; t < T; t++) v[h][t] = _mm512_setzero_si512();
+                if (has(2 * i + h)) add_q4_k_block(v[h], 2 * i + h, six[i / 2]);
+            }
+            __m512i two = i % 2 ? _mm512_shuffle_i64x2(six[i / 2], six[i / 2], 0xFA)
+                                : _mm512_shuffle_i64x2(six[i / 2], six[i / 2], 0x50);
+            constexpr int64_t A = 0x8009800980088008, B = A + 0x0002000200020002, C = B + 0x0002000200020002,
+                              E = C + 0x0002000200020002;
+            two = _mm512_shuffle_epi8(two, _mm512_setr_epi64(A, B, C, E, A, B, C, E));   // each twice
+            for (int t = 0; t < T; t++) {
+                sum[t][i] = pair_of(v[0][t], v[1][t]);
+                minimum[t][i] = _mm512_madd_epi16(two, _mm512_maskz_loadu_epi32(both(i), sums(t, 2 * i)));
+            }
+        }
+    }
+    AVX512 void add_q4_k_block(__m512i (&v)[T], int k, __m512i six) const {
+        const int q = k % 4 * 4;
+        __m512i mine = _mm512_permutexvar_epi32(quarters(q, q + 1, q + 2, q + 3), six);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            int64_t low = int64_t(uint64_t(0x8000 + 2 * i) * FOUR_16);
+            __m512i scales = _mm512_shuffle_epi8(mine, halves(low, low + FOUR_16));
+            add_64(v, k, i, shifted_right(twice(p + k * BYTES + 16 + 32 * i), 0, 4, 15), scales);
+        }
+    }
+
+    AVX512 void add_q6_k() {
+        collect_d();
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            __m512i v[2][T];
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                for (int t = 0; t < T; t++) v[h][t] = _mm512_setzero_si512();
+                if (has(2 * i + h)) add_q6_k_block(v[h], 2 * i + h);
+            }
+            for (int t = 0; t < T; t++) sum[t][i] = pair_of(v[0][t], v[1][t]);
+        }
+    }
+    // Of 16 scales, the four of the weights from 64 i on, each for 8 pairs of weights.
+    AVX512 static __m512i four_scales(__m512i scales, int i) {
+        int64_t a = 4 * i * FOUR_16, b = a + FOUR_16, c = b + FOUR_16, e = c + FOUR_16;
+        return _mm512_permutexvar_epi16(_mm512_setr_epi64(a, a, b, b, c, c, e, e), scales);
+    }
+    AVX512 void add_q6_k_block(__m512i (&v)[T], int k) const {
+        const std::byte* block = p + k * BYTES;
+        __m256i scale = _mm256_cvtepi8_epi16(avx2::load128(block + 192));
+        __m256i offset = _mm256_mullo_epi16(scale, avx2::all16(-offset_of(D)));
+        __m512i scales = _mm512_castsi256_si512(scale);
         for (int t = 0; t < T; t++)
-            sum[t] = _mm512_dpwssd_epi32(sum[t], _mm512_maddubs_epi16(w, load512(x + t * n + 64 * i)), four);
-    }
-};
-
-template <int T> AVX512 void add_q4_k(ByteSums<T>& sums, const std::byte* p, __m512i scales) {
-    for (int i = 0; i < 4; i++) sums.add(i, shifted_right(twice(p + 16 + 32 * i), 0, 4, 15), scales);
-}
-
-template <int T> AVX512 void add_q6_k(ByteSums<T>& sums, const std::byte* p, __m512i scales) {
-    for (int i = 0; i < 2; i++) {
-        __m512i low = load512(p + 64 * i), high = twice(p + 128 + 32 * i);
-        __m512i a = shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48), b = shifted_right(high, 0, 2, 48);
-        sums.add(2 * i, _mm512_or_si512(_mm512_and_si512(low, all8(15)), a), scales);
-        sums.add(2 * i + 1, _mm512_or_si512(shifted_right(low, 4, 4, 15), b), scales);
-    }
-}
-
-AVX512 __m256i halves_added(__m512i v) {
-    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-}
-
-// Eight blocks of a row: their sums with T vectors, and their scales in f16.
-template <Dtype D, int T> struct EightBlocks {
-    __m256i sum[T][BLOCK_LANES], minimum[T][BLOCK_LANES];
-    uint64_t d[2], m[2];
-
-    AVX512 void clear() { std::memset(static_cast<void*>(this), 0, sizeof *this); }
-
-    // The block at p is number k of the eight; x begins at it.
-    AVX512 void add(int k, const std::byte* p, const IntRows& x) {
-        d[k / 4] |= uint64_t(load<uint16_t>(p + place_of_d(D))) << 16 * (k % 4);
-        if constexpr (D == Dtype::Q8_0) {
-            __m256i w = avx2::signed_again(load256(p + 2));              // unsigned, that is
-            for (int t = 0; t < T; t++)
-                sum[t][k] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, load256(x.q + t * x.n));
-        } else {
-            add_k_block(k, p, x);
+            v[t] = _mm512_zextsi256_si512(_mm256_madd_epi16(offset, load256(sums(t, k))));
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+            __m512i low = load512(block + 64 * i), high = twice(block + 128 + 32 * i);
+            __m512i a = shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48);
+            __m512i b = shifted_right(high, 0, 2, 48);
+            a = _mm512_or_si512(a, _mm512_and_si512(low, all8(15)));
+            b = _mm512_or_si512(b, shifted_right(low, 4, 4, 15));
+            add_64(v, k, 2 * i, a, four_scales(scales, 2 * i));
+            add_64(v, k, 2 * i + 1, b, four_scales(scales, 2 * i + 1));
         }
     }
-    AVX512 void add_k_block(int k, const std::byte* p, const IntRows& x) {
-        Scales s;
-        avx2::scales<D>(s, p);
-        ByteSums<T> sums{{}, x.q, x.n};
-        for (int t = 0; t < T; t++) sums.sum[t] = _mm512_setzero_si512();
-        __m512i scales = _mm512_castsi256_si512(load256(s.scale));
-        if (D == Dtype::Q4_K) add_q4_k(sums, p, scales);
-        else add_q6_k(sums, p, scales);
-        if (D == Dtype::Q4_K) m[k / 4] |= uint64_t(load<uint16_t>(p + 2)) << 16 * (k % 4);
+
+    AVX512 void add_to(__m256 (&lane)[T]) {
+        if constexpr (D == Dtype::Q8_0) add_q8_0();
+        else if constexpr (D == Dtype::Q4_K) add_q4_k();
+        else add_q6_k();
+        __m256 ds = _mm256_cvtph_ps(d), ms = _mm256_cvtph_ps(m);
+        const __mmask8 blocks = WHOLE ? 0xFF : __mmask8((1 << count) - 1);
         for (int t = 0; t < T; t++) {
-            __m256i of_16 = load256(x.sums + t * (x.n / GROUP));
-            minimum[t][k] = _mm256_madd_epi16(load256(s.minimum), of_16);
-            sum[t][k] = halves_added(sums.sum[t]);
-            if (!has_minimums(D)) sum[t][k] = _mm256_sub_epi32(sum[t][k], minimum[t][k]);
-        }
-    }
-    // lane += `count` blocks; x begins at the first
-    AVX512 void add_to(__m256 (&lane)[T], int count, const IntRows& x) const {
-        __m256 ds = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(d[1]), int64_t(d[0]))),
-               ms = _mm256_cvtph_ps(_mm_set_epi64x(int64_t(m[1]), int64_t(m[0])));
-        for (int t = 0; t < T; t++) {
-            IntRows xt = x.at(t);
-            __m256 dx = _mm256_maskz_loadu_ps(__mmask8((1 << count) - 1), xt.d);
-            __m256i total = avx2::sum8(sum[t]);
+            __m256 dx = _mm256_maskz_loadu_ps(blocks, x.d + t * (x.n / VALUES));
+            __m256i total = sum8(sum[t]);
             if constexpr (D == Dtype::Q8_0) {
-                __m256i sums = _mm256_maskz_loadu_epi16(__mmask16((1 << 2 * count) - 1), xt.sums);
-                total = _mm256_sub_epi32(total, _mm256_madd_epi16(sums, avx2::all16(avx2::offset_of(D))));
+                __m256i two = _mm256_maskz_loadu_epi32(blocks, sums(t, 0));
+                total = _mm256_sub_epi32(total, _mm256_madd_epi16(two, avx2::all16(offset_of(D))));
             }
             lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(total), lane[t]);
-            if (!has_minimums(D)) continue;
-            __m256 minimums = _mm256_cvtepi32_ps(avx2::sum8(minimum[t]));
+            if constexpr (!has_minimums(D)) continue;
+            __m256 minimums = _mm256_cvtepi32_ps(sum8(minimum[t]));
             lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), minimums, lane[t]);
         }
     }
@@ -7081,18 +7251,11 @@ AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const st
     for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
     for (; b + BLOCK_LANES <= blocks; b += BLOCK_LANES, p += BLOCK_LANES * BYTES) {
         for (int i = 0; i < BLOCK_LANES * BYTES; i += 64) prefetch(p + AHEAD + i);
-        EightBlocks<D, T> eight;
-        eight.d[0] = eight.d[1] = eight.m[0] = eight.m[1] = 0;
-        UNROLL
-        for (int k = 0; k < BLOCK_LANES; k++) eight.add(k, p + k * BYTES, x.at(0, b + k));
-        eight.add_to(lane, BLOCK_LANES, x.at(0, b));
+        EightBlocks<D, T, true>(p, x.at(0, b), BLOCK_LANES).add_to(lane);
     }
     if (b < blocks) {
         for (int i = 0; i < (blocks - b) * BYTES; i += 64) prefetch(p + AHEAD + i);
-        EightBlocks<D, T> rest;
-        rest.clear();
-        for (int k = 0; k < blocks - b; k++) rest.add(k, p + k * BYTES, x.at(0, b + k));
-        rest.add_to(lane, blocks - b, x.at(0, b));
+        EightBlocks<D, T, false>(p, x.at(0, b), blocks - b).add_to(lane);
     }
     for (int t = 0; t < T; t++) out[t * stride] = avx2::sum_block_lanes(lane[t]);
 }
@@ -7115,7 +7278,7 @@ inline void few_ints(Rows out, const IntRows& x, const Matrix& w, int T, int beg
     }
 }
 
-// -- K.5  integers: a block of rows, many tokens -------------------------------------------------
+// -- L.2  integers: a block of rows, many tokens -------------------------------------------------
 
 // The sums of 32 rows with T vectors.
 template <int T> struct IntSums {
@@ -7198,7 +7361,8 @@ struct Tile16 {
             if (has_minimums(D)) m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(block.m + at));
             for (int t = 0; t < T; t++) {
                 float* out = lane + t * INT_ROWS + 16 * h;
-                __m512 y = add_scaled(_mm512_load_ps(out), d, x.d[t], sum.v[t][h]);
+                __m512 y = b < BLOCK_LANES ? _mm512_setzero_ps() : _mm512_load_ps(out);
+                y = add_scaled(y, d, x.d[t], sum.v[t][h]);
                 if (has_minimums(D)) y = add_scaled(y, m, x.d[t], minimum.v[t][h]);
                 _mm512_store_ps(out, y);
             }
@@ -7209,6 +7373,239 @@ struct Tile16 {
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T < MANY_TOKENS) few_ints(out, x, w, T, begin, end);
     else avx2::many_ints<Tile16>(out, x, w, T, begin, end);
+}
+
+}  // namespace avx512
+#endif
+
+// =================================================================================================
+// Appendix M. Fast CPU: many tokens
+// =================================================================================================
+//
+// And when many tokens are multiplied in floats? In a tile of A.3 a register holds the lanes of one sum, and
+// 12 products need 7 registers loaded. Here that is turned around: a register holds one lane of the sums of
+// 8 or 16 rows, and one number of x, repeated, meets them all. A lane's products come one after the other,
+// so weights and x are arranged by lanes: number i of a row is number i / 16 of lane i mod 16.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+namespace avx2 {
+
+// -- M.1  arranging ------------------------------------------------------------------------------
+
+constexpr int WIDE_ROWS = 48, WIDE_TOKENS = 64;
+
+// Numbers of a row of n that are in a lane.
+inline int steps_of(int n, int lane) { return (n - lane + LANES - 1) / LANES; }
+
+inline void arrange(float* out, ConstRows x, int T, int n) {
+    int64_t lane = int64_t(arranged_lane(n));
+    int whole = T == ARRANGED_TOKENS ? n / LANES * LANES : 0;
+    for (int i = 0; i < whole; i += 8)
+        transpose8(out + i % LANES * lane + i / LANES * ARRANGED_TOKENS, 4 * lane, x[0] + i, 4 * x.stride);
+    for (int t = 0; t < T; t++)
+        for (int i = whole; i < n; i++)
+            out[i % LANES * lane + i / LANES * ARRANGED_TOKENS + t] = x[t][i];
+}
+
+struct WideBlock {
+    int64_t lane, row_size;
+    float* w;       // (LANES, steps, WIDE_ROWS), the lanes `lane` apart
+    float* row;     // (8, row_size): before they are arranged
+    float* scale;   // (cols / SCALE_BLOCK, WIDE_ROWS): of e4m3
+    float* sum;     // (LANES, WIDE_TOKENS, WIDE_ROWS)
+
+    WideBlock(std::vector<std::byte>& memory, int cols) {
+        row_size = steps_of(cols, 0) * LANES, lane = row_size / LANES * WIDE_ROWS + 16;
+        auto place = [&](Arena arena) {
+            w = arena.take<float>(LANES * size_t(lane)), row = arena.take<float>(8 * size_t(row_size));
+            scale = arena.take<float>(size_t(cols / SCALE_BLOCK + 1) * WIDE_ROWS);
+            sum = arena.take<float>(LANES * WIDE_TOKENS * WIDE_ROWS);
+            return arena.used;
+        };
+        size_t bytes = place({}) + 64;
+        if (memory.size() < bytes) memory.resize(bytes);
+        place({memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64});
+    }
+    // R rows from `first` on. What stands in the other rows is of no account.
+    void pack(const Matrix& m, int first, int R) {
+        for (int r = 0; r < R; r++) {
+            widen_part(row + r % 8 * row_size, m, first + r, 0, m.cols);
+            for (int b = 0; m.dtype == Dtype::F8_E4M3 && b * SCALE_BLOCK < m.cols; b++)
+                scale[b * WIDE_ROWS + r] = load<float>(m.scale_row(first + r) + 4 * size_t(b));
+            if (r % 8 < 7 && r + 1 < R) continue;
+            for (int64_t i = 0; i < row_size; i += 8)
+                transpose8(w + i % LANES * lane + i / LANES * WIDE_ROWS + r / 8 * 8, 4 * lane, row + i,
+                           4 * row_size);
+        }
+    }
+};
+
+// -- M.2  tiles ----------------------------------------------------------------------------------
+
+// v[r][t] += 8 rows from 8 r on times vector t
+template <int R, int T> AVX2 void add_steps(__m256 (&v)[R][T], const float* w, const float* x, int steps) {
+    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
+        __m256 wk[R];
+        for (int r = 0; r < R; r++) wk[r] = _mm256_loadu_ps(w + 8 * r);
+        for (int t = 0; t < T; t++) {
+            __m256 xt = _mm256_broadcast_ss(x + t);
+            for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(wk[r], xt, v[r][t]);
+        }
+    }
+}
+
+// sum (T, WIDE_ROWS), of R registers of rows: one lane's products; with scales, each SCALE_BLOCK's apart
+template <int R, int T, bool SCALED>
+AVX2_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
+                          int blocks) {
+    __m256 v[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) v[r][t] = _mm256_setzero_ps();
+    if (!SCALED) add_steps(v, w, x, steps);
+    constexpr int AT_ONCE = SCALE_BLOCK / LANES;
+    for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
+        __m256 part[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) part[r][t] = _mm256_setzero_ps();
+        add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
+        for (int r = 0; r < R; r++) {
+            __m256 s = _mm256_loadu_ps(scale + b * WIDE_ROWS + 8 * r);
+            for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(s, part[r][t], v[r][t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) _mm256_storeu_ps(sum + t * WIDE_ROWS + 8 * r, v[r][t]);
+}
+
+using WideTile = void (*)(float* sum, const float* w, const float* x, const float* scale, int steps,
+                          int blocks);
+struct WideTiles {
+    int rows, tokens, scaled_tokens;                   // of the largest; tokens divide ARRANGED_TOKENS
+    WideTile (*of)(bool scaled, int rows, int T);
+};
+
+template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
+    static constexpr WideTile PLAIN[] = {wide_tile<I / 4 + 1, I % 4 + 1, false>...};
+    static constexpr WideTile SCALED[] = {wide_tile<I / 4 + 1, I % 4 % 2 + 1, true>...};
+    return (scaled ? SCALED : PLAIN)[(R - 1) * 4 + T - 1];
+}
+inline WideTile wide_tile_of(bool scaled, int rows, int T) {
+    return wide_tile_of(scaled, (rows + 7) / 8, T, std::make_index_sequence<12>());
+}
+constexpr WideTiles WIDE_TILES = {24, 4, 2, wide_tile_of};        // 12 sums in 16 registers
+
+// -- M.3  blocks ---------------------------------------------------------------------------------
+
+// The tree of sum_lanes, for 48 rows.
+AVX2_ENTRY void sum_lanes_of_wide(float* out, const float* sum) {
+    constexpr int PLANE = WIDE_TOKENS * WIDE_ROWS;
+    for (int r = 0; r < WIDE_ROWS; r += 8) {
+        __m256 v[8];
+        for (int j = 0; j < 8; j++) {
+            const float* at = sum + j * PLANE + r;
+            v[j] = _mm256_add_ps(_mm256_load_ps(at), _mm256_load_ps(at + 8 * PLANE));
+        }
+        for (int n = 4; n > 0; n /= 2)
+            for (int j = 0; j < n; j++) v[j] = _mm256_add_ps(v[j], v[j + n]);
+        _mm256_storeu_ps(out + r, v[0]);
+    }
+}
+
+// The packed rows, R of them from `first` on, times T <= WIDE_TOKENS vectors.
+inline void wide_block(const WideTiles& tiles, const WideBlock& block, Rows out, const float* x,
+                       const Matrix& w, int first, int R, int T) {
+    bool scaled = w.dtype == Dtype::F8_E4M3;
+    int tokens = scaled ? tiles.scaled_tokens : tiles.tokens, blocks = 1;
+    if (scaled) blocks = (w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    for (int j = 0; j < LANES; j++) {
+        for (int t = 0; t < T; t += tokens) {
+            const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols) +
+                              size_t(j) * arranged_lane(w.cols) + t % ARRANGED_TOKENS;
+            float* sum = block.sum + (j * WIDE_TOKENS + t) * WIDE_ROWS;
+            for (int r = 0; r < R; r += tiles.rows)
+                tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(
+                    sum + r, block.w + j * block.lane + r, xt, block.scale + r, steps_of(w.cols, j), blocks);
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        float sums[WIDE_ROWS];
+        sum_lanes_of_wide(R == WIDE_ROWS ? out[t] + first : sums, block.sum + t * WIDE_ROWS);
+        if (R < WIDE_ROWS) std::copy_n(sums, R, out[t] + first);
+    }
+}
+
+inline void arranged_rows(const WideTiles& tiles, Rows out, const float* x, const Matrix& w, int T, int begin,
+                          int end) {
+    thread_local std::vector<std::byte> memory;
+    WideBlock block(memory, w.cols);
+    for (int r = begin; r < end; r += WIDE_ROWS) {
+        int R = std::min(WIDE_ROWS, end - r);
+        block.pack(w, r, R);
+        for (int t = 0; t < T; t += WIDE_TOKENS) {
+            const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
+            wide_block(tiles, block, {out[t], out.stride}, xt, w, r, R, std::min(WIDE_TOKENS, T - t));
+        }
+    }
+}
+inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
+    arranged_rows(WIDE_TILES, out, x, w, T, begin, end);
+}
+
+}  // namespace avx2
+
+namespace avx512 {
+
+// -- M.4  tiles of AVX-512 -----------------------------------------------------------------------
+
+using avx2::WIDE_ROWS, avx2::WideTile;
+
+// v[r][t] += 16 rows from 16 r on times vector t
+template <int R, int T> AVX512 void add_steps(__m512 (&v)[R][T], const float* w, const float* x, int steps) {
+    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
+        __m512 wk[R];
+        for (int r = 0; r < R; r++) wk[r] = _mm512_loadu_ps(w + 16 * r);
+        for (int t = 0; t < T; t++) {
+            __m512 xt = _mm512_set1_ps(x[t]);
+            for (int r = 0; r < R; r++) v[r][t] = _mm512_fmadd_ps(wk[r], xt, v[r][t]);
+        }
+    }
+}
+
+// avx2::wide_tile
+template <int R, int T, bool SCALED>
+AVX512_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
+                          int blocks) {
+    __m512 v[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+    if (!SCALED) add_steps(v, w, x, steps);
+    constexpr int AT_ONCE = SCALE_BLOCK / LANES;
+    for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
+        __m512 part[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) part[r][t] = _mm512_setzero_ps();
+        add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
+        for (int r = 0; r < R; r++) {
+            __m512 s = _mm512_loadu_ps(scale + b * WIDE_ROWS + 16 * r);
+            for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(s, part[r][t], v[r][t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) _mm512_storeu_ps(sum + t * WIDE_ROWS + 16 * r, v[r][t]);
+}
+
+template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
+    static constexpr WideTile PLAIN[] = {wide_tile<I / 8 + 1, I % 8 + 1, false>...};
+    static constexpr WideTile SCALED[] = {wide_tile<I / 8 + 1, I % 8 % 4 + 1, true>...};
+    return (scaled ? SCALED : PLAIN)[(R - 1) * 8 + T - 1];
+}
+inline WideTile wide_tile_of(bool scaled, int rows, int T) {
+    return wide_tile_of(scaled, (rows + 15) / 16, T, std::make_index_sequence<24>());
+}
+
+inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
+    constexpr avx2::WideTiles TILES = {WIDE_ROWS, 8, 4, wide_tile_of};   // 24 sums in 32 registers
+    avx2::arranged_rows(TILES, out, x, w, T, begin, end);
 }
 
 }  // namespace avx512

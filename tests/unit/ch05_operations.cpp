@@ -512,7 +512,7 @@ TEST(Matmul, IntegersAreTheDefaultForQuantisedWeightsAlone) {
 TEST(Matmul, DoesNotDependOnThreads) {
     Noise noise;
     for (Dtype dtype : ALL_DTYPES) {
-        for (int T : {1, 5}) {
+        for (int T : {1, 5, 40}) {
             RandomMatrix w(dtype, 777, 256, 1);
             Vector x = noise.vector(size_t(T) * 256), expected(size_t(T) * 777), out(expected.size());
             matmul(expected.data(), x.data(), w.matrix, T);

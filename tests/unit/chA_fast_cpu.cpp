@@ -43,6 +43,16 @@ static void products(const Kernels& k, const Matrix& w, bool wild, Part p) {
     rows_plain({expected.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
     k.rows({out.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
     ASSERT_TRUE(same_bits(expected, out)) << label();
+    if (k.arrange) {
+        std::fill(out.begin(), out.end(), real(7));
+        Vector arranged(arranged_size(w.cols) * size_t((p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS));
+        for (int t = 0; t < p.T; t += ARRANGED_TOKENS)
+            k.arrange(arranged.data() + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols),
+                      {x.data() + size_t(t) * size_t(stride), stride}, std::min(ARRANGED_TOKENS, p.T - t),
+                      w.cols);
+        k.arranged_rows({out.data(), w.rows + 1}, arranged.data(), w, p.T, p.begin, p.end);
+        ASSERT_TRUE(same_bits(expected, out)) << label() << ", arranged";
+    }
     if (!quantised(w.dtype)) return;
     Ints ints(activations(p.T, w.cols, wild, noise), p.T, format_of(w.dtype).values, k);
     int_rows_plain({expected.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
@@ -75,11 +85,11 @@ TEST(FastCpu, ProductsEqualPlainForEveryWidth) {
         }
     });
 }
-// Blocks have 12 or 32 rows, and a thread takes 96: all that may be left over.
+// Blocks have 12, 32 or 48 rows: all that may be left over.
 TEST(FastCpu, ProductsEqualPlainForEveryNumberOfRows) {
     for_each([](const Kernels& k, Dtype dtype) {
-        RandomMatrix w(dtype, 55, columns(dtype, 40, 1), 1, Contents::TAME, 100);
-        for (int rows = 1; rows <= 50; rows++) {
+        RandomMatrix w(dtype, 75, columns(dtype, 40, 1), 1, Contents::TAME, 100);
+        for (int rows = 1; rows <= 70; rows++) {
             int begin = rows % 6;
             for (int T = 1; T <= 9; T++)
                 ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, false, {T, begin, begin + rows}));
@@ -120,6 +130,26 @@ TEST(FastCpu, ProductsEqualPlainForTameWeightsAndWildActivations) {
     for_each([](const Kernels& k, Dtype dtype) {
         RandomMatrix w(dtype, 14, 1024, 1);
         for (int T = 1; T <= 9; T++) ASSERT_NO_FATAL_FAILURE(products(k, w.matrix, true, {T, 0, 14}));
+    });
+}
+// Around ARRANGE_FROM tokens, and rows so long that few tokens are taken at once.
+TEST(FastCpu, MatmulEqualsPlain) {
+    for_each([](const Kernels& k, Dtype dtype) {
+        for (int n : {columns(dtype, 150, 2), columns(dtype, 41000, 161)}) {
+            RandomMatrix w(dtype, n > 1000 ? 3 : 400, n, 1);
+            int rows = w.matrix.rows;
+            for (int T : {31, 32, 33, 70}) {
+                Noise noise;
+                Vector x = noise.vector(size_t(T) * size_t(n));
+                Vector expected(size_t(T) * size_t(rows)), out = expected;
+                ScopedKernels scoped(Kernels{});
+                matmul(expected.data(), x.data(), w.matrix, T);
+                kernels = k;
+                matmul(out.data(), x.data(), w.matrix, T);
+                ASSERT_TRUE(same_bits(expected, out))
+                    << k.name << ", " << format_of(dtype).name << ", n " << n << ", T " << T;
+            }
+        }
     });
 }
 // One NaN, infinity or subnormal among tame weights, at every place.

@@ -265,7 +265,7 @@ struct Ints {
 
     Ints(const Vector& x, int T, int block, const Kernels& k = {})
         : q(x.size(), 99), sums(x.size() / 16, 9999), d(x.size() / size_t(block), 9999),
-          rows(T, int(x.size()) / T, block) {
+          rows(int(x.size()) / T, block, T < MANY_TOKENS ? 1 : T) {
         rows.q = q.data(), rows.sums = sums.data(), rows.d = d.data();
         for (int t = 0; t < T; t++) k.quantise(rows.at(t), x.data() + size_t(t) * size_t(rows.n));
     }
