@@ -3623,37 +3623,41 @@ AVX2_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, int 
         for (int k = 0; k < N; k++) _mm256_storeu_ps(out[t] + col + 8 * k, y[t][k]);
 }
 
-template <class Row, int T> void weigh_tokens(Rows out, ConstRows p, const Matrix& v, int begin, int end) {
-    int col = 0;
-    for (; col + 16 <= v.cols; col += 16) weigh_tile<Row, T, 2>(out, p, v, col, begin, end);
-    for (; col + 8 <= v.cols; col += 8) weigh_tile<Row, T, 1>(out, p, v, col, begin, end);
-    for (; col < v.cols; col++)
-        for (int t = 0; t < T; t++)
-            for (int j = begin; j < end; j++)
-                out[t][col] = std::fma(p[t][j], Row{v.row(j)}(col), out[t][col]);
-}
+// T <= WEIGH_TOKENS tokens, rows begin .. end. Appendix K has another one.
+struct Weigh8 {
+    template <class Row, int T>
+    static void tokens(Rows out, ConstRows p, const Matrix& v, int begin, int end) {
+        int col = 0;
+        for (; col + 16 <= v.cols; col += 16) weigh_tile<Row, T, 2>(out, p, v, col, begin, end);
+        for (; col + 8 <= v.cols; col += 8) weigh_tile<Row, T, 1>(out, p, v, col, begin, end);
+        for (; col < v.cols; col++)
+            for (int t = 0; t < T; t++)
+                for (int j = begin; j < end; j++)
+                    out[t][col] = std::fma(p[t][j], Row{v.row(j)}(col), out[t][col]);
+    }
+};
 
-template <class Row> void weigh_rows(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+template <class Weigh, class Row> void weigh_rows(Rows out, ConstRows p, const Matrix& v, int T, int n) {
     using F = void (*)(Rows, ConstRows, const Matrix&, int, int);
-    static constexpr F TOKENS[WEIGH_TOKENS] = {weigh_tokens<Row, 1>, weigh_tokens<Row, 2>,
-                                               weigh_tokens<Row, 3>, weigh_tokens<Row, 4>,
-                                               weigh_tokens<Row, 5>, weigh_tokens<Row, 6>};
+    static constexpr F TOKENS[WEIGH_TOKENS] = {
+        Weigh::template tokens<Row, 1>, Weigh::template tokens<Row, 2>, Weigh::template tokens<Row, 3>,
+        Weigh::template tokens<Row, 4>, Weigh::template tokens<Row, 5>, Weigh::template tokens<Row, 6>};
     for (int j = 0; j < n; j += WEIGH_ROWS)
         for (int t = 0; t < T; t += WEIGH_TOKENS)
             TOKENS[std::min(WEIGH_TOKENS, T - t) - 1]({out[t], out.stride}, {p[t], p.stride}, v, j,
                                                       std::min(n, j + WEIGH_ROWS));
 }
 
-inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
-    if (v.dtype == Dtype::F32) return weigh_rows<F32Row>(out, p, v, T, n);
-    if (v.dtype == Dtype::BF16) return weigh_rows<Bf16Row>(out, p, v, T, n);
+template <class Weigh> void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    if (v.dtype == Dtype::F32) return weigh_rows<Weigh, F32Row>(out, p, v, T, n);
+    if (v.dtype == Dtype::BF16) return weigh_rows<Weigh, Bf16Row>(out, p, v, T, n);
     thread_local std::vector<float> rows;
     rows.resize(size_t(WEIGH_ROWS) * size_t(v.cols));
     Matrix part = real_matrix(rows.data(), WEIGH_ROWS, v.cols);
     for (int begin = 0; begin < n; begin += WEIGH_ROWS) {
         int count = std::min(WEIGH_ROWS, n - begin);
         for (int j = 0; j < count; j++) widen(rows.data() + size_t(j) * size_t(v.cols), v, begin + j);
-        weigh_rows<F32Row>(out, {p[0] + begin, p.stride}, part, T, count);
+        weigh_rows<Weigh, F32Row>(out, {p[0] + begin, p.stride}, part, T, count);
     }
 }
 
@@ -3709,6 +3713,9 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
 // Appendices K to M.
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
+inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
+inline void exp_below(float* z, float top, int n);
+inline void silu_times(float* gate, const float* up, int n);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
 }  // namespace avx512
@@ -3732,15 +3739,16 @@ inline std::vector<Kernels> available_kernels() {
     std::vector<Kernels> all = {Kernels{}};
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        all.push_back({"avx2", true, avx2::rows, avx2::weigh, avx2::widen, avx2::dot_real, avx2::exp_below,
-                       avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
+        all.push_back({"avx2", true, avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
+                       avx2::exp_below, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
                        avx2::arranged_rows});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
         Kernels k = all.back();
         k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
-        k.arranged_rows = avx512::arranged_rows;
+        k.arranged_rows = avx512::arranged_rows, k.weigh = avx512::weigh;
+        k.exp_below = avx512::exp_below, k.silu_times = avx512::silu_times;
         all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
@@ -7035,6 +7043,85 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
         }
     }
     avx2::many_tokens({TILE_ROWS, tile_of}, out, x, w, T, begin, end);
+}
+
+// -- K.4  weighted sums of rows ------------------------------------------------------------------
+
+// out[t] (16 N columns from col on, those of which m has the bit) += sum_j p[t][j] v[j]
+template <class Row, int T, int N>
+AVX512_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, __mmask16 m, int begin,
+                             int end) {
+    __m512 y[T][N];
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < N; k++) y[t][k] = _mm512_maskz_loadu_ps(m, out[t] + col + 16 * k);
+    for (int j = begin; j < end; j++) {
+        Row row{v.row(j)};
+        __m512 w[N];
+        for (int k = 0; k < N; k++) w[k] = widen16(row, col + 16 * k, m);
+        for (int t = 0; t < T; t++) {
+            __m512 factor = _mm512_set1_ps(p[t][j]);
+            for (int k = 0; k < N; k++) y[t][k] = _mm512_fmadd_ps(factor, w[k], y[t][k]);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < N; k++) _mm512_mask_storeu_ps(out[t] + col + 16 * k, m, y[t][k]);
+}
+
+// avx2::Weigh8
+struct Weigh16 {
+    template <class Row, int T>
+    static void tokens(Rows out, ConstRows p, const Matrix& v, int begin, int end) {
+        int col = 0;
+        for (; col + 64 <= v.cols; col += 64) weigh_tile<Row, T, 4>(out, p, v, col, ALL, begin, end);
+        for (; col + 16 <= v.cols; col += 16) weigh_tile<Row, T, 1>(out, p, v, col, ALL, begin, end);
+        __mmask16 rest = __mmask16((1u << (v.cols - col)) - 1);
+        if (rest) weigh_tile<Row, T, 1>(out, p, v, col, rest, begin, end);
+    }
+};
+inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    avx2::weigh<Weigh16>(out, p, v, T, n);
+}
+
+// -- K.5  exp ------------------------------------------------------------------------------------
+
+// avx2::exp4
+AVX512 __m256 exp8(__m256 x) {
+    __m512d wide = _mm512_cvtps_pd(x), magic = _mm512_set1_pd(TO_INTEGER_F64);
+    __m512d shifted = _mm512_fmadd_pd(wide, _mm512_set1_pd(LOG2_E), magic), k = _mm512_sub_pd(shifted, magic);
+    __m512d r = _mm512_fmadd_pd(k, _mm512_set1_pd(-LN_2), wide), p = _mm512_set1_pd(EXP_SERIES[0]);
+    for (size_t i = 1; i < std::size(EXP_SERIES); i++)
+        p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(EXP_SERIES[i]));
+    __m512i exponent = _mm512_add_epi64(_mm512_castpd_si512(shifted), _mm512_set1_epi64(1023));
+    return _mm512_cvtpd_ps(_mm512_mul_pd(p, _mm512_castsi512_pd(_mm512_slli_epi64(exponent, 52))));
+}
+
+// exp_of of sixteen numbers.
+AVX512 __m512 exp16(__m512 x) {
+    __m512 low = _mm512_set1_ps(-104.0f), high = _mm512_set1_ps(88.8f);
+    __m512 clamped = _mm512_min_ps(_mm512_max_ps(x, low), high);
+    __m512 y = _mm512_insertf32x8(_mm512_castps256_ps512(exp8(_mm512_castps512_ps256(clamped))),
+                                  exp8(_mm512_extractf32x8_ps(clamped, 1)), 1);
+    __mmask16 inf = _mm512_cmp_ps_mask(x, high, _CMP_GT_OQ), zero = _mm512_cmp_ps_mask(x, low, _CMP_LE_OQ);
+    y = _mm512_mask_mov_ps(y, inf, _mm512_set1_ps(std::numeric_limits<float>::infinity()));
+    y = _mm512_mask_mov_ps(y, zero, _mm512_setzero_ps());
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
+AVX512_ENTRY void exp_below(float* z, float top, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(z + i, exp16(_mm512_sub_ps(_mm512_loadu_ps(z + i), _mm512_set1_ps(top))));
+    exp_below_plain(z + i, top, n - i);
+}
+
+AVX512_ENTRY void silu_times(float* gate, const float* up, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 z = _mm512_loadu_ps(gate + i), e = exp16(_mm512_xor_ps(z, _mm512_set1_ps(-0.0f)));
+        __m512 y = _mm512_div_ps(z, _mm512_add_ps(_mm512_set1_ps(1), e));
+        _mm512_storeu_ps(gate + i, _mm512_mul_ps(y, _mm512_loadu_ps(up + i)));
+    }
+    silu_times_plain(gate + i, up + i, n - i);
 }
 
 }  // namespace avx512
