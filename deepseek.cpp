@@ -7132,7 +7132,7 @@ AVX512_ENTRY void silu_times(float* gate, const float* up, int n) {
 // =================================================================================================
 //
 // And for bytes? One instruction (VNNI) multiplies 64 pairs of them and adds each four to a sum. For few
-// tokens here are the formats of the common files, Q8_0 and Q4_K with Q6_K; the others take appendix E's way.
+// tokens here are the formats of the common files; Q2_K, Q3_K and Q5_K take appendix E's way.
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 namespace avx512 {
@@ -7185,24 +7185,43 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     AVX512 const int8_t* values(int t, int k) const { return x.q + t * x.n + k * VALUES; }
     AVX512 const int16_t* sums(int t, int k) const { return x.sums + (t * x.n + k * VALUES) / GROUP; }
 
-    AVX512 void collect_d() {
+    // The halves of the blocks from `place` on.
+    AVX512 __m128i collect(int place) const {
         uint64_t bits[2] = {};
         UNROLL
         for (int k = 0; k < BLOCK_LANES; k++)
-            if (has(k))
-                bits[k / 4] |= uint64_t(load<uint16_t>(p + k * BYTES + place_of_d(D))) << 16 * (k % 4);
-        d = _mm_set_epi64x(int64_t(bits[1]), int64_t(bits[0]));
+            if (has(k)) bits[k / 4] |= uint64_t(load<uint16_t>(p + k * BYTES + place)) << 16 * (k % 4);
+        return _mm_set_epi64x(int64_t(bits[1]), int64_t(bits[0]));
     }
 
-    AVX512 void add_q8_0() {
-        collect_d();
-        UNROLL
-        for (int i = 0; i < 4; i++) {
-            const std::byte* first = p + 2 * i * BYTES + 2;
+    // Blocks 2 i and 2 i + 1 of 32 values each, with their offset (chapter 2.3).
+    AVX512 __m512i two_blocks(int i) const {
+        constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1;
+        const std::byte *first = p + 2 * i * BYTES + (has_minimums(D) ? 4 : 2), *second = first + BYTES;
+        if constexpr (D == Dtype::Q8_0) {
             __m512i w = _mm512_setzero_si512();
             if (has(2 * i)) w = _mm512_zextsi256_si512(load256(first));
-            if (has(2 * i + 1)) w = _mm512_inserti64x4(w, load256(first + BYTES), 1);
-            w = _mm512_xor_si512(w, all8(char(offset_of(D))));
+            if (has(2 * i + 1)) w = _mm512_inserti64x4(w, load256(second), 1);
+            return _mm512_xor_si512(w, all8(char(offset_of(D))));
+        }
+        __m256i a = _mm256_setzero_si256(), b = a;
+        if (has(2 * i)) a = _mm256_broadcastsi128_si256(avx2::load128(first + (FIVE ? 4 : 0)));
+        if (has(2 * i + 1)) b = _mm256_broadcastsi128_si256(avx2::load128(second + (FIVE ? 4 : 0)));
+        constexpr int64_t SHIFT = 4 * TWO_32;
+        __m512i q = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+        q = _mm512_srlv_epi32(q, _mm512_setr_epi64(0, 0, SHIFT, SHIFT, 0, 0, SHIFT, SHIFT));
+        q = _mm512_and_si512(q, all8(15));
+        if (!FIVE) return q;
+        uint64_t bits = has(2 * i) ? load<uint32_t>(first) : 0;
+        if (has(2 * i + 1)) bits |= uint64_t(load<uint32_t>(second)) << 32;
+        return _mm512_or_si512(q, _mm512_maskz_set1_epi8(bits, 16));
+    }
+    AVX512 void add_blocks_of_32() {
+        d = collect(0);
+        if (has_minimums(D)) m = collect(2);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            __m512i w = two_blocks(i);
             for (int t = 0; t < T; t++) {
                 __m512i xs = _mm512_maskz_loadu_epi32(both(i), values(t, 2 * i));
                 sum[t][i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, xs);
@@ -7273,7 +7292,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     }
 
     AVX512 void add_q6_k() {
-        collect_d();
+        d = collect(place_of_d(D));
         UNROLL
         for (int i = 0; i < 4; i++) {
             __m512i v[2][T];
@@ -7310,22 +7329,24 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     }
 
     AVX512 void add_to(__m256 (&lane)[T]) {
-        if constexpr (D == Dtype::Q8_0) add_q8_0();
+        if constexpr (of_32(D)) add_blocks_of_32();
         else if constexpr (D == Dtype::Q4_K) add_q4_k();
         else add_q6_k();
         __m256 ds = _mm256_cvtph_ps(d), ms = _mm256_cvtph_ps(m);
         const __mmask8 blocks = WHOLE ? 0xFF : __mmask8((1 << count) - 1);
         for (int t = 0; t < T; t++) {
             __m256 dx = _mm256_maskz_loadu_ps(blocks, x.d + t * (x.n / VALUES));
-            __m256i total = sum8(sum[t]);
-            if constexpr (D == Dtype::Q8_0) {
+            __m256i total = sum8(sum[t]), minimums = _mm256_setzero_si256();
+            if constexpr (of_32(D)) {
                 __m256i two = _mm256_maskz_loadu_epi32(blocks, sums(t, 0));
-                total = _mm256_sub_epi32(total, _mm256_madd_epi16(two, avx2::all16(offset_of(D))));
+                minimums = _mm256_madd_epi16(two, avx2::all16(offset_of(D) ? offset_of(D) : -1));
+                if (offset_of(D)) total = _mm256_sub_epi32(total, minimums);
+            } else if constexpr (has_minimums(D)) {
+                minimums = sum8(minimum[t]);
             }
             lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(total), lane[t]);
-            if constexpr (!has_minimums(D)) continue;
-            __m256 minimums = _mm256_cvtepi32_ps(sum8(minimum[t]));
-            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), minimums, lane[t]);
+            if (!has_minimums(D)) continue;
+            lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), _mm256_cvtepi32_ps(minimums), lane[t]);
         }
     }
 };
@@ -7358,6 +7379,10 @@ void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begi
 
 inline void few_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     switch (w.dtype) {
+    case Dtype::Q4_0: return few_tokens_int<Dtype::Q4_0>(out, x, w, T, begin, end);
+    case Dtype::Q4_1: return few_tokens_int<Dtype::Q4_1>(out, x, w, T, begin, end);
+    case Dtype::Q5_0: return few_tokens_int<Dtype::Q5_0>(out, x, w, T, begin, end);
+    case Dtype::Q5_1: return few_tokens_int<Dtype::Q5_1>(out, x, w, T, begin, end);
     case Dtype::Q8_0: return few_tokens_int<Dtype::Q8_0>(out, x, w, T, begin, end);
     case Dtype::Q4_K: return few_tokens_int<Dtype::Q4_K>(out, x, w, T, begin, end);
     case Dtype::Q6_K: return few_tokens_int<Dtype::Q6_K>(out, x, w, T, begin, end);
