@@ -6920,8 +6920,9 @@ AVX512 __m512 widen16(E4m3Row w, int i, __mmask16 m) {               // as avx2:
 
 // -- K.2  some rows, a few tokens ----------------------------------------------------------------
 
-// Into the second cache, from where the processor fetches in time. Its own guesses stop at each page.
-AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// Of a token's weights, which are read once and need not stay in any cache. The processor's own guesses stop
+// at each page.
+AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
 constexpr int AHEAD = 4096;
 
 template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
