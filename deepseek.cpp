@@ -7052,11 +7052,15 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
 template <class Row, int T, int N>
 AVX512_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, __mmask16 m, int begin,
                              int end) {
+    const size_t ahead = size_t(avx2::WEIGH_ROWS) * size_t(v.row(1) - v.row(0));
     __m512 y[T][N];
     for (int t = 0; t < T; t++)
         for (int k = 0; k < N; k++) y[t][k] = _mm512_maskz_loadu_ps(m, out[t] + col + 16 * k);
     for (int j = begin; j < end; j++) {
         Row row{v.row(j)};
+        const std::byte* next = row.p + ahead + STORED<Row> * size_t(col);
+        for (size_t i = 0; i < 16 * N * STORED<Row>; i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T0);
         __m512 w[N];
         for (int k = 0; k < N; k++) w[k] = widen16(row, col + 16 * k, m);
         for (int t = 0; t < T; t++) {

@@ -4,7 +4,8 @@
     tests/bench/make_model.py SHAPE FOLDER
 
 SHAPE: qwen-1.5b    R1-Distill-Qwen-1.5B, all 28 layers: 3.5 GB in BF16
-       v2-lite      DeepSeek-V2-Lite, 6 of its 27 layers (all else full-sized, 64 experts): 7.4 GB in BF16
+       v2-lite      DeepSeek-V2-Lite, 6 of its 27 layers (all else full-sized, 64 experts): 7.4 GB in BF16;
+                    tests/bench/repeat_layers.py makes 27 of them
 The gates are random too, so tokens go to random experts. The tokenizer is that of weights/tiny.
 Standard library only.
 """

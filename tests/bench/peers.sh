@@ -1,8 +1,9 @@
 #!/bin/bash
-# Builds llama.cpp's newest release natively, writes models of published shapes with random weights, and
-# prints the table of tests/bench/bench.py: our speed, the machine's floors, llama.cpp's speed.
+# Builds llama.cpp's newest release natively, compares its logits with ours (tests/bench/peer_logits.py),
+# writes models of published shapes with random weights, and prints the table of tests/bench/bench.py: our
+# speed, the machine's floors, llama.cpp's speed.
 #
-#     tests/bench/peers.sh [FOLDER]       FOLDER: where all this goes (default: build/peers; 15 GB)
+#     tests/bench/peers.sh [FOLDER]       FOLDER: where all this goes (default: build/peers; 45 GB)
 #
 # llama.cpp is in the source package of llama-cpp-python at the Python registry.
 set -euo pipefail
@@ -26,12 +27,29 @@ if [ ! -x bin/llama-bench ]; then
     ln -sfn build/bin bin
 fi
 
+if [ ! -x bin/peer_logits ]; then
+    source=$(echo "$folder"/llama_cpp_python-*/vendor/llama.cpp)
+    g++ -O2 -std=c++17 -I"$source/include" -I"$source/ggml/include" "$root/tests/bench/peer_logits.cpp" \
+        -o bin/peer_logits -Lbin -lllama -lggml -lggml-base -Wl,-rpath,"$folder/build/bin"
+fi
+"$root"/tests/bench/peer_logits.py "$folder/bin/peer_logits"
+echo
+
+quantised() {                               # SHAPE TYPE OUT.gguf
+    [ -d "$1" ] || "$root"/tests/bench/make_model.py "$1" "$1"
+    "$root"/deepseek quantize -m "$1" -o "$3" --type "$2"
+}
 models=()
-for shape in qwen-1.5b; do          # llama.cpp knows V2-Lite by its 27 layers and refuses v2-lite's 6
-    [ -d $shape ] || "$root"/tests/bench/make_model.py $shape $shape
-    for type in q8_0 q4_k_m bf16; do
-        [ -f $shape-$type.gguf ] || "$root"/deepseek quantize -m $shape -o $shape-$type.gguf --type $type
-        models+=("$folder/$shape-$type.gguf")
-    done
+for type in q8_0 q4_k_m bf16; do
+    [ -f qwen-1.5b-$type.gguf ] || quantised qwen-1.5b $type qwen-1.5b-$type.gguf
+    models+=("$folder/qwen-1.5b-$type.gguf")
+done
+for type in q8_0 q4_k_m; do                 # llama.cpp knows V2-Lite by its 27 layers
+    if [ ! -f v2-lite-$type.gguf ]; then
+        quantised v2-lite $type few.gguf
+        "$root"/tests/bench/repeat_layers.py few.gguf v2-lite-$type.gguf 27
+        rm few.gguf
+    fi
+    models+=("$folder/v2-lite-$type.gguf")
 done
 "$root"/tests/bench/bench.py --peer "$folder/bin" "${models[@]}"
