@@ -31,7 +31,7 @@ def output(*command):
 
 
 def ours(model, threads, prompt, tokens):
-    """The second of two runs: the first one finds the file's pages not mapped. The peer has such a run too."""
+    """The second of two runs: the first finds the file's pages not mapped. The peer has such a run too."""
     sizes = "-p", prompt, "-n", tokens, "-r", 2
     text = output(ROOT / "deepseek", "bench", "-m", model, "--threads", threads, *sizes)
     lines = [json.loads(line) for line in text.splitlines()]
