@@ -4781,14 +4781,18 @@ template <Dtype D, int T> struct BlockSums {
         __m256 ds = _mm256_cvtph_ps(load128(d)), ms = _mm256_cvtph_ps(load128(m));
         for (int t = 0; t < T; t++) {
             IntRows xt = x.at(t);
-            alignas(32) float scale[BLOCK_LANES] = {};
-            alignas(32) int16_t sums[2 * BLOCK_LANES] = {};
-            std::copy_n(xt.d, count, scale);
-            if (of_32(D)) std::copy_n(xt.sums, 2 * count, sums);
-            __m256i total = sum8(sum[t]), factor = all16(offset_of(D) ? offset_of(D) : -1);
-            __m256i minimums = of_32(D) ? _mm256_madd_epi16(load256(sums), factor) : sum8(minimum[t]);
-            if (offset_of(D) && D != Dtype::Q8_0) total = _mm256_sub_epi32(total, minimums);
-            __m256 dx = _mm256_load_ps(scale);
+            float scale[BLOCK_LANES] = {};
+            int16_t sums[2 * BLOCK_LANES] = {};
+            if (count < BLOCK_LANES) {
+                std::copy_n(xt.d, count, scale), xt.d = scale;
+                if (of_32(D)) std::copy_n(xt.sums, 2 * count, sums), xt.sums = sums;
+            }
+            __m256i total = sum8(sum[t]), minimums = _mm256_setzero_si256();
+            if (!of_32(D)) minimums = sum8(minimum[t]);
+            else if (D != Dtype::Q8_0)
+                minimums = _mm256_madd_epi16(load256(xt.sums), all16(offset_of(D) ? offset_of(D) : -1));
+            if (offset_of(D)) total = _mm256_sub_epi32(total, minimums);
+            __m256 dx = _mm256_loadu_ps(xt.d);
             lane[t] = _mm256_fmadd_ps(_mm256_mul_ps(ds, dx), _mm256_cvtepi32_ps(total), lane[t]);
             if (has_minimums(D))
                 lane[t] = _mm256_fnmadd_ps(_mm256_mul_ps(ms, dx), _mm256_cvtepi32_ps(minimums), lane[t]);

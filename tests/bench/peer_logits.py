@@ -3,11 +3,11 @@
 
     tests/bench/peer_logits.py PROGRAM
 
-PROGRAM: tests/bench/peer_logits.cpp, which tests/bench/peers.sh builds. Prints for each format, on 256 tokens
-of the answers in tests/golden/text/samples.jsonl, how far each side's logits are from --exact, the same weights
-with plain arithmetic (NMSE, KL), and how often both choose the same token. Exit code 1 where llama.cpp is
-farther from --exact than rounding an activation to 8 bits can take it (NMSE 1e-2; formats.py shows ours) or,
-in F32 and BF16, to 8 bits of fraction (1e-4). Standard library only.
+PROGRAM: tests/bench/peer_logits.cpp, which tests/bench/peers.sh builds. Prints for each format, on 256
+tokens of the answers in tests/golden/text/samples.jsonl, how far each side's logits are from --exact, the
+same weights with plain arithmetic (NMSE, KL), and how often both choose the same token. Exit code 1 where
+llama.cpp is farther from --exact than rounding an activation to 8 bits can take it (NMSE 1e-2; formats.py
+shows ours) or, in F32 and BF16, to 8 bits of fraction (1e-4). Standard library only.
 """
 
 import array
