@@ -1546,7 +1546,7 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 //
 // Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine
 // adds, and whatever width its registers have, the sum is the same. So activations are made integers too
-// (chapter 2.4), q_x, and for each block b
+// (chapter 2.4), qx, and for each block b
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
