@@ -6949,9 +6949,10 @@ template <class Row, int R, int T> struct Dots {
     AVX512 void step(const Row* w, ConstRows x, int i, __mmask16 m) {
         __m512 xt[T];
         for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
+        constexpr size_t BYTES = R * STORED<Row> * LANES;   // of a step; the next rows as memory has them
+        for (size_t c = 0; c < BYTES; c += 64)
+            prefetch(w[0].p + ahead + size_t(i / LANES) * BYTES + c);
         for (int r = 0; r < R; r++) {
-            size_t at = STORED<Row> * size_t(i);
-            if (at % 64 == 0) prefetch(w[r].p + ahead + at);
             __m512 wr = widen16(w[r], i, m);
             for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
         }
