@@ -213,6 +213,15 @@ struct Arena {
     }
 };
 
+// take(arena) in `memory`, which grows to what that takes: called twice, the first time to count.
+template <class Take> void take_from(std::vector<std::byte>& memory, const Take& take) {
+    Arena count, arena;
+    take(count);
+    if (memory.size() < count.used + 64) memory.resize(count.used + 64);
+    arena.base = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64;
+    take(arena);
+}
+
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 
 // A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads
@@ -870,7 +879,7 @@ struct IntRows {
     IntRows(int n, int block, int side_by_side)
         : n(n), block(block), next_vector(side_by_side > 1 ? 1 : n / block), next_block(side_by_side) {}
 
-    // Block b of vector t, and those that follow it.
+    // Block b of vector t, and those that follow it. Kernels ask for each block, which a call would slow.
     [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
         IntRows r = *this;
         int64_t i = t * next_vector + b * next_block;
@@ -1734,7 +1743,7 @@ private:
     void quantise(IntRows& rows, const Product& p, int block) {
         size_t n = size_t(p.w->cols), T = size_t(p.T);
         rows = {p.w->cols, block, p.T < MANY_TOKENS ? 1 : p.T};
-        in_memory([&](Arena& arena) {
+        take_from(memory(), [&](Arena& arena) {
             rows.q = arena.take<int8_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
             rows.d = arena.take<float>(T * n / size_t(block));
         });
@@ -1742,22 +1751,16 @@ private:
     }
     void arrange(real*& out, const Product& p) {
         int n = p.w->cols, groups = (p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
-        in_memory([&](Arena& arena) { out = arena.take<real>(size_t(groups) * arranged_size(n)); });
+        take_from(memory(), [&](Arena& arena) { out = arena.take<real>(size_t(groups) * arranged_size(n)); });
         parallel_for(groups, [&](int64_t g) {
             int t = int(g) * ARRANGED_TOKENS;
             kernels.arrange(out + size_t(g) * arranged_size(n), {p.x[t], p.x.stride},
                             std::min(ARRANGED_TOKENS, p.T - t), n);
         }, int64_t(n) * ARRANGED_TOKENS);
     }
-    // The last entry's memory: take(arena) is called twice, the first time to count.
-    void in_memory(const std::function<void(Arena&)>& take) {
-        Arena count, arena;
-        take(count);
+    Buffer& memory() {                     // of the last entry
         if (memory_.size() < entries_.size()) memory_.resize(entries_.size());
-        Buffer& memory = memory_[entries_.size() - 1];
-        if (memory.size() < count.used + 64) memory.resize(count.used + 64);
-        arena.base = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64;
-        take(arena);
+        return memory_[entries_.size() - 1];
     }
 };
 
@@ -4841,16 +4844,12 @@ struct IntBlock {
 
     IntBlock(std::vector<std::byte>& memory, int cols, int block) {
         size_t n = size_t(cols) * INT_ROWS, blocks = n / size_t(block), groups = block == 32 ? 0 : n / GROUP;
-        auto place = [&](Arena arena) {
+        take_from(memory, [&](Arena& arena) {
             w = arena.take<std::byte>(n), row = arena.take<std::byte>(n);
             d = arena.take<float>(blocks), m = arena.take<float>(blocks);
             scale = arena.take<int32_t>(groups), minimum = arena.take<int32_t>(groups / 2);
             lane = arena.take<float>(BLOCK_LANES * INT_TOKENS * INT_ROWS);
-            return arena.used;
-        };
-        size_t bytes = place({}) + 64;
-        if (memory.size() < bytes) memory.resize(bytes);
-        place({memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64});
+        });
     }
 };
 
@@ -7538,15 +7537,11 @@ struct WideBlock {
 
     WideBlock(std::vector<std::byte>& memory, int cols) {
         row_size = steps_of(cols, 0) * LANES, lane = row_size / LANES * WIDE_ROWS + 16;
-        auto place = [&](Arena arena) {
+        take_from(memory, [&](Arena& arena) {
             w = arena.take<float>(LANES * size_t(lane)), row = arena.take<float>(8 * size_t(row_size));
             scale = arena.take<float>(size_t(cols / SCALE_BLOCK + 1) * WIDE_ROWS);
             sum = arena.take<float>(LANES * WIDE_TOKENS * WIDE_ROWS);
-            return arena.used;
-        };
-        size_t bytes = place({}) + 64;
-        if (memory.size() < bytes) memory.resize(bytes);
-        place({memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64});
+        });
     }
     // R rows from `first` on. What stands in the other rows is of no account.
     void pack(const Matrix& m, int first, int R) {
