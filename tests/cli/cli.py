@@ -530,7 +530,7 @@ class Terminal(Case):
         os.write(self.master, b"\x03")
         code, text = self.finish()
         self.assertEqual(code, 0, text)
-        self.assertRegex(text, rf"\ninterrupted: {STATISTICS}\n\Z")
+        self.assertRegex(text, rf"\n(?:\^C)?(?:\033\[0m)?interrupted: {STATISTICS}\n\Z")
 
     def test_ctrl_c_while_reading(self):
         """A long prompt shows a bar; Ctrl-C ends there too, and the bar is wiped away."""
