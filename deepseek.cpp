@@ -102,6 +102,7 @@
 #include <sys/syscall.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 
 #include "tokenizer.h"
@@ -1623,9 +1624,14 @@ inline void silu_times_plain(real* gate, const real* up, int n) {
     for (int i = 0; i < n; i++) gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
 }
 
-// z[i] = e^(z[i] - top), (n)
-inline void exp_below_plain(real* z, real top, int n) {
-    for (int i = 0; i < n; i++) z[i] = exp_of(z[i] - top);
+//   z = e^(scale z - top) / sum, top the largest scale z
+// In place over n numbers, -inf allowed; scale > 0. The sum has 16 lanes, like a dot.
+inline void softmax_plain(real* z, real scale, int n) {
+    real top = -std::numeric_limits<real>::infinity(), lane[LANES] = {};
+    for (int i = 0; i < n; i++) z[i] *= scale, top = z[i] > top ? z[i] : top;
+    for (int i = 0; i < n; i++) z[i] = exp_of(z[i] - top), lane[i % LANES] += z[i];
+    real sum = sum_lanes(lane);
+    for (int i = 0; i < n; i++) z[i] /= sum;
 }
 
 // -- 5.4  the kernels in use ---------------------------------------------------------------------
@@ -1638,7 +1644,7 @@ struct Kernels {
     void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n) = weigh_plain;
     void (*widen)(real* out, const Matrix& w, int r) = widen_plain;
     real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
-    void (*exp_below)(real* z, real top, int n) = exp_below_plain;
+    void (*softmax)(real* z, real scale, int n) = softmax_plain;
     void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
     void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
     void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
@@ -1653,15 +1659,6 @@ constexpr int ARRANGE_FROM = 32, ARRANGED_TOKENS = 8;
 // Numbers of 8 arranged vectors of n: (LANES, n / LANES, 8), the lanes a little apart.
 inline size_t arranged_lane(int n) { return size_t(n + LANES - 1) / LANES * ARRANGED_TOKENS + 16; }
 inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
-
-// In place over n numbers, -inf allowed. The sum has 16 lanes, like a dot.
-inline void softmax(real* z, int n) {
-    kernels.exp_below(z, *std::max_element(z, z + n), n);
-    real lane[LANES] = {};
-    for (int i = 0; i < n; i++) lane[i % LANES] += z[i];
-    real sum = sum_lanes(lane);
-    for (int i = 0; i < n; i++) z[i] /= sum;
-}
 
 // -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
 
@@ -2042,7 +2039,10 @@ struct SessionOptions {
     Dtype kv = REAL;                       // how the cache is stored
 };
 
-constexpr int QUERY_TILE = 16;             // queries that a thread attends with at once
+constexpr int QUERY_TILE = 48;             // queries that a thread attends with at once
+
+// From one query's scores to the next's; never a multiple of many cache lines, which share a cache set.
+inline int64_t score_stride(int context) { return (int64_t(context + LANES - 1) / LANES | 1) * LANES; }
 
 // Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
 // bill and for the pointers.
@@ -2051,7 +2051,7 @@ struct Activations {
     real *cos_sin;                         // (C, rope_dim / 2, 2)
     real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
     real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
-    real *scores, *queries, *outputs;      // (threads, QUERY_TILE, ...) context, q_dim, v_dim
+    real *scores, *queries, *outputs;      // (threads, QUERY_TILE, ...) stride, q_dim, v_dim
     real* expanded;                        // naive MLA: (threads, context, Rkv + Dr + Dn + Dr + Dv)
     real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
     real *router_logits, *affinity, *choice;   // (C, E)
@@ -2062,6 +2062,7 @@ struct Activations {
     Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
         size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
         size_t context = size_t(o_.context) * size_t(threads), tile = size_t(threads) * QUERY_TILE;
+        size_t stride = size_t(score_stride(o_.context));
         size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
         auto reals = [&](size_t n) { return arena.take<real>(n); };
         x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
@@ -2069,7 +2070,7 @@ struct Activations {
         c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
         kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
         q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
-        scores = reals(context * QUERY_TILE);
+        scores = reals(tile * stride);
         queries = reals(tile * size_t(c.q_dim())), outputs = reals(tile * size_t(c.v_dim()));
         expanded = reals(o_.mla == MlaForm::NAIVE ? context * size_t(c.Rkv + c.Dr + c.q_dim() + c.Dv) : 0);
         gate = reals(C * width), up = reals(C * width);
@@ -2126,14 +2127,14 @@ inline real* own(real* array, size_t size) { return array + size_t(Team::index) 
 // QUERY_TILE queries
 // with n[0] <= n[1] <= ...   q: (dk) each
 inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, std::span<const int> n) {
-    int Q = int(n.size()), context = s.options.context;
-    Rows scores{own(s.a.scores, size_t(QUERY_TILE) * size_t(context)), context};
+    int Q = int(n.size());
+    int64_t stride = score_stride(s.options.context);
+    Rows scores{own(s.a.scores, QUERY_TILE * size_t(stride)), stride};
     Matrix k = past.k, later = past.v.view(n[0], n.back() - n[0]);
     k.rows = n.back();
     matmul_alone(scores, q, k, Q);
     for (int i = 0; i < Q; i++) {
-        for (int j = 0; j < n[size_t(i)]; j++) scores[i][j] *= past.scale;
-        softmax(scores[i], n[size_t(i)]);
+        kernels.softmax(scores[i], past.scale, n[size_t(i)]);
         std::fill_n(out[i], past.v.cols, real(0));
     }
     kernels.weigh(out, scores, past.v, Q, n[0]);
@@ -2183,7 +2184,7 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
         }
     }, c.H * d);
     int share = (T * c.H + n_threads() - 1) / n_threads();
-    int heads = std::min({group, QUERY_TILE, share}), tokens = std::max(1, QUERY_TILE / heads);
+    int queries = std::min(QUERY_TILE, share), heads = std::min(group, queries), tokens = queries / heads;
     int per_group = (group + heads - 1) / heads, tiles = c.G * per_group;
     parallel_for(int64_t((T + tokens - 1) / tokens) * tiles, [&](int64_t i) {
         int t0 = int(i / tiles) * tokens, tile = int(i % tiles), first = tile % per_group * heads;
@@ -2396,7 +2397,7 @@ struct Routing {
 
 inline void affinities(const Routing& r, const Config& c) {
     std::copy_n(r.logits, c.E, r.affinity);
-    if (!c.sigmoid_affinity) return softmax(r.affinity, c.E);
+    if (!c.sigmoid_affinity) return kernels.softmax(r.affinity, 1, c.E);
     for (int e = 0; e < c.E; e++) r.affinity[e] = sigmoid(r.logits[e]);
 }
 
@@ -3318,9 +3319,15 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // One token needs each weight once: the time is that of reading the weights from memory, and the kernels
 // read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
 // into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512 or neon
-// in the environment overrides the choice.
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512,
+// neon or dotprod in the environment overrides the choice.
 
+// Loops over registers: an array whose loops are all unrolled has no address and needs no memory.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
 #define AVX2_ENTRY __attribute__((target("avx2,fma,f16c"))) inline
@@ -3426,26 +3433,26 @@ template <class Row, int T> AVX2 void add_products(Lanes16 (&v)[T], Row w, Const
     int whole = end - (end - begin) % LANES;
     for (int i = begin; i < whole; i += LANES) {
         __m256 low = widen8(w, i), high = widen8(w, i + 8);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int t = 0; t < T; t++) {
             v[t].low = _mm256_fmadd_ps(low, _mm256_loadu_ps(x[t] + i), v[t].low);
             v[t].high = _mm256_fmadd_ps(high, _mm256_loadu_ps(x[t] + i + 8), v[t].high);
         }
     }
     if (whole == end) return;
-    for (int t = 0; t < T; t++) add_tail(v[t], w, x[t], whole, end);
+    UNROLL for (int t = 0; t < T; t++) add_tail(v[t], w, x[t], whole, end);
 }
 
 template <class Row, int T>
 AVX2_ENTRY void dots_of_row(float* out, int64_t stride, Row w, const std::byte* scale, ConstRows x, int n) {
     Lanes16 v[T];
-    for (int t = 0; t < T; t++) v[t] = zero();
+    UNROLL for (int t = 0; t < T; t++) v[t] = zero();
     if constexpr (std::is_same_v<Row, E4m3Row>) {
         for (int begin = 0; begin < n; begin += SCALE_BLOCK, scale += 4) {
             Lanes16 block[T];
-            for (int t = 0; t < T; t++) block[t] = zero();
+            UNROLL for (int t = 0; t < T; t++) block[t] = zero();
             add_products<Row, T>(block, w, x, begin, std::min(n, begin + SCALE_BLOCK));
             __m256 s = _mm256_set1_ps(load<float>(scale));
-            for (int t = 0; t < T; t++) {
+            UNROLL for (int t = 0; t < T; t++) {
                 v[t].low = _mm256_fmadd_ps(s, block[t].low, v[t].low);
                 v[t].high = _mm256_fmadd_ps(s, block[t].high, v[t].high);
             }
@@ -3453,7 +3460,7 @@ AVX2_ENTRY void dots_of_row(float* out, int64_t stride, Row w, const std::byte* 
     } else {
         add_products<Row, T>(v, w, x, 0, n);
     }
-    for (int t = 0; t < T; t++) out[t * stride] = sum(v[t]);
+    UNROLL for (int t = 0; t < T; t++) out[t * stride] = sum(v[t]);
 }
 
 template <class Row> void few_tokens(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
@@ -3492,19 +3499,19 @@ template <int R, int T, bool SCALED>
 AVX2_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
     for (int half = 0; half < LANES; half += 8) {
         __m256 v[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++)
                 v[r][t] = SCALED ? _mm256_setzero_ps() : _mm256_load_ps(b.lane(row + r, token + t) + half);
         for (int i = half; i < n; i += LANES) {
             __m256 w[R];
-            for (int r = 0; r < R; r++) w[r] = _mm256_load_ps(b.w[row + r] + col + i);
-            for (int t = 0; t < T; t++) {
+            UNROLL for (int r = 0; r < R; r++) w[r] = _mm256_load_ps(b.w[row + r] + col + i);
+            UNROLL for (int t = 0; t < T; t++) {
                 __m256 xt = _mm256_loadu_ps(x[t] + i);
-                for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(w[r], xt, v[r][t]);
+                UNROLL for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(w[r], xt, v[r][t]);
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) {
                 float* lane = b.lane(row + r, token + t) + half;
                 if (SCALED)
                     v[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(scale[r]), v[r][t], _mm256_load_ps(lane));
@@ -3611,19 +3618,18 @@ constexpr int WEIGH_TOKENS = 6, WEIGH_ROWS = 64;   // sums in registers; rows th
 template <class Row, int T, int N>
 AVX2_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, int begin, int end) {
     __m256 y[T][N];
-    for (int t = 0; t < T; t++)
-        for (int k = 0; k < N; k++) y[t][k] = _mm256_loadu_ps(out[t] + col + 8 * k);
+    UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm256_loadu_ps(out[t] + col + 8 * k);
     for (int j = begin; j < end; j++) {
-        Row row{v.row(j)};
         __m256 w[N];
-        for (int k = 0; k < N; k++) w[k] = widen8(row, col + 8 * k);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int k = 0; k < N; k++) w[k] = widen8(Row{v.row(j)}, col + 8 * k);
+        UNROLL for (int t = 0; t < T; t++) {
             __m256 factor = _mm256_broadcast_ss(p[t] + j);
-            for (int k = 0; k < N; k++) y[t][k] = _mm256_fmadd_ps(factor, w[k], y[t][k]);
+            UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm256_fmadd_ps(factor, w[k], y[t][k]);
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int k = 0; k < N; k++) _mm256_storeu_ps(out[t] + col + 8 * k, y[t][k]);
+    UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int k = 0; k < N; k++) _mm256_storeu_ps(out[t] + col + 8 * k, y[t][k]);
 }
 
 // T <= WEIGH_TOKENS tokens, rows begin .. end. Appendix K has another one.
@@ -3688,11 +3694,32 @@ AVX2 __m256 exp8(__m256 x) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
-AVX2_ENTRY void exp_below(float* z, float top, int n) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(z + i, exp8(_mm256_sub_ps(_mm256_loadu_ps(z + i), _mm256_set1_ps(top))));
-    exp_below_plain(z + i, top, n - i);
+AVX2_ENTRY void softmax(float* z, float scale, int n) {
+    constexpr float INF = std::numeric_limits<float>::infinity();
+    int whole = n / LANES * LANES;
+    float rest[LANES];                     // the last numbers, and -inf, of which e^x is 0
+    std::fill_n(std::copy_n(z + whole, n - whole, rest), LANES - (n - whole), -INF);
+    auto half = [&](int i) { return i < whole ? z + i : rest + (i - whole); };
+    __m256 top = _mm256_set1_ps(-INF);
+    for (int i = 0; i < whole + LANES; i += 8) {
+        __m256 x = _mm256_mul_ps(_mm256_loadu_ps(half(i)), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(half(i), x);
+        top = _mm256_max_ps(x, top);       // the second, if one of them is NaN
+    }
+    float most[8];
+    _mm256_storeu_ps(most, top);
+    top = _mm256_set1_ps(*std::max_element(most, most + 8));
+    Lanes16 lanes = zero();
+    for (int i = 0; i < whole + LANES; i += LANES) {
+        __m256 low = exp8(_mm256_sub_ps(_mm256_loadu_ps(half(i)), top)),
+               high = exp8(_mm256_sub_ps(_mm256_loadu_ps(half(i) + 8), top));
+        _mm256_storeu_ps(half(i), low), _mm256_storeu_ps(half(i) + 8, high);
+        lanes = {_mm256_add_ps(lanes.low, low), _mm256_add_ps(lanes.high, high)};
+    }
+    __m256 all = _mm256_set1_ps(sum(lanes));
+    for (int i = 0; i < whole + LANES; i += 8)
+        _mm256_storeu_ps(half(i), _mm256_div_ps(_mm256_loadu_ps(half(i)), all));
+    std::copy_n(rest, n - whole, z + whole);
 }
 
 AVX2_ENTRY void silu_times(float* gate, const float* up, int n) {
@@ -3717,7 +3744,7 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
-inline void exp_below(float* z, float top, int n);
+inline void softmax(float* z, float scale, int n);
 inline void silu_times(float* gate, const float* up, int n);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
@@ -3729,10 +3756,10 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
 inline void widen(float* out, const Matrix& w, int r);
 inline float dot_real(const float* a, const float* b, int n);
-inline void exp_below(float* z, float top, int n);
+inline void softmax(float* z, float scale, int n);
 inline void silu_times(float* gate, const float* up, int n);
 inline void quantise(const IntRows& out, const float* x);
-inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+template <bool SDOT> void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 }  // namespace neon
 #endif
 
@@ -3743,7 +3770,7 @@ inline std::vector<Kernels> available_kernels() {
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         all.push_back({"avx2", true, avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
-                       avx2::exp_below, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
+                       avx2::softmax, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
                        avx2::arranged_rows});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -3751,12 +3778,17 @@ inline std::vector<Kernels> available_kernels() {
         Kernels k = all.back();
         k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
         k.arranged_rows = avx512::arranged_rows, k.weigh = avx512::weigh;
-        k.exp_below = avx512::exp_below, k.silu_times = avx512::silu_times;
+        k.softmax = avx512::softmax, k.silu_times = avx512::silu_times;
         all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
-    all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::exp_below,
-                   neon::silu_times, neon::quantise, neon::int_rows, nullptr, nullptr});
+    all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
+                   neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr});
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+        Kernels k = all.back();
+        k.name = "dotprod", k.int_rows = neon::int_rows<true>;
+        all.push_back(k);
+    }
 #endif
     return all;
 }
@@ -6600,47 +6632,49 @@ template <class Row, int R, int T> struct Dots {
     Lanes v[R][T];
 
     void clear() {
-        for (auto& row : v)
-            for (Lanes& lanes : row) std::fill_n(lanes, 4, vdupq_n_f32(0));
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++)
+                UNROLL for (int q = 0; q < 4; q++) v[r][t][q] = vdupq_n_f32(0);
     }
     void add_products(const Row* w, ConstRows x, int begin, int end) {
         int whole = end - (end - begin) % LANES;
         for (int i = begin; i < whole; i += LANES) {
-            for (int q = 0; q < 4; q++) {
+            UNROLL for (int q = 0; q < 4; q++) {
                 float32x4_t xt[T];
-                for (int t = 0; t < T; t++) xt[t] = vld1q_f32(x[t] + i + 4 * q);
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int t = 0; t < T; t++) xt[t] = vld1q_f32(x[t] + i + 4 * q);
+                UNROLL for (int r = 0; r < R; r++) {
                     float32x4_t wr = widen4(w[r], i + 4 * q);
-                    for (int t = 0; t < T; t++) v[r][t][q] = vfmaq_f32(v[r][t][q], wr, xt[t]);
+                    UNROLL for (int t = 0; t < T; t++) v[r][t][q] = vfmaq_f32(v[r][t][q], wr, xt[t]);
                 }
             }
         }
-        for (int r = 0; r < R && whole < end; r++)
-            for (int t = 0; t < T; t++) add_tail(v[r][t], w[r], x[t], whole, end);
+        if (whole == end) return;
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) add_tail(v[r][t], w[r], x[t], whole, end);
     }
 };
 
 template <class Row, int R, int T> void dots(Rows out, ConstRows x, const Matrix& w, int first) {
     Row row[R];
-    for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
+    UNROLL for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
     Dots<Row, R, T> all, block;
     all.clear();
     if constexpr (std::is_same_v<Row, E4m3Row>) {
         for (int begin = 0; begin < w.cols; begin += SCALE_BLOCK) {
             block.clear();
             block.add_products(row, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int r = 0; r < R; r++) {
                 float s = load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4);
-                for (int t = 0; t < T; t++)
-                    for (int q = 0; q < 4; q++)
+                UNROLL for (int t = 0; t < T; t++)
+                    UNROLL for (int q = 0; q < 4; q++)
                         all.v[r][t][q] = vfmaq_n_f32(all.v[r][t][q], block.v[r][t][q], s);
             }
         }
     } else {
         all.add_products(row, x, 0, w.cols);
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
 }
 
 // All tokens, three at a time, on R rows.
@@ -6683,17 +6717,17 @@ template <int T> void weigh_tokens(Rows out, ConstRows p, const Matrix& v, int n
     int col = 0;
     for (; col + 16 <= v.cols; col += 16) {
         float32x4_t y[T][4];
-        for (int t = 0; t < T; t++)
-            for (int q = 0; q < 4; q++) y[t][q] = vld1q_f32(out[t] + col + 4 * q);
+        UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int q = 0; q < 4; q++) y[t][q] = vld1q_f32(out[t] + col + 4 * q);
         for (int j = 0; j < n; j++) {
             F32Row row{v.row(j)};
-            for (int q = 0; q < 4; q++) {
+            UNROLL for (int q = 0; q < 4; q++) {
                 float32x4_t w = widen4(row, col + 4 * q);
-                for (int t = 0; t < T; t++) y[t][q] = vfmaq_n_f32(y[t][q], w, p[t][j]);
+                UNROLL for (int t = 0; t < T; t++) y[t][q] = vfmaq_n_f32(y[t][q], w, p[t][j]);
             }
         }
-        for (int t = 0; t < T; t++)
-            for (int q = 0; q < 4; q++) vst1q_f32(out[t] + col + 4 * q, y[t][q]);
+        UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int q = 0; q < 4; q++) vst1q_f32(out[t] + col + 4 * q, y[t][q]);
     }
     for (; col < v.cols; col++)
         for (int t = 0; t < T; t++)
@@ -6736,10 +6770,27 @@ inline float32x4_t exp4(float32x4_t x) {
     return vbslq_f32(vceqq_f32(x, x), y, x);
 }
 
-inline void exp_below(float* z, float top, int n) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(z + i, exp4(vsubq_f32(vld1q_f32(z + i), vdupq_n_f32(top))));
-    exp_below_plain(z + i, top, n - i);
+inline void softmax(float* z, float scale, int n) {
+    constexpr float INF = std::numeric_limits<float>::infinity();
+    int whole = n / LANES * LANES;
+    float rest[LANES], lane[LANES] = {};   // the last numbers, and -inf, of which e^x is 0
+    std::fill_n(std::copy_n(z + whole, n - whole, rest), LANES - (n - whole), -INF);
+    auto four = [&](int i) { return i < whole ? z + i : rest + (i - whole); };
+    float32x4_t top = vdupq_n_f32(-INF);
+    for (int i = 0; i < whole + LANES; i += 4) {
+        float32x4_t x = vmulq_n_f32(vld1q_f32(four(i)), scale);
+        vst1q_f32(four(i), x);
+        top = vmaxnmq_f32(top, x);         // the other, if one of them is NaN
+    }
+    top = vdupq_n_f32(vmaxvq_f32(top));
+    for (int i = 0; i < whole + LANES; i += 4) {
+        float32x4_t e = exp4(vsubq_f32(vld1q_f32(four(i)), top));
+        vst1q_f32(four(i), e);
+        vst1q_f32(lane + i % LANES, vaddq_f32(vld1q_f32(lane + i % LANES), e));
+    }
+    float32x4_t all = vdupq_n_f32(sum_lanes(lane));
+    for (int i = 0; i < whole + LANES; i += 4) vst1q_f32(four(i), vdivq_f32(vld1q_f32(four(i)), all));
+    std::copy_n(rest, n - whole, z + whole);
 }
 
 inline void silu_times(float* gate, const float* up, int n) {
@@ -6796,10 +6847,13 @@ template <Dtype D> void unpack_fast(Block& b, const std::byte* p) {
     else unpack(b, p, D);
 }
 
-// w . x, 16 numbers each, in four sums
-inline int32x4_t dot16(const int8_t* w, const int8_t* x) {
+// w . x, 16 numbers each, in four sums; SDOT: by the instruction that newer processors have for it
+template <bool SDOT> int32x4_t dot16(const int8_t* w, const int8_t* x) {
     int8x16_t a = vld1q_s8(w), b = vld1q_s8(x);
-    return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));   // at most 2 128 127
+    int32x4_t sum = vdupq_n_s32(0);
+    if (!SDOT) return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));   // < 2^15
+    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
 }
 inline int32_t dot16(const int16_t* w, const int16_t* x) {
     int16x8_t a = vld1q_s16(w), b = vld1q_s16(x), c = vld1q_s16(w + 8), d = vld1q_s16(x + 8);
@@ -6807,23 +6861,24 @@ inline int32_t dot16(const int16_t* w, const int16_t* x) {
     return vaddvq_s32(vmlal_high_s16(vmlal_s16(sum, vget_low_s16(c), vget_low_s16(d)), c, d));
 }
 
-template <Dtype D, int T> void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+template <bool SDOT, Dtype D, int T>
+void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
     constexpr int VALUES = format_of(D).values, GROUPS = VALUES / GROUP;
     float lane[T][BLOCK_LANES] = {};
     for (int b = 0; b < x.n / VALUES; b++, p += format_of(D).bytes) {
         Block w;
         unpack_fast<D>(w, p);
         IntRows xs[T];
-        for (int t = 0; t < T; t++) xs[t] = x.at(t, b);
+        UNROLL for (int t = 0; t < T; t++) xs[t] = x.at(t, b);
         int32x4_t sum[T];
         std::fill_n(sum, T, vdupq_n_s32(0));
         for (int g = 0; g < GROUPS; g++) {
-            for (int t = 0; t < T; t++) {
-                int32x4_t group = dot16(w.q + GROUP * g, xs[t].q + GROUP * g);
+            UNROLL for (int t = 0; t < T; t++) {
+                int32x4_t group = dot16<SDOT>(w.q + GROUP * g, xs[t].q + GROUP * g);
                 sum[t] = VALUES == 32 ? vaddq_s32(sum[t], group) : vmlaq_n_s32(sum[t], group, w.scale[g]);
             }
         }
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int t = 0; t < T; t++) {
             float dx = *xs[t].d, &y = lane[t][b % BLOCK_LANES];
             y = std::fma(w.d * dx, float(vaddvq_s32(sum[t])), y);
             if (!format_of(D).minimums) continue;
@@ -6832,20 +6887,20 @@ template <Dtype D, int T> void int_row(float* out, int64_t stride, const IntRows
             y = std::fma(-(w.m * dx), float(minimum), y);
         }
     }
-    for (int t = 0; t < T; t++) out[t * stride] = sum_block_lanes(lane[t]);
+    UNROLL for (int t = 0; t < T; t++) out[t * stride] = sum_block_lanes(lane[t]);
 }
 
-template <Dtype D>
+template <bool SDOT, Dtype D>
 void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     for (int r = begin; r < end; r++) {
         int t = 0;
-        for (; t + 4 <= T; t += 4) int_row<D, 4>(out[t] + r, out.stride, x.at(t), w.row(r));
-        for (; t < T; t++) int_row<D, 1>(out[t] + r, out.stride, x.at(t), w.row(r));
+        for (; t + 4 <= T; t += 4) int_row<SDOT, D, 4>(out[t] + r, out.stride, x.at(t), w.row(r));
+        for (; t < T; t++) int_row<SDOT, D, 1>(out[t] + r, out.stride, x.at(t), w.row(r));
     }
 }
 
-inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+template <bool SDOT> void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<SDOT, D>(out, x, w, T, begin, end); });
 }
 
 inline void quantise(const IntRows& out, const float* x) {
@@ -6882,10 +6937,7 @@ inline void quantise(const IntRows& out, const float* x) {
 #define AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #define AVX512 __attribute__((target(AVX512_TARGET), always_inline)) inline
 #define AVX512_ENTRY __attribute__((target(AVX512_TARGET))) inline
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
+#if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"   // g++ 12 finds fault with its own intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -6899,6 +6951,7 @@ using avx2::has_minimums, avx2::load256, avx2::of_32, avx2::offset_of, avx2::pla
 // -- K.1  sixteen weights at a time --------------------------------------------------------------
 
 constexpr __mmask16 ALL = 0xFFFF;
+inline __mmask16 first_of(int n) { return n >= 16 ? ALL : __mmask16((1u << n) - 1); }
 
 AVX512 __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 AVX512 __m512i constant(int v) { return _mm512_set1_epi32(v); }
@@ -6941,31 +6994,31 @@ template <class Row, int R, int T> struct Dots {
     size_t ahead;                                      // bytes to the rows that come after these
 
     AVX512 void clear() {
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
     }
     // The columns i .. i + 16 of which m has the bit.
     AVX512 void step(const Row* w, ConstRows x, int i, __mmask16 m) {
         __m512 xt[T];
-        for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
+        UNROLL for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
         constexpr size_t BYTES = R * STORED<Row> * LANES;   // of a step; the next rows as memory has them
         for (size_t c = 0; c < BYTES; c += 64)
             prefetch(w[0].p + ahead + size_t(i / LANES) * BYTES + c);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             __m512 wr = widen16(w[r], i, m);
-            for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
         }
     }
     AVX512 void add_products(const Row* w, ConstRows x, int begin, int end) {
         int i = begin;
         for (; i + LANES <= end; i += LANES) step(w, x, i, ALL);
-        if (i < end) step(w, x, i, __mmask16((1u << (end - i)) - 1));
+        if (i < end) step(w, x, i, first_of(end - i));
     }
 };
 
 template <class Row, int R, int T> AVX512_ENTRY void dots(Rows out, ConstRows x, const Matrix& w, int first) {
     Row row[R];
-    for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
+    UNROLL for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
     Dots<Row, R, T> all;
     all.clear();
     all.ahead = size_t(R) * size_t(row[R - 1].p - row[0].p) / std::max(R - 1, 1);
@@ -6975,16 +7028,17 @@ template <class Row, int R, int T> AVX512_ENTRY void dots(Rows out, ConstRows x,
             block.clear();
             block.ahead = all.ahead;
             block.add_products(row, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int r = 0; r < R; r++) {
                 __m512 s = _mm512_set1_ps(load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4));
-                for (int t = 0; t < T; t++) all.v[r][t] = _mm512_fmadd_ps(s, block.v[r][t], all.v[r][t]);
+                UNROLL for (int t = 0; t < T; t++)
+                    all.v[r][t] = _mm512_fmadd_ps(s, block.v[r][t], all.v[r][t]);
             }
         }
     } else {
         all.add_products(row, x, 0, w.cols);
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
 }
 
 // Four rows at once: four chains of additions hide each other's latency.
@@ -7009,19 +7063,19 @@ constexpr int TILE_ROWS = 6, TILE_TOKENS = avx2::TILE_TOKENS;         // 24 sums
 template <int R, int T, bool SCALED>
 AVX512_ENTRY void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
     __m512 v[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++)
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++)
             v[r][t] = SCALED ? _mm512_setzero_ps() : _mm512_load_ps(b.lane(row + r, token + t));
     for (int i = 0; i < n; i += LANES) {
         __m512 xt[T];
-        for (int t = 0; t < T; t++) xt[t] = _mm512_loadu_ps(x[t] + i);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) xt[t] = _mm512_loadu_ps(x[t] + i);
+        UNROLL for (int r = 0; r < R; r++) {
             __m512 w = _mm512_load_ps(b.w[row + r] + col + i);
-            for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(w, xt[t], v[r][t]);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(w, xt[t], v[r][t]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) {
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) {
             float* lane = b.lane(row + r, token + t);
             if (SCALED) v[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), v[r][t], _mm512_load_ps(lane));
             _mm512_store_ps(lane, v[r][t]);
@@ -7056,24 +7110,25 @@ inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int e
 template <class Row, int T, int N>
 AVX512_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, __mmask16 m, int begin,
                              int end) {
-    const size_t ahead = size_t(avx2::WEIGH_ROWS) * size_t(v.row(1) - v.row(0));
+    const int64_t stride = v.row(1) - v.row(0);
+    const std::byte* at = v.row(begin) + STORED<Row> * size_t(col);
     __m512 y[T][N];
-    for (int t = 0; t < T; t++)
-        for (int k = 0; k < N; k++) y[t][k] = _mm512_maskz_loadu_ps(m, out[t] + col + 16 * k);
-    for (int j = begin; j < end; j++) {
-        Row row{v.row(j)};
-        const std::byte* next = row.p + ahead + STORED<Row> * size_t(col);
-        for (size_t i = 0; i < 16 * N * STORED<Row>; i += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T0);
+    UNROLL for (int t = 0; t < T; t++) {
+        UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm512_maskz_loadu_ps(m, out[t] + col + 16 * k);
+    }
+    for (int j = begin; j < end; j++, at += stride) {
+        const char* next = reinterpret_cast<const char*>(at + avx2::WEIGH_ROWS * stride);
+        for (size_t i = 0; i < 16 * N * STORED<Row>; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
         __m512 w[N];
-        for (int k = 0; k < N; k++) w[k] = widen16(row, col + 16 * k, m);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int k = 0; k < N; k++) w[k] = widen16(Row{at}, 16 * k, m);
+        UNROLL for (int t = 0; t < T; t++) {
             __m512 factor = _mm512_set1_ps(p[t][j]);
-            for (int k = 0; k < N; k++) y[t][k] = _mm512_fmadd_ps(factor, w[k], y[t][k]);
+            UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm512_fmadd_ps(factor, w[k], y[t][k]);
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int k = 0; k < N; k++) _mm512_mask_storeu_ps(out[t] + col + 16 * k, m, y[t][k]);
+    UNROLL for (int t = 0; t < T; t++) {
+        UNROLL for (int k = 0; k < N; k++) _mm512_mask_storeu_ps(out[t] + col + 16 * k, m, y[t][k]);
+    }
 }
 
 // avx2::Weigh8
@@ -7083,8 +7138,7 @@ struct Weigh16 {
         int col = 0;
         for (; col + 64 <= v.cols; col += 64) weigh_tile<Row, T, 4>(out, p, v, col, ALL, begin, end);
         for (; col + 16 <= v.cols; col += 16) weigh_tile<Row, T, 1>(out, p, v, col, ALL, begin, end);
-        __mmask16 rest = __mmask16((1u << (v.cols - col)) - 1);
-        if (rest) weigh_tile<Row, T, 1>(out, p, v, col, rest, begin, end);
+        if (col < v.cols) weigh_tile<Row, T, 1>(out, p, v, col, first_of(v.cols - col), begin, end);
     }
 };
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
@@ -7116,11 +7170,26 @@ AVX512 __m512 exp16(__m512 x) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
 
-AVX512_ENTRY void exp_below(float* z, float top, int n) {
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(z + i, exp16(_mm512_sub_ps(_mm512_loadu_ps(z + i), _mm512_set1_ps(top))));
-    exp_below_plain(z + i, top, n - i);
+AVX512_ENTRY void softmax(float* z, float scale, int n) {
+    __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), lanes = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 m = first_of(n - i);
+        __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, z + i), _mm512_set1_ps(scale));
+        _mm512_mask_storeu_ps(z + i, m, x);
+        top = _mm512_mask_max_ps(top, m, x, top);     // the second, if one of them is NaN
+    }
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 m = first_of(n - i);
+        __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, z + i), top));
+        _mm512_mask_storeu_ps(z + i, m, e);
+        lanes = _mm512_mask_add_ps(lanes, m, lanes, e);
+    }
+    __m512 all = _mm512_set1_ps(sum(lanes));
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 m = first_of(n - i);
+        _mm512_mask_storeu_ps(z + i, m, _mm512_div_ps(_mm512_maskz_loadu_ps(m, z + i), all));
+    }
 }
 
 AVX512_ENTRY void silu_times(float* gate, const float* up, int n) {
@@ -7197,8 +7266,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     // The halves of the blocks from `place` on.
     AVX512 __m128i collect(int place) const {
         uint64_t bits[2] = {};
-        UNROLL
-        for (int k = 0; k < BLOCK_LANES; k++)
+        UNROLL for (int k = 0; k < BLOCK_LANES; k++)
             if (has(k)) bits[k / 4] |= uint64_t(load<uint16_t>(p + k * BYTES + place)) << 16 * (k % 4);
         return _mm_set_epi64x(int64_t(bits[1]), int64_t(bits[0]));
     }
@@ -7228,8 +7296,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     AVX512 void add_blocks_of_32() {
         d = collect(0);
         if (has_minimums(D)) m = collect(2);
-        UNROLL
-        for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             __m512i w = two_blocks(i);
             for (int t = 0; t < T; t++) {
                 __m512i xs = _mm512_maskz_loadu_epi32(both(i), values(t, 2 * i));
@@ -7257,11 +7324,9 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     }
     AVX512 void add_q4_k() {
         __m512i header[2], six[2];
-        UNROLL
-        for (int g = 0; g < 2; g++) {
+        UNROLL for (int g = 0; g < 2; g++) {
             __m128i h[4] = {};
-            UNROLL
-            for (int k = 0; k < 4; k++)
+            UNROLL for (int k = 0; k < 4; k++)
                 if (has(4 * g + k)) h[k] = avx2::load128(p + (4 * g + k) * BYTES);
             header[g] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(h[1], h[0])),
                                            _mm256_set_m128i(h[3], h[2]), 1);
@@ -7270,11 +7335,9 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
         __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
         __m256i d_and_m = _mm512_castsi512_si256(_mm512_permutex2var_epi32(header[0], first, header[1]));
         d = _mm256_cvtepi32_epi16(d_and_m), m = _mm256_cvtepi32_epi16(_mm256_srli_epi32(d_and_m, 16));
-        UNROLL
-        for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             __m512i v[2][T];
-            UNROLL
-            for (int h = 0; h < 2; h++) {
+            UNROLL for (int h = 0; h < 2; h++) {
                 for (int t = 0; t < T; t++) v[h][t] = _mm512_setzero_si512();
                 if (has(2 * i + h)) add_q4_k_block(v[h], 2 * i + h, six[i / 2]);
             }
@@ -7292,8 +7355,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     AVX512 void add_q4_k_block(__m512i (&v)[T], int k, __m512i six) const {
         const int q = k % 4 * 4;
         __m512i mine = _mm512_permutexvar_epi32(quarters(q, q + 1, q + 2, q + 3), six);
-        UNROLL
-        for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             int64_t low = int64_t(uint64_t(0x8000 + 2 * i) * FOUR_16);
             __m512i scales = _mm512_shuffle_epi8(mine, halves(low, low + FOUR_16));
             add_64(v, k, i, shifted_right(twice(p + k * BYTES + 16 + 32 * i), 0, 4, 15), scales);
@@ -7302,11 +7364,9 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
 
     AVX512 void add_q6_k() {
         d = collect(place_of_d(D));
-        UNROLL
-        for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             __m512i v[2][T];
-            UNROLL
-            for (int h = 0; h < 2; h++) {
+            UNROLL for (int h = 0; h < 2; h++) {
                 for (int t = 0; t < T; t++) v[h][t] = _mm512_setzero_si512();
                 if (has(2 * i + h)) add_q6_k_block(v[h], 2 * i + h);
             }
@@ -7325,8 +7385,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
         __m512i scales = _mm512_castsi256_si512(scale);
         for (int t = 0; t < T; t++)
             v[t] = _mm512_zextsi256_si512(_mm256_madd_epi16(offset, load256(sums(t, k))));
-        UNROLL
-        for (int i = 0; i < 2; i++) {
+        UNROLL for (int i = 0; i < 2; i++) {
             __m512i low = load512(block + 64 * i), high = twice(block + 128 + 32 * i);
             __m512i a = shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48);
             __m512i b = shifted_right(high, 0, 2, 48);
@@ -7563,10 +7622,10 @@ struct WideBlock {
 template <int R, int T> AVX2 void add_steps(__m256 (&v)[R][T], const float* w, const float* x, int steps) {
     for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
         __m256 wk[R];
-        for (int r = 0; r < R; r++) wk[r] = _mm256_loadu_ps(w + 8 * r);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++) wk[r] = _mm256_loadu_ps(w + 8 * r);
+        UNROLL for (int t = 0; t < T; t++) {
             __m256 xt = _mm256_broadcast_ss(x + t);
-            for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(wk[r], xt, v[r][t]);
+            UNROLL for (int r = 0; r < R; r++) v[r][t] = _mm256_fmadd_ps(wk[r], xt, v[r][t]);
         }
     }
 }
@@ -7576,22 +7635,22 @@ template <int R, int T, bool SCALED>
 AVX2_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
                           int blocks) {
     __m256 v[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) v[r][t] = _mm256_setzero_ps();
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_setzero_ps();
     if (!SCALED) add_steps(v, w, x, steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
     for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
         __m256 part[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) part[r][t] = _mm256_setzero_ps();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm256_setzero_ps();
         add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             __m256 s = _mm256_loadu_ps(scale + b * WIDE_ROWS + 8 * r);
-            for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(s, part[r][t], v[r][t]);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(s, part[r][t], v[r][t]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) _mm256_storeu_ps(sum + t * WIDE_ROWS + 8 * r, v[r][t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(sum + t * WIDE_ROWS + 8 * r, v[r][t]);
 }
 
 using WideTile = void (*)(float* sum, const float* w, const float* x, const float* scale, int steps,
@@ -7680,10 +7739,10 @@ using avx2::WIDE_ROWS, avx2::WideTile;
 template <int R, int T> AVX512 void add_steps(__m512 (&v)[R][T], const float* w, const float* x, int steps) {
     for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
         __m512 wk[R];
-        for (int r = 0; r < R; r++) wk[r] = _mm512_loadu_ps(w + 16 * r);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++) wk[r] = _mm512_loadu_ps(w + 16 * r);
+        UNROLL for (int t = 0; t < T; t++) {
             __m512 xt = _mm512_set1_ps(x[t]);
-            for (int r = 0; r < R; r++) v[r][t] = _mm512_fmadd_ps(wk[r], xt, v[r][t]);
+            UNROLL for (int r = 0; r < R; r++) v[r][t] = _mm512_fmadd_ps(wk[r], xt, v[r][t]);
         }
     }
 }
@@ -7693,22 +7752,22 @@ template <int R, int T, bool SCALED>
 AVX512_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
                           int blocks) {
     __m512 v[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
     if (!SCALED) add_steps(v, w, x, steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
     for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
         __m512 part[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) part[r][t] = _mm512_setzero_ps();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm512_setzero_ps();
         add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             __m512 s = _mm512_loadu_ps(scale + b * WIDE_ROWS + 16 * r);
-            for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(s, part[r][t], v[r][t]);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(s, part[r][t], v[r][t]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) _mm512_storeu_ps(sum + t * WIDE_ROWS + 16 * r, v[r][t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sum + t * WIDE_ROWS + 16 * r, v[r][t]);
 }
 
 template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {

@@ -409,12 +409,6 @@ TEST(SiluTimes, AtTheEnds) {
         EXPECT_EQ(gate, expected) << z;
     }
 }
-TEST(ExpBelow, IsExpOfTheDifference) {
-    Noise noise;
-    Vector z = noise.vector(100), out = z;
-    exp_below_plain(out.data(), real(0.3), 100);
-    for (size_t i = 0; i < 100; i++) EXPECT_EQ(out[i], exp_of(real(z[i] - real(0.3)))) << i;
-}
 
 TEST(Softmax, IsNearTheFormula) {
     Noise noise;
@@ -422,7 +416,7 @@ TEST(Softmax, IsNearTheFormula) {
         Vector z = noise.vector(size_t(n));
         for (real& v : z) v *= 20;
         std::vector<long double> exact = probabilities(z.data(), n);
-        softmax(z.data(), n);
+        kernels.softmax(z.data(), 1, n);
         for (size_t i = 0; i < z.size(); i++)
             ASSERT_LE(std::fabs(z[i] - exact[i]), softmax_error(n, 40) * exact[i]) << n;
     }
@@ -436,33 +430,33 @@ TEST(Softmax, SumsLikeADot) {
         for (real& v : e) v = exp_of(v - top);
         real sum = defined_dot(e, Vector(e.size(), 1));
         for (real& v : e) v /= sum;
-        softmax(z.data(), n);
+        kernels.softmax(z.data(), 1, n);
         EXPECT_TRUE(same_bits(z, e)) << n;
     }
 }
 TEST(Softmax, OfOneIsOne) {
     real z = -37;
-    softmax(&z, 1);
+    kernels.softmax(&z, 1, 1);
     EXPECT_EQ(z, 1);
 }
 TEST(Softmax, OfEqualsIsUniform) {
     Vector z(8, 5);
-    softmax(z.data(), 8);
+    kernels.softmax(z.data(), 1, 8);
     EXPECT_EQ(z, Vector(8, real(0.125)));
 }
 TEST(Softmax, GivesNothingToMinusInfinity) {
     Vector z = {1, real(-INFINITY), 1};
-    softmax(z.data(), 3);
+    kernels.softmax(z.data(), 1, 3);
     EXPECT_EQ(z, (Vector{real(0.5), 0, real(0.5)}));
 }
 TEST(Softmax, DoesNotOverflow) {
     Vector z = {real(1e30), real(1e30), 0};
-    softmax(z.data(), 3);
+    kernels.softmax(z.data(), 1, 3);
     EXPECT_EQ(z, (Vector{real(0.5), real(0.5), 0}));
 }
 TEST(Softmax, DoesNotSeeAShiftThatIsExact) {
     Vector a = {0, 1, 2, 3.5}, b = {8, 9, 10, 11.5};
-    softmax(a.data(), 4), softmax(b.data(), 4);
+    kernels.softmax(a.data(), 1, 4), kernels.softmax(b.data(), 1, 4);
     EXPECT_EQ(a, b);
 }
 

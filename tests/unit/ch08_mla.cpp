@@ -199,7 +199,7 @@ static void expect_no_trace_of_threads(const MlaCase& m) {
     }
 }
 TEST(Mla, GivesTheSameBitsForEveryNumberOfThreads) {
-    Keys many = with(wide_mla(), {{"num_attention_heads", "40"}, {"num_key_value_heads", "40"}});
+    Keys many = with(wide_mla(), {{"num_attention_heads", "60"}, {"num_key_value_heads", "60"}});
     for (const Keys& keys : {wide_mla(), many}) {         // fewer and more heads than QUERY_TILE
         for (Dtype kv : {REAL, Dtype::BF16, Dtype::Q8_0}) {
             ASSERT_NO_FATAL_FAILURE(expect_no_trace_of_threads(MlaCase(keys, Dtype::Q8_0, 1, 30, 5, kv)));

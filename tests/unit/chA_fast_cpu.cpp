@@ -354,18 +354,28 @@ static Vector all_kinds_of_numbers() {
     for (double x : {0.0, -0.0, double(INFINITY), -double(INFINITY), std::nan("")}) out.push_back(real(x));
     return out;
 }
-TEST(FastCpu, ExpBelowEqualsPlain) {
+TEST(FastCpu, SoftmaxEqualsPlain) {
+    const real inf = real(INFINITY);
+    auto compare = [](const Kernels& k, const Vector& z, real scale, size_t begin, int n) {
+        Vector expected = z, out = z;
+        softmax_plain(expected.data() + begin, scale, n), k.softmax(out.data() + begin, scale, n);
+        return same_bits(expected, out);
+    };
     for (const Kernels& k : fast_kernels()) {
         Vector z = all_kinds_of_numbers();
-        for (real top : {real(0), real(0.7), real(-3), real(50)}) {
-            Vector expected = z, out = z;
-            exp_below_plain(expected.data(), top, int(z.size())), k.exp_below(out.data(), top, int(z.size()));
-            EXPECT_TRUE(same_bits(expected, out)) << k.name << ", top " << top;
-        }
-        for (int n = 0; n <= 40; n++) {
-            Vector expected(z.end() - 60, z.end()), out = expected;
-            exp_below_plain(expected.data() + 1, 1, n), k.exp_below(out.data() + 1, 1, n);
-            EXPECT_TRUE(same_bits(expected, out)) << k.name << ", n " << n;
+        std::erase_if(z, [](real x) { return !(x <= 50); });
+        EXPECT_TRUE(compare(k, z, 1, 0, int(z.size()))) << k.name;
+        EXPECT_TRUE(compare(k, z, real(0.7), 1, int(z.size()) - 1)) << k.name;
+        Noise noise;
+        for (int n = 0; n <= 100; n++) {
+            Vector some = noise.vector(102);
+            for (real& x : some) x *= 30;
+            EXPECT_TRUE(compare(k, some, real(0.3), 1, n)) << k.name << ", n " << n;
+            for (real special : {-inf, inf, real(std::nan(""))}) {
+                some[size_t(1 + n / 3)] = special;
+                EXPECT_TRUE(compare(k, some, real(0.3), 1, n)) << k.name << ", " << n << " with " << special;
+            }
+            EXPECT_TRUE(compare(k, Vector(102, -inf), 1, 1, n)) << k.name << ", n " << n << ", -inf alone";
         }
     }
 }
