@@ -182,7 +182,7 @@ fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)
 style: | build/have-style
 	@tests/style.py
 
-cross: | build/have-cross
+cross: build/golden-double | build/have-cross
 	@tests/cross.sh
 
 golden:
