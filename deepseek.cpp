@@ -3359,8 +3359,18 @@ AVX2 __m256 widen8(E4m3Row w, int i) {
     return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), nan));
 }
 
+template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
+template <> constexpr size_t STORED<F32Row> = 4;
+template <> constexpr size_t STORED<E4m3Row> = 1;
+
 template <class Row> AVX2_ENTRY void widen_row(float* out, Row w, int n) {
+    constexpr size_t AHEAD = 4096;         // the processor's own guesses stop at each page
     int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const char* next = reinterpret_cast<const char*>(w.p + size_t(i) * STORED<Row> + AHEAD);
+        for (size_t b = 0; b < 32 * STORED<Row>; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
+        UNROLL for (int k = 0; k < 32; k += 8) _mm256_storeu_ps(out + i + k, widen8(w, i + k));
+    }
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, widen8(w, i));
     for (; i < n; i++) out[i] = w(i);
 }
@@ -3382,27 +3392,6 @@ inline void widen(float* out, const Matrix& w, int r) {
     widen_part(out, w, r, 0, w.cols);
     const std::byte* scale = w.scale_row(r);
     for (int i = 0; scale && i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
-}
-
-// 8 rows of 8 numbers of 32 bits, to columns; strides in bytes.
-AVX2_ENTRY void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
-    __m256i r[8], a[8], b[8];
-    for (int i = 0; i < 8; i++) r[i] = load256(static_cast<const std::byte*>(in) + i * in_stride);
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        std::byte* to = static_cast<std::byte*>(out) + i * out_stride;
-        store256(to, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-        store256(to + 4 * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
-    }
 }
 
 // -- A.2  one row, a few tokens ------------------------------------------------------------------
@@ -4907,6 +4896,27 @@ template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::b
         for (int g = 0; g < GROUP; g++) block.scale[(b * GROUP + g) * INT_ROWS + r] = s.scale[g];
         for (int g = 0; g < GROUP / 2; g++)
             block.minimum[(b * GROUP / 2 + g) * INT_ROWS + r] = load<int32_t>(s.minimum + 2 * g);
+    }
+}
+
+// 8 rows of 8 numbers of 32 bits, to columns; strides in bytes.
+AVX2_ENTRY void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
+    __m256i r[8], a[8], b[8];
+    for (int i = 0; i < 8; i++) r[i] = load256(static_cast<const std::byte*>(in) + i * in_stride);
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        std::byte* to = static_cast<std::byte*>(out) + i * out_stride;
+        store256(to, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+        store256(to + 4 * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
     }
 }
 
@@ -6945,7 +6955,7 @@ inline void quantise(const IntRows& out, const float* x) {
 
 namespace avx512 {
 
-using avx2::FloatBlock, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales;
+using avx2::FloatBlock, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales, avx2::STORED;
 using avx2::has_minimums, avx2::load256, avx2::of_32, avx2::offset_of, avx2::place_of_d;
 
 // -- K.1  sixteen weights at a time --------------------------------------------------------------
@@ -6980,10 +6990,6 @@ AVX512 __m512 widen16(E4m3Row w, int i, __mmask16 m) {               // as avx2:
 // at each page.
 AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
 constexpr int AHEAD = 4096;
-
-template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
-template <> constexpr size_t STORED<F32Row> = 4;
-template <> constexpr size_t STORED<E4m3Row> = 1;
 
 AVX512 float sum(__m512 v) {
     return avx2::sum({_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)});
