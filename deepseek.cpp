@@ -4903,9 +4903,8 @@ template <Dtype D> AVX2_ENTRY void pack_row(IntBlock& block, int r, const std::b
 AVX2_ENTRY void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
     __m256i r[8], a[8], b[8];
     for (int i = 0; i < 8; i++) r[i] = load256(static_cast<const std::byte*>(in) + i * in_stride);
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]), a[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
     }
     for (int i = 0; i < 2; i++) {
         b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
