@@ -226,12 +226,13 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 
 // A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads
-// of a team wait for the next loop awake, for a while. A loop is over when each index is done, not when
-// each thread has arrived: one whose core another program uses at the moment is not waited for. (OpenMP's
-// loops wait for every thread, and with a busy neighbour that costs a time slice a loop.)
+// of a team wait for the next loop awake, for a while. Each has a share of the indices and takes them in
+// their order, since neighbours read neighbouring memory; then it helps the others. A loop is over when each
+// index is done, not when each thread has arrived: one whose core another program uses at the moment is not
+// waited for. (OpenMP's loops wait for every thread, and with a busy neighbour that costs a time slice.)
 class Team {
 public:
-    explicit Team(int size) {
+    explicit Team(int size) : shares_(size_t(size)) {
         try {
             for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
         } catch (...) {                                // the system has no more threads for us
@@ -241,12 +242,13 @@ public:
     }
     ~Team() { dismiss(); }
     Team(const Team&) = delete;
-    int size() const { return int(threads_.size()) + 1; }
+    int size() const { return int(shares_.size()); }
 
     // job(context, i) for 0 <= i < n, not from inside a job; jobs do not throw.
     void run(uint32_t n, void (*job)(void* context, int64_t i), void* context) {
-        job_ = job, context_ = context, done_ = 0;
-        announce(n);
+        job_ = job, context_ = context, n_ = n, done_ = 0;
+        for (int t = 0; t < size(); t++) left(t) = (loop_ + 1) << 32 | uint64_t(end(t) - end(t - 1));
+        announce();
         busy = true;
         work();
         busy = false;
@@ -257,29 +259,37 @@ public:
 
 private:
     static constexpr int SPINS = 1 << 12;              // some 100 microseconds
-    std::atomic<uint64_t> loop_{0};   // number of the loop << 32 | indices that nobody has taken
+    struct alignas(64) Share { std::atomic<uint64_t> left{0}; };
+    std::vector<Share> shares_;
+    std::atomic<uint64_t> loop_{0};                    // its number
     std::atomic<uint32_t> done_{0};
     std::atomic<bool> leave_{false};
     void (*job_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;
+    int64_t n_ = 0;
     std::vector<std::thread> threads_;
 
+    int64_t end(int t) const { return n_ * (t + 1) / size(); }    // of thread t's share
+    // Number of the loop << 32 | indices of the share, the last ones, that nobody has taken.
+    std::atomic<uint64_t>& left(int t) { return shares_[size_t(t)].left; }
     void dismiss() {
         leave_ = true;
-        announce(0);
+        announce();
         for (std::thread& t : threads_) t.join();
     }
-    void announce(uint32_t n) {
-        loop_ = ((loop_ >> 32) + 1) << 32 | n;
+    void announce() {
+        loop_++;
         loop_.notify_all();
     }
-    // Takes indices as long as there are some. Who has taken one knows that the loop's job is still there.
+    // Takes indices as long as there are some. Who has taken one knows that its loop is still there.
     void work() {
-        for (uint64_t seen = loop_.load(); uint32_t(seen) > 0;) {
-            if (!loop_.compare_exchange_weak(seen, seen - 1)) continue;
-            job_(context_, uint32_t(seen) - 1);
-            done_.fetch_add(1, std::memory_order_release);
-            seen = loop_.load();
+        for (int k = 0; k < size(); k++) {
+            int t = (index + k) % size();
+            for (uint64_t seen = left(t); uint32_t(seen) > 0; seen = left(t)) {
+                if (!left(t).compare_exchange_strong(seen, seen - 1)) continue;
+                job_(context_, end(t) - uint32_t(seen));
+                done_.fetch_add(1, std::memory_order_release);
+            }
         }
     }
     void serve(int i) {
@@ -288,11 +298,11 @@ private:
         pthread_sigmask(SIG_BLOCK, &all, nullptr);     // Ctrl-C is the main thread's
         index = i, busy = true;
         while (!leave_) {
-            work();
             uint64_t seen = loop_.load();
+            work();
             for (int spins = 0; spins < SPINS && loop_.load(std::memory_order_relaxed) == seen; spins++)
                 rest(0);
-            if (uint32_t(seen) == 0 && !leave_) loop_.wait(seen);
+            if (!leave_) loop_.wait(seen);
         }
     }
     static void rest(int spins) {
