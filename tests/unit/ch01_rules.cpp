@@ -114,6 +114,28 @@ TEST(ParallelFor, NumbersItsThreadsBelowTheLimit) {
     }
 }
 
+// Neighbours read neighbouring memory: a share's indices are taken in order, and one's own first.
+TEST(ParallelFor, TakesEachShareInOrder) {
+    for (int threads : {2, 3, 8}) {
+        ScopedThreads scoped(threads);
+        std::vector<std::vector<int64_t>> taken(static_cast<size_t>(threads));
+        parallel_for(100, [&](int64_t i) { taken[size_t(Team::index)].push_back(i); });
+        auto share_of = [&](int64_t i) {
+            int64_t t = 0;
+            while (i >= 100 * (t + 1) / threads) t++;
+            return t;
+        };
+        for (int64_t t = 0; t < threads; t++) {
+            const std::vector<int64_t>& mine = taken[size_t(t)];
+            for (size_t k = 1; k < mine.size(); k++) {
+                int64_t before = share_of(mine[k - 1]), now = share_of(mine[k]);
+                bool in_order = now == before ? mine[k] > mine[k - 1] : now != t;
+                EXPECT_TRUE(in_order) << mine[k - 1] << ", " << mine[k];
+            }
+        }
+    }
+}
+
 // Whether a loop of `n` indices of `cost` has them on different threads: each of the first two waits for the
 // other. A loop on one thread meets the first of them alone; its minute of patience is no measure of speed.
 static bool shares(int64_t n, int64_t cost) {
