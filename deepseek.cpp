@@ -7261,8 +7261,9 @@ AVX512 __m512i pair_of(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
 }
 
-// Eight blocks of a row from p on, or the `count` that are left, times T vectors x.
-template <Dtype D, int T, bool WHOLE> struct EightBlocks {
+// Eight blocks of a row from p on, or the `count` that are left, times T vectors x. COUNT: `count` where that
+// is worth code of its own, or 0.
+template <Dtype D, int T, int COUNT> struct EightBlocks {
     static constexpr int VALUES = format_of(D).values, BYTES = format_of(D).bytes;
     const std::byte* p;
     const IntRows x;
@@ -7272,7 +7273,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
 
     AVX512 EightBlocks(const std::byte* p, const IntRows& x, int count) : p(p), x(x), count(count) {}
 
-    AVX512 bool has(int k) const { return WHOLE || k < count; }
+    AVX512 bool has(int k) const { return k < (COUNT ? COUNT : count); }
     // The halves of a register in which blocks 2 i and 2 i + 1 are.
     AVX512 __mmask16 both(int i) const { return has(2 * i + 1) ? ALL : has(2 * i) ? 0xFF : 0; }
     AVX512 const int8_t* values(int t, int k) const { return x.q + t * x.n + k * VALUES; }
@@ -7416,7 +7417,7 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
         else if constexpr (D == Dtype::Q4_K) add_q4_k();
         else add_q6_k();
         __m256 ds = _mm256_cvtph_ps(d), ms = _mm256_cvtph_ps(m);
-        const __mmask8 blocks = WHOLE ? 0xFF : __mmask8((1 << count) - 1);
+        const __mmask8 blocks = __mmask8((1 << (COUNT ? COUNT : count)) - 1);
         for (int t = 0; t < T; t++) {
             __m256 dx = _mm256_maskz_loadu_ps(blocks, x.d + t * (x.n / VALUES));
             __m256i total = sum8(sum[t]), minimums = _mm256_setzero_si256();
@@ -7434,6 +7435,14 @@ template <Dtype D, int T, bool WHOLE> struct EightBlocks {
     }
 };
 
+// The last blocks of a row, fewer than eight. Rows of 1,536 numbers have only six of 256.
+template <Dtype D, int T, int COUNT = 1>
+AVX512 void add_rest(__m256 (&lane)[T], const std::byte* p, const IntRows& x, int count) {
+    if constexpr (of_32(D) || T > 1) EightBlocks<D, T, 0>(p, x, count).add_to(lane);
+    else if (count == COUNT) EightBlocks<D, T, COUNT>(p, x, count).add_to(lane);
+    else if constexpr (COUNT < BLOCK_LANES - 1) add_rest<D, T, COUNT + 1>(lane, p, x, count);
+}
+
 template <Dtype D, int T>
 AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
     constexpr int BYTES = format_of(D).bytes;
@@ -7442,11 +7451,11 @@ AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const st
     for (int t = 0; t < T; t++) lane[t] = _mm256_setzero_ps();
     for (; b + BLOCK_LANES <= blocks; b += BLOCK_LANES, p += BLOCK_LANES * BYTES) {
         for (int i = 0; i < BLOCK_LANES * BYTES; i += 64) prefetch(p + AHEAD + i);
-        EightBlocks<D, T, true>(p, x.at(0, b), BLOCK_LANES).add_to(lane);
+        EightBlocks<D, T, BLOCK_LANES>(p, x.at(0, b), BLOCK_LANES).add_to(lane);
     }
     if (b < blocks) {
         for (int i = 0; i < (blocks - b) * BYTES; i += 64) prefetch(p + AHEAD + i);
-        EightBlocks<D, T, false>(p, x.at(0, b), blocks - b).add_to(lane);
+        add_rest<D, T>(lane, p, x.at(0, b), blocks - b);
     }
     for (int t = 0; t < T; t++) out[t * stride] = avx2::sum_block_lanes(lane[t]);
 }

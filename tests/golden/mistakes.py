@@ -66,7 +66,9 @@ inline std::string with_ascii_letters(std::string regex) {
 }
 """
 
-SCORES = "«scores[i][j] *= past.scale;»"
+SCORES = "«kernels.softmax(scores[i], past.scale, n[size_t(i)]);»"
+SCORES_OF = """for (int j = 0; j < n[size_t(i)]; j++) scores[i][j] = as_f16(FACTOR * scores[i][j]);
+        kernels.softmax(scores[i], 1, n[size_t(i)]);"""
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
 UP_TO_2 = "std::exp2(std::ceil(std::log2(load<float>(scale))))"
 GATE = "case Gate::NOAUX_TC: «gate_noaux_tc(r, bias, c);» break;"
@@ -187,9 +189,9 @@ MISTAKES = [
 
     # 11. fp16, and what breaks when a prompt takes two forward passes.
     Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.attn_out",
-            [(SCORES, "scores[i][j] = as_f16(past.scale * scores[i][j]);")]),
+            [(SCORES, SCORES_OF.replace("FACTOR", "past.scale"))]),
     Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.attn_out",
-            [(SCORES, "scores[i][j] = as_f16(real(0x1p20) * scores[i][j]);")]),
+            [(SCORES, SCORES_OF.replace("FACTOR", "real(0x1p20)"))]),
     Mistake("fp16", "residual stream in fp16", "v3-bf16", "layers.0.out",
             [('"ffn_out", a.y, T, {c.D}); «add(x, a.y, n);»',
               "add(x, a.y, n); for (size_t i = 0; i < n; i++) x[i] = as_f16(x[i]);")]),
