@@ -2051,7 +2051,8 @@ struct SessionOptions {
 
 constexpr int QUERY_TILE = 48;             // queries that a thread attends with at once
 
-// From one query's scores to the next's; never a multiple of many cache lines, which share a cache set.
+// From one query's scores to the next's: an odd number of 64 bytes, so that a column's scores do not all fall
+// into one set of a cache.
 inline int64_t score_stride(int context) { return (int64_t(context + LANES - 1) / LANES | 1) * LANES; }
 
 // Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
@@ -2134,8 +2135,7 @@ struct Past {
 inline real* own(real* array, size_t size) { return array + size_t(Team::index) * size; }
 
 // out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to
-// QUERY_TILE queries
-// with n[0] <= n[1] <= ...   q: (dk) each
+// QUERY_TILE queries with n[0] <= n[1] <= ...   q: (dk) each
 inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, std::span<const int> n) {
     int Q = int(n.size());
     int64_t stride = score_stride(s.options.context);
@@ -3373,12 +3373,16 @@ template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
 template <> constexpr size_t STORED<F32Row> = 4;
 template <> constexpr size_t STORED<E4m3Row> = 1;
 
+// The processor's own guesses at what will be read stop at each page.
+constexpr int AHEAD = 4096;
+AVX2 void fetch(const std::byte* p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
 template <class Row> AVX2_ENTRY void widen_row(float* out, Row w, int n) {
-    constexpr size_t AHEAD = 4096;         // the processor's own guesses stop at each page
     int i = 0;
     for (; i + 32 <= n; i += 32) {
-        const char* next = reinterpret_cast<const char*>(w.p + size_t(i) * STORED<Row> + AHEAD);
-        for (size_t b = 0; b < 32 * STORED<Row>; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
+        fetch(w.p + size_t(i) * STORED<Row> + AHEAD, 32 * STORED<Row>);
         UNROLL for (int k = 0; k < 32; k += 8) _mm256_storeu_ps(out + i + k, widen8(w, i + k));
     }
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, widen8(w, i));
@@ -3619,9 +3623,12 @@ AVX2_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, int 
     __m256 y[T][N];
     UNROLL for (int t = 0; t < T; t++)
         UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm256_loadu_ps(out[t] + col + 8 * k);
-    for (int j = begin; j < end; j++) {
+    const int64_t stride = v.row(1) - v.row(0);
+    const std::byte* at = v.row(begin) + STORED<Row> * size_t(col);
+    for (int j = begin; j < end; j++, at += stride) {
+        fetch(at + WEIGH_ROWS * stride, 8 * N * STORED<Row>);
         __m256 w[N];
-        UNROLL for (int k = 0; k < N; k++) w[k] = widen8(Row{v.row(j)}, col + 8 * k);
+        UNROLL for (int k = 0; k < N; k++) w[k] = widen8(Row{at}, 8 * k);
         UNROLL for (int t = 0; t < T; t++) {
             __m256 factor = _mm256_broadcast_ss(p[t] + j);
             UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm256_fmadd_ps(factor, w[k], y[t][k]);
@@ -6871,8 +6878,12 @@ template <bool SDOT> int32x4_t dot16(const int8_t* w, const int8_t* x) {
     int8x16_t a = vld1q_s8(w), b = vld1q_s8(x);
     int32x4_t sum = vdupq_n_s32(0);
     if (!SDOT) return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));   // < 2^15
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(sum, a, b);
+#else
     asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
     return sum;
+#endif
 }
 inline int32_t dot16(const int16_t* w, const int16_t* x) {
     int16x8_t a = vld1q_s16(w), b = vld1q_s16(x), c = vld1q_s16(w + 8), d = vld1q_s16(x + 8);
@@ -6964,7 +6975,7 @@ inline void quantise(const IntRows& out, const float* x) {
 
 namespace avx512 {
 
-using avx2::FloatBlock, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales, avx2::STORED;
+using avx2::AHEAD, avx2::FloatBlock, avx2::INT_ROWS, avx2::IntBlock, avx2::Scales, avx2::STORED;
 using avx2::has_minimums, avx2::load256, avx2::of_32, avx2::offset_of, avx2::place_of_d;
 
 // -- K.1  sixteen weights at a time --------------------------------------------------------------
@@ -6995,10 +7006,8 @@ AVX512 __m512 widen16(E4m3Row w, int i, __mmask16 m) {               // as avx2:
 
 // -- K.2  some rows, a few tokens ----------------------------------------------------------------
 
-// Of a token's weights, which are read once and need not stay in any cache. The processor's own guesses stop
-// at each page.
+// Of a token's weights, which are read once and need not stay in any cache.
 AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
-constexpr int AHEAD = 4096;
 
 AVX512 float sum(__m512 v) {
     return avx2::sum({_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)});
@@ -7132,8 +7141,7 @@ AVX512_ENTRY void weigh_tile(Rows out, ConstRows p, const Matrix& v, int col, __
         UNROLL for (int k = 0; k < N; k++) y[t][k] = _mm512_maskz_loadu_ps(m, out[t] + col + 16 * k);
     }
     for (int j = begin; j < end; j++, at += stride) {
-        const char* next = reinterpret_cast<const char*>(at + avx2::WEIGH_ROWS * stride);
-        for (size_t i = 0; i < 16 * N * STORED<Row>; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+        avx2::fetch(at + avx2::WEIGH_ROWS * stride, 16 * N * STORED<Row>);
         __m512 w[N];
         UNROLL for (int k = 0; k < N; k++) w[k] = widen16(Row{at}, 16 * k, m);
         UNROLL for (int t = 0; t < T; t++) {
