@@ -34,6 +34,7 @@
 //   K   Fast CPU: AVX-512          wider registers, the same bits
 //   L   Fast integers: AVX-512     bytes with VNNI
 //   M   Fast CPU: many tokens      rows side by side in a register
+//   N   Fast integers: AMX         tiles of bytes, the same bits
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -875,27 +876,39 @@ inline void dequantise(real* out, const Block& b, int values) {
 // or 256. Eight bits because processors multiply bytes the fastest. The error of the activations is about
 // that of 8-bit weights (README has the measurements).
 
-constexpr int X_LIMIT = 127, GROUP = 16;
+constexpr int X_LIMIT = 127, GROUP = 16, GROUP_VECTORS = 64;
+constexpr int MANY_TOKENS = 4;             // for which a kernel unpacks a block of rows once (chapter 5.5)
 
 // T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
-// after the other; those of many vectors, which are multiplied by the same weights, side by side.
+// after the other; those of up to GROUP_VECTORS vectors, which the same weights meet, side by side.
 struct IntRows {
     int n = 0, block = 0;
-    int64_t next_vector = 0, next_block = 0;   // in blocks
+    int together = 1;                          // vectors of a group
+    int64_t next_vector = 0;                   // in blocks
     int8_t* q = nullptr;                       // (block) each
     int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
     float* d = nullptr;                        // 1 each
 
     IntRows() = default;
-    IntRows(int n, int block, int side_by_side)
-        : n(n), block(block), next_vector(side_by_side > 1 ? 1 : n / block), next_block(side_by_side) {}
+    IntRows(int n, int block, int T) : n(n), block(block) {
+        if (T >= MANY_TOKENS) together = std::min(GROUP_VECTORS, (T + 15) / 16 * 16);
+        next_vector = together > 1 ? 1 : n / block;
+    }
+    // Blocks of T vectors, and of those that no one asked for in the last group: appendix N reads 16 at once.
+    int64_t blocks(int T) const { return int64_t(T + together - 1) / together * together * (n / block); }
 
-    // Block b of vector t, and those that follow it. Kernels ask for each block, which a call would slow.
-    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
+    [[gnu::always_inline]] IntRows skip(int64_t blocks) const {
         IntRows r = *this;
-        int64_t i = t * next_vector + b * next_block;
-        r.q += i * block, r.sums += i * (block / GROUP), r.d += i;
+        r.q += blocks * block, r.sums += blocks * (block / GROUP), r.d += blocks;
         return r;
+    }
+    // Block b of vector t of this group. Kernels ask for each block, which a call would slow.
+    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
+        return skip(t * next_vector + int64_t(b) * together);
+    }
+    // Vector t, whatever group it is in.
+    IntRows vector(int t) const {
+        return skip(int64_t(t / together) * together * (n / block)).at(t % together);
     }
 };
 
@@ -1603,7 +1616,7 @@ inline float int_dot_plain(const Matrix& w, int r, const IntRows& x) {
 
 inline void int_rows_plain(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     for (int t = 0; t < T; t++) {
-        for (int r = begin; r < end; r++) out[t][r] = int_dot_plain(w, r, x.at(t));
+        for (int r = begin; r < end; r++) out[t][r] = int_dot_plain(w, r, x.vector(t));
     }
 }
 
@@ -1680,8 +1693,7 @@ struct Product {
     int T;
 };
 
-// From MANY_TOKENS on a kernel unpacks a block of rows once for all of them, at most MANY_ROWS at once.
-constexpr int MANY_TOKENS = 4, MANY_ROWS = 192;
+constexpr int MANY_ROWS = 192;             // that a thread takes at once, of MANY_TOKENS and more
 
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
@@ -1748,13 +1760,13 @@ private:
     std::vector<Buffer> memory_;           // grows to what the largest call needed
 
     void quantise(IntRows& rows, const Product& p, int block) {
-        size_t n = size_t(p.w->cols), T = size_t(p.T);
-        rows = {p.w->cols, block, p.T < MANY_TOKENS ? 1 : p.T};
+        rows = {p.w->cols, block, p.T};
+        size_t blocks = size_t(rows.blocks(p.T)), n = blocks * size_t(block);
         take_from(memory(), [&](Arena& arena) {
-            rows.q = arena.take<int8_t>(T * n), rows.sums = arena.take<int16_t>(T * n / GROUP);
-            rows.d = arena.take<float>(T * n / size_t(block));
+            rows.q = arena.take<int8_t>(n), rows.sums = arena.take<int16_t>(n / GROUP);
+            rows.d = arena.take<float>(blocks);
         });
-        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.at(int(t)), p.x[t]); }, int64_t(n));
+        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.vector(int(t)), p.x[t]); }, rows.n);
     }
     void arrange(real*& out, const Product& p) {
         int n = p.w->cols, groups = (p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
@@ -3323,14 +3335,13 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 //
 // Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are two AVX2 registers,
 // and their integer sums are exact. Each kernel below does the additions of its plain twin in the same
-// order, so the choice, made once at start, cannot be seen in any result (tests/unit/chA_fast_cpu.cpp
-// compares bits).
+// order, so the choice, made once at start, cannot be seen in any result.
 //
 // One token needs each weight once: the time is that of reading the weights from memory, and the kernels
 // read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
 // into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512,
-// neon or dotprod in the environment overrides the choice.
+// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512, amx, neon
+// or dotprod in the environment overrides the choice.
 
 // Loops over registers: an array whose loops are all unrolled has no address and needs no memory.
 #if defined(__clang__)
@@ -3746,7 +3757,7 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
 
 }  // namespace avx2
 
-// Appendices K to M.
+// Appendices K to N.
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
@@ -3755,8 +3766,11 @@ inline void silu_times(float* gate, const float* up, int n);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
 }  // namespace avx512
-#endif
-#if defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
+namespace amx {
+inline bool available();
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+}  // namespace amx
+#elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
 namespace neon {   // appendix J
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
@@ -3771,7 +3785,7 @@ template <bool SDOT> void int_rows(Rows out, const IntRows& x, const Matrix& w, 
 
 // -- A.6  choose_kernels: once, at start ---------------------------------------------------------
 
-inline std::vector<Kernels> available_kernels() {
+inline std::vector<Kernels> available_kernels() {   // tests/unit/chA_fast_cpu.cpp compares their bits
     std::vector<Kernels> all = {Kernels{}};
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -3782,10 +3796,12 @@ inline std::vector<Kernels> available_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
         Kernels k = all.back();
-        k.name = "avx512", k.rows = avx512::rows, k.int_rows = avx512::int_rows;
-        k.arranged_rows = avx512::arranged_rows, k.weigh = avx512::weigh;
-        k.softmax = avx512::softmax, k.silu_times = avx512::silu_times;
+        k.name = "avx512", k.rows = avx512::rows, k.weigh = avx512::weigh, k.softmax = avx512::softmax;
+        k.silu_times = avx512::silu_times, k.arranged_rows = avx512::arranged_rows;
+        k.int_rows = avx512::int_rows;
         all.push_back(k);
+        k.name = "amx", k.int_rows = amx::int_rows;
+        if (amx::available()) all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
     all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
@@ -4870,7 +4886,7 @@ void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begi
 // The weights of 32 rows are laid out so that one register holds four columns of several rows, and four
 // numbers of x, repeated, meet them all.
 
-constexpr int INT_ROWS = 32, INT_TOKENS = 64;
+constexpr int INT_ROWS = 32, INT_TOKENS = GROUP_VECTORS;
 
 struct IntBlock {
     std::byte* w;       // (cols / 4, INT_ROWS, 4): with their offset
@@ -4880,10 +4896,10 @@ struct IntBlock {
     float* lane;        // (BLOCK_LANES, INT_TOKENS, INT_ROWS)
     std::byte* row;     // (INT_ROWS, cols): before they are laid out
 
-    IntBlock(std::vector<std::byte>& memory, int cols, int block) {
+    IntBlock(std::vector<std::byte>& memory, int cols, int block, size_t bytes_each = 1) {
         size_t n = size_t(cols) * INT_ROWS, blocks = n / size_t(block), groups = block == 32 ? 0 : n / GROUP;
         take_from(memory, [&](Arena& arena) {
-            w = arena.take<std::byte>(n), row = arena.take<std::byte>(n);
+            w = arena.take<std::byte>(bytes_each * n), row = arena.take<std::byte>(bytes_each * n);
             d = arena.take<float>(blocks), m = arena.take<float>(blocks);
             scale = arena.take<int32_t>(groups), minimum = arena.take<int32_t>(groups / 2);
             lane = arena.take<float>(BLOCK_LANES * INT_TOKENS * INT_ROWS);
@@ -5030,8 +5046,7 @@ AVX2_ENTRY void sum_block_lanes_of_rows(float* out, const float* lane) {
     }
 }
 
-// The packed rows, R of them from `row` on, times T <= INT_TOKENS vectors. Blocks whose sums go to the same
-// lane follow each other, so that a lane's sums stay in the first cache.
+// R rows, packed, times T <= INT_TOKENS vectors, lane for lane: the sums of one stay in the first cache.
 template <class Tile, Dtype D>
 void int_block(const IntBlock& block, Rows out, const IntRows& x, int row, int R, int T) {
     constexpr int TOKENS = Tile::tokens(D);
@@ -5061,7 +5076,8 @@ void many_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, in
             int R = std::min(INT_ROWS, end - r);
             pack<D>(block, w, r, R);
             for (int t = 0; t < T; t += INT_TOKENS)
-                int_block<Tile, D>(block, {out[t], out.stride}, x.at(t), r, R, std::min(INT_TOKENS, T - t));
+                int_block<Tile, D>(block, {out[t], out.stride}, x.vector(t), r, R,
+                                   std::min(INT_TOKENS, T - t));
         }
     });
 }
@@ -6924,8 +6940,8 @@ template <bool SDOT, Dtype D>
 void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     for (int r = begin; r < end; r++) {
         int t = 0;
-        for (; t + 4 <= T; t += 4) int_row<SDOT, D, 4>(out[t] + r, out.stride, x.at(t), w.row(r));
-        for (; t < T; t++) int_row<SDOT, D, 1>(out[t] + r, out.stride, x.at(t), w.row(r));
+        for (; t + 4 <= T; t += 4) int_row<SDOT, D, 4>(out[t] + r, out.stride, x.vector(t), w.row(r));
+        for (; t < T; t++) int_row<SDOT, D, 1>(out[t] + r, out.stride, x.vector(t), w.row(r));
     }
 }
 
@@ -7006,8 +7022,14 @@ AVX512 __m512 widen16(E4m3Row w, int i, __mmask16 m) {               // as avx2:
 
 // -- K.2  some rows, a few tokens ----------------------------------------------------------------
 
-// Of a token's weights, which are read once and need not stay in any cache.
-AVX512 void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
+// Of a token's weights, which are read once and need not stay in any cache. Intel's processors bring them no
+// faster than unasked that way (half the speed of this one).
+inline const bool INTEL = __builtin_cpu_is("intel");
+AVX512 void prefetch(const std::byte* p) {
+    const char* at = reinterpret_cast<const char*>(p);
+    if (INTEL) _mm_prefetch(at, _MM_HINT_T1);
+    else _mm_prefetch(at, _MM_HINT_NTA);
+}
 
 AVX512 float sum(__m512 v) {
     return avx2::sum({_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)});
@@ -7817,6 +7839,331 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
 }
 
 }  // namespace avx512
+#endif
+
+// =================================================================================================
+// Appendix N. Fast integers: AMX
+// =================================================================================================
+//
+// A tile is a register of 16 rows of 64 bytes, and one instruction multiplies 16 vectors of 64 signed bytes
+// with 16 rows of as many: 16384 products, where VNNI has 64. How are scales kept out of its way? In blocks
+// of 256 they are whole numbers: a weight times its scale, of 14 bits at most, is cut in two bytes, 128 high
+// + low, and a block is two sums. In blocks of 32 there is one scale a block, and half a tile stays empty.
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+#define AMX_TARGET AVX512_TARGET ",amx-tile,amx-int8,amx-bf16"
+#define AMX __attribute__((target(AMX_TARGET), always_inline)) inline
+#define AMX_ENTRY __attribute__((target(AMX_TARGET))) inline
+
+namespace amx {
+
+using avx2::INT_ROWS, avx2::INT_TOKENS, avx2::IntBlock, avx2::all16, avx2::has_minimums, avx2::of_32;
+using avx2::offset_of, avx2::place_of_d, avx2::store256, avx512::add_scaled, avx512::constant;
+using avx512::load512;
+
+constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
+
+// -- N.1  weights for tiles ----------------------------------------------------------------------
+
+// 32 weights, with their offset, from 32 i on: signed, or times their scales in low and high bytes.
+template <Dtype D> struct SplitSink {
+    std::byte* out;
+    int64_t high;                          // bytes from the low ones to the high ones
+    const avx2::Scales& s;
+
+    AVX2 __m256i times_scale(__m128i w, int group) const {
+        __m256i q = _mm256_sub_epi16(_mm256_cvtepu8_epi16(w), all16(offset_of(D)));
+        return _mm256_mullo_epi16(q, all16(s.scale[group]));
+    }
+    AVX2 void operator()(int i, __m256i w) {
+        if (of_32(D)) return store256(out + 32 * i, _mm256_sub_epi8(w, avx2::all8(offset_of(D))));
+        __m256i a = times_scale(_mm256_castsi256_si128(w), 2 * i);
+        __m256i b = times_scale(_mm256_extracti128_si256(w, 1), 2 * i + 1);
+        __m256i low = _mm256_packs_epi16(_mm256_and_si256(a, all16(127)), _mm256_and_si256(b, all16(127)));
+        __m256i top = _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7));
+        store256(out + 32 * i, _mm256_permute4x64_epi64(low, 0xD8));
+        store256(out + 32 * i + high, _mm256_permute4x64_epi64(top, 0xD8));
+    }
+};
+
+// Minimums of blocks of 256 are multiplied in bf16, of which small whole numbers are: a sum of 16 x is cut in
+// 16 high + low, and 32 bits hold both, or 16 times the minimum and the minimum. No sum of their products
+// passes 2^24, so it is exact in f32.
+template <Dtype D> constexpr bool PAIRED = has_minimums(D) && !of_32(D);
+
+AVX512 __m512i bf16_pairs(__m512i first, __m512i second) {
+    __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(first)), 16);
+    return _mm512_or_si512(low, _mm512_castps_si512(_mm512_cvtepi32_ps(second)));
+}
+
+// Of `blocks` blocks of vectors.
+AVX512_ENTRY void pair_sums(int32_t* pairs, const IntRows& x, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) {
+        __m512i sum = _mm512_cvtepi16_epi32(avx2::load256(x.sums + b * GROUP));
+        __m512i low = _mm512_and_si512(sum, constant(15)), high = _mm512_srai_epi32(sum, 4);
+        _mm512_storeu_si512(pairs + b * GROUP, bf16_pairs(high, low));
+    }
+}
+
+// block.row: (INT_ROWS, 1 or 2, cols)   block.scale: (blocks, INT_ROWS / TILE, 16, TILE), pairs
+template <Dtype D> AVX512_ENTRY void split_row(IntBlock& block, int r, const std::byte* p, int cols) {
+    constexpr int VALUES = format_of(D).values;
+    const __m512i column =
+        _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    std::byte* row = block.row + int64_t(r) * cols * (of_32(D) ? 1 : 2);
+    for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes) {
+        block.d[b * INT_ROWS + r] = avx2::half_at(p + place_of_d(D));
+        if (has_minimums(D)) block.m[b * INT_ROWS + r] = avx2::half_at(p + place_of_d(D) + 2);
+        avx2::Scales s;
+        if constexpr (!of_32(D)) avx2::scales<D>(s, p);
+        SplitSink<D> sink{row + b * VALUES, cols, s};
+        avx2::bytes<D>(p, sink);
+        if constexpr (PAIRED<D>) {
+            __m512i minimum = _mm512_cvtepi16_epi32(avx2::load256(s.minimum));
+            int32_t* pairs = block.scale + (b * INT_ROWS + r / TILE * TILE) * TILE + r % TILE;
+            _mm512_i32scatter_epi32(pairs, column, bf16_pairs(_mm512_slli_epi32(minimum, 4), minimum), 4);
+        }
+    }
+}
+
+// 16 rows of bytes, `stride` apart, to a tile: (columns / 4, 16, 4)
+AVX512_ENTRY void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
+    for (int i = 0; i < columns; i += 16, in += 16, out += 4 * ROW_BYTES) {
+        __m512i v[4], a[4];
+        for (int k = 0; k < 4; k++) {
+            const std::byte* p = in + k * stride;
+            v[k] = _mm512_castsi128_si512(avx2::load128(p));
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 4 * stride), 1);
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 8 * stride), 2);
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 12 * stride), 3);
+        }
+        for (int k = 0; k < 2; k++) {
+            a[k] = _mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
+            a[k + 2] = _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
+        }
+        for (int k = 0; k < 2; k++) {
+            std::byte* to = out + 2 * k * ROW_BYTES;
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a[2 * k], a[2 * k + 1]));
+            _mm512_storeu_si512(to + ROW_BYTES, _mm512_unpackhi_epi64(a[2 * k], a[2 * k + 1]));
+        }
+    }
+}
+
+// Bytes of a block of 16 rows: four times a tile of low and one of high bytes, or half a tile.
+template <Dtype D> constexpr int64_t BLOCK_BYTES = of_32(D) ? TILE_BYTES / 2 : 8 * TILE_BYTES;
+
+// R rows from `row` on. block.w: (blocks, INT_ROWS / TILE, BLOCK_BYTES)
+template <Dtype D> void pack_tiles(IntBlock& block, const Matrix& w, int row, int R) {
+    constexpr int VALUES = format_of(D).values, PLANES = of_32(D) ? 1 : 2, COLUMNS = of_32(D) ? 32 : 64;
+    for (int r = 0; r < R; r++) split_row<D>(block, r, w.row(row + r), w.cols);
+    const int64_t stride = int64_t(w.cols) * PLANES;
+    std::byte* out = block.w;
+    for (int i = 0; i < w.cols / VALUES * (INT_ROWS / TILE); i++) {
+        const std::byte* in = block.row + i % 2 * TILE * stride + i / 2 * VALUES;
+        for (int col = 0; col < VALUES * PLANES; col += COLUMNS, out += TILE * COLUMNS)
+            transpose16(out, in + col / PLANES / COLUMNS * COLUMNS + col / COLUMNS % PLANES * w.cols, stride,
+                        COLUMNS);
+    }
+}
+
+// -- N.2  16 rows times 16 vectors ---------------------------------------------------------------
+
+// Vectors, and their sums in pairs.
+struct Vectors {
+    IntRows x;
+    const int32_t* pairs;
+    [[gnu::always_inline]] Vectors at(int t, int b) const {
+        return {x.at(t, b), pairs + (t + int64_t(b) * x.together) * GROUP};
+    }
+};
+
+struct alignas(64) Products {
+    int32_t v[2][TILE][TILE];              // of a block, or of its low and of its high bytes
+    float minimum[TILE][TILE];
+};
+
+// Block b of the rows from h on times that block of 16 vectors.
+template <Dtype D> AMX void multiply(Products& c, const IntBlock& block, int b, int h, const Vectors& v) {
+    const int at = b * (INT_ROWS / TILE) + h / TILE;
+    const std::byte* w = block.w + at * BLOCK_BYTES<D>;
+    _tile_zero(0);
+    if constexpr (of_32(D)) {
+        _tile_loadd(4, v.x.q, 32);
+        _tile_loadd(5, w, ROW_BYTES);
+        _tile_dpbssd(0, 4, 5);
+    } else {
+        _tile_zero(1);
+        UNROLL for (int i = 0; i < 4; i++, w += 2 * TILE_BYTES) {
+            _tile_loadd(4, v.x.q + 64 * i, 256);
+            _tile_loadd(5, w, ROW_BYTES);
+            _tile_dpbssd(0, 4, 5);
+            _tile_loadd(6, w + TILE_BYTES, ROW_BYTES);
+            _tile_dpbssd(1, 4, 6);
+        }
+        _tile_stored(1, c.v[1], ROW_BYTES);
+    }
+    _tile_stored(0, c.v[0], ROW_BYTES);
+    if constexpr (PAIRED<D>) {
+        _tile_zero(2);
+        _tile_loadd(3, v.pairs, ROW_BYTES);
+        _tile_loadd(7, block.scale + at * TILE * TILE, ROW_BYTES);
+        _tile_dpbf16ps(2, 3, 7);
+        _tile_stored(2, c.minimum, ROW_BYTES);
+    }
+}
+
+using Sums = __m512[2][TILE / 2];          // of 16 vectors, each with 16 rows
+
+// y += block b of the rows from h on times 16 vectors, of which c has the products; x: their block b
+template <Dtype D>
+AVX512 void add(Sums& y, const IntBlock& block, int b, int h, const Products& c, const IntRows& x) {
+    const int at = b * INT_ROWS + h;
+    __m512 d = _mm512_load_ps(block.d + at), m = _mm512_setzero_ps();
+    if (has_minimums(D)) m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(block.m + at));
+    UNROLL for (int g = 0; g < 2; g++)
+        UNROLL for (int k = 0; k < TILE / 2; k++) {
+            const int t = g * TILE / 2 + k;
+            __m512i sum = load512(c.v[0][t]);
+            if (!of_32(D)) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load512(c.v[1][t]), 7));
+            y[g][k] = add_scaled(y[g][k], d, x.d[t], sum);
+            if (!has_minimums(D)) continue;
+            __m512 minimum = PAIRED<D> ? _mm512_load_ps(c.minimum[t])
+                                       : _mm512_set1_ps(float(-(x.sums[2 * t] + x.sums[2 * t + 1])));
+            y[g][k] = _mm512_fmadd_ps(_mm512_mul_ps(m, _mm512_set1_ps(x.d[t])), minimum, y[g][k]);
+        }
+}
+
+// y += the blocks b, b + 8 .. end. The tiles of one are multiplied while the products of the last are added.
+template <Dtype D>
+AMX void add_blocks(Sums& y, const IntBlock& block, int b, int end, int h, const Vectors& v) {
+    Products products[2];
+    if (b >= end) return;
+    multiply<D>(products[0], block, b, h, v.at(0, b));
+    int n = 0;
+    for (; b + BLOCK_LANES < end; b += BLOCK_LANES, n ^= 1) {
+        multiply<D>(products[n ^ 1], block, b + BLOCK_LANES, h, v.at(0, b + BLOCK_LANES));
+        add<D>(y, block, b, h, products[n], v.x.at(0, b));
+    }
+    add<D>(y, block, b, h, products[n], v.x.at(0, b));
+}
+
+AVX512 void add_sums(Sums& y, const float* p) {
+    UNROLL for (int g = 0; g < 2; g++)
+        UNROLL for (int k = 0; k < TILE / 2; k++)
+            y[g][k] = _mm512_add_ps(y[g][k], _mm512_load_ps(p + (g * TILE / 2 + k) * TILE));
+}
+// The first R rows of the first T vectors, from `row` on.
+AVX512 void put(Rows out, const Sums& y, int row, int R, int T) {
+    UNROLL for (int g = 0; g < 2; g++)
+        UNROLL for (int k = 0; k < TILE / 2; k++)
+            if (g * TILE / 2 + k < T)
+                _mm512_mask_storeu_ps(out[g * TILE / 2 + k] + row, avx512::first_of(R), y[g][k]);
+}
+
+// -- N.3  a block of rows, many vectors ----------------------------------------------------------
+
+// Blocks b, b + 8 .. end of a lane: as many as stay in the first cache.
+struct LanePart {
+    int b, end, depth, halves;             // depth of the stack; how many sums on it are met at the end
+    bool first, last, all;                 // of the lane; `all`: last of all lanes
+};
+
+template <Dtype D>
+AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T,
+                        const LanePart& p) {
+    constexpr int PLANE = INT_TOKENS * INT_ROWS;
+    for (int t = 0; t < T; t += TILE) {
+        for (int h = 0; h < R; h += TILE) {
+            float* top = block.lane + p.depth * PLANE + (t * INT_ROWS + h * TILE);
+            Sums y = {};
+            if (!p.first) add_sums(y, top);
+            add_blocks<D>(y, block, p.b, p.end, h, v.at(t, 0));
+            for (int i = 0; p.last && i < p.halves; i++) add_sums(y, top -= PLANE);
+            if (p.all) put({out[t], out.stride}, y, row + h, R - h, T - t);
+            else put({top, TILE}, y, 0, TILE, TILE);
+        }
+    }
+}
+
+// out[t], R rows from `row` on: the packed rows times T <= INT_TOKENS vectors. The lanes come in the order of
+// the tree that sums them, 0 4 2 6 1 5 3 7, and what waits for its other half stands on a stack: one place
+// for each 1 of the binary number of lanes done.
+template <Dtype D>
+void int_block(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T) {
+    constexpr int CACHED = (of_32(D) ? 12 : 1) * BLOCK_LANES;
+    const int blocks = v.x.n / v.x.block;
+    for (int done = 0; done < BLOCK_LANES; done++) {
+        const int lane = (done & 1) * 4 + (done & 2) + (done & 4) / 4;
+        int b = lane;
+        do {
+            bool last = b + CACHED >= blocks;
+            LanePart part{b, std::min(blocks, b + CACHED), std::popcount(unsigned(done)),
+                          std::countr_one(unsigned(done)), b == lane, last, last && done == BLOCK_LANES - 1};
+            add_part<D>(block, out, v, row, R, T, part);
+            b += CACHED;
+        } while (b < blocks);
+    }
+}
+
+struct alignas(64) TileConfig {                        // Intel SDM, LDTILECFG
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig tiles_for(int columns) {
+    TileConfig c;
+    c.row_bytes[4] = uint16_t(columns), c.rows[5] = uint8_t(columns / 4);
+    return c;
+}
+
+// Some blocks of rows are packed together, so that vectors are brought to the second cache once for them.
+template <Dtype D>
+AMX_ENTRY void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    static constexpr TileConfig TILES = tiles_for(of_32(D) ? 32 : 64);
+    constexpr int MOST = MANY_ROWS / INT_ROWS, BYTES = of_32(D) ? 1 : 2, CACHED = 1 << 20;
+    thread_local std::vector<std::byte> memory[MOST];
+    thread_local std::vector<int32_t> pairs;
+    if (PAIRED<D>) {
+        pairs.resize(size_t(x.blocks(T)) * GROUP);
+        pair_sums(pairs.data(), x, x.blocks(T));
+    }
+    const int at_once = std::clamp(CACHED / (w.cols * BYTES * INT_ROWS), 1, MOST) * INT_ROWS;
+    _tile_loadconfig(&TILES);
+    for (int first = begin; first < end; first += at_once) {
+        std::vector<IntBlock> blocks;
+        for (int r = first; r < std::min(end, first + at_once); r += INT_ROWS) {
+            blocks.emplace_back(memory[blocks.size()], w.cols, x.block, BYTES);
+            pack_tiles<D>(blocks.back(), w, r, std::min(INT_ROWS, end - r));
+        }
+        for (int t = 0; t < T; t += INT_TOKENS) {
+            Vectors v{x.vector(t), pairs.data() + int64_t(t) * x.n / GROUP};
+            int r = first;
+            for (const IntBlock& block : blocks) {
+                int_block<D>(block, {out[t], out.stride}, v, r, std::min(INT_ROWS, end - r),
+                             std::min(INT_TOKENS, T - t));
+                r += INT_ROWS;
+            }
+        }
+    }
+    _tile_release();
+}
+
+inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    constexpr int WORTH_IT = 8;                        // tokens, of a tile's 16
+    if (T < WORTH_IT) return avx512::int_rows(out, x, w, T, begin, end);
+    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+}
+
+// A process asks the system for the registers of the tiles before it uses them.
+inline bool available() {
+    constexpr unsigned AMX_BITS = 3u << 24 | 1u << 22;                     // tiles, int8, bf16
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;            // asm/prctl.h; XSAVE component
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_BITS) != AMX_BITS) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+}  // namespace amx
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif

@@ -264,10 +264,11 @@ struct Ints {
     IntRows rows;
 
     Ints(const Vector& x, int T, int block, const Kernels& k = {})
-        : q(x.size(), 99), sums(x.size() / 16, 9999), d(x.size() / size_t(block), 9999),
-          rows(int(x.size()) / T, block, T < MANY_TOKENS ? 1 : T) {
+        : rows(int(x.size()) / T, block, T) {
+        d.assign(size_t(rows.blocks(T)), 9999);
+        q.assign(d.size() * size_t(block), 99), sums.assign(q.size() / GROUP, 9999);
         rows.q = q.data(), rows.sums = sums.data(), rows.d = d.data();
-        for (int t = 0; t < T; t++) k.quantise(rows.at(t), x.data() + size_t(t) * size_t(rows.n));
+        for (int t = 0; t < T; t++) k.quantise(rows.vector(t), x.data() + size_t(t) * size_t(rows.n));
     }
     Ints(const Ints&) = delete;
 };
