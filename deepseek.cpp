@@ -7657,7 +7657,7 @@ struct WideBlock {
         });
     }
     // R rows from `first` on. What stands in the other rows is of no account.
-    void pack(const Matrix& m, int first, int R) {
+    void pack(const Matrix& m, int first, int R) const {
         for (int r = 0; r < R; r++) {
             widen_part(row + r % 8 * row_size, m, first + r, 0, m.cols);
             for (int b = 0; m.dtype == Dtype::F8_E4M3 && b * SCALE_BLOCK < m.cols; b++)
@@ -7684,22 +7684,25 @@ template <int R, int T> AVX2 void add_steps(__m256 (&v)[R][T], const float* w, c
     }
 }
 
-// sum (T, WIDE_ROWS), of R registers of rows: one lane's products; with scales, each SCALE_BLOCK's apart
+// sum (T, WIDE_ROWS), of R registers of rows: the first or further products of a lane; with scales, those of
+// each SCALE_BLOCK apart
 template <int R, int T, bool SCALED>
 AVX2_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          int blocks) {
+                          bool first) {
     __m256 v[R][T];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_setzero_ps();
+        UNROLL for (int t = 0; t < T; t++)
+            v[r][t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sum + t * WIDE_ROWS + 8 * r);
     if (!SCALED) add_steps(v, w, x, steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
-    for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
+    for (; SCALED && steps > 0; steps -= AT_ONCE, scale += WIDE_ROWS) {
         __m256 part[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm256_setzero_ps();
-        add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
+        add_steps(part, w, x, std::min(steps, AT_ONCE));
+        w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS;
         UNROLL for (int r = 0; r < R; r++) {
-            __m256 s = _mm256_loadu_ps(scale + b * WIDE_ROWS + 8 * r);
+            __m256 s = _mm256_loadu_ps(scale + 8 * r);
             UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(s, part[r][t], v[r][t]);
         }
     }
@@ -7708,10 +7711,12 @@ AVX2_ENTRY void wide_tile(float* sum, const float* w, const float* x, const floa
 }
 
 using WideTile = void (*)(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          int blocks);
+                          bool first);
 struct WideTiles {
     int rows, tokens, scaled_tokens;                   // of the largest; tokens divide ARRANGED_TOKENS
     WideTile (*of)(bool scaled, int rows, int T);
+    void (*sum_lanes)(float* out, const float* sum);
+    void (*pack)(const WideBlock& block, const Matrix& m, int first, int R);
 };
 
 template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
@@ -7722,7 +7727,6 @@ template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::ind
 inline WideTile wide_tile_of(bool scaled, int rows, int T) {
     return wide_tile_of(scaled, (rows + 7) / 8, T, std::make_index_sequence<12>());
 }
-constexpr WideTiles WIDE_TILES = {24, 4, 2, wide_tile_of};        // 12 sums in 16 registers
 
 // -- M.3  blocks ---------------------------------------------------------------------------------
 
@@ -7741,25 +7745,34 @@ AVX2_ENTRY void sum_lanes_of_wide(float* out, const float* sum) {
     }
 }
 
+// One lane of the packed rows, R of them, times T <= WIDE_TOKENS vectors. Of a long row as much is taken at
+// once as stays in the first cache for all vectors.
+inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const float* x, const Matrix& w,
+                      int lane, int R, int T) {
+    constexpr int AT_ONCE = 128;
+    bool scaled = w.dtype == Dtype::F8_E4M3;
+    const int tokens = scaled ? tiles.scaled_tokens : tiles.tokens, steps = steps_of(w.cols, lane);
+    x += size_t(lane) * arranged_lane(w.cols);
+    for (int k = 0; k == 0 || k < steps; k += AT_ONCE, x += AT_ONCE * ARRANGED_TOKENS) {
+        const float *wk = block.w + lane * block.lane + k * WIDE_ROWS,
+                    *scale = block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS;
+        for (int t = 0; t < T; t += tokens) {
+            const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols) + t % ARRANGED_TOKENS;
+            float* sum = block.sum + (lane * WIDE_TOKENS + t) * WIDE_ROWS;
+            for (int r = 0; r < R; r += tiles.rows)
+                tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(
+                    sum + r, wk + r, xt, scale + r, std::min(steps - k, AT_ONCE), k == 0);
+        }
+    }
+}
+
 // The packed rows, R of them from `first` on, times T <= WIDE_TOKENS vectors.
 inline void wide_block(const WideTiles& tiles, const WideBlock& block, Rows out, const float* x,
                        const Matrix& w, int first, int R, int T) {
-    bool scaled = w.dtype == Dtype::F8_E4M3;
-    int tokens = scaled ? tiles.scaled_tokens : tiles.tokens, blocks = 1;
-    if (scaled) blocks = (w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK;
-    for (int j = 0; j < LANES; j++) {
-        for (int t = 0; t < T; t += tokens) {
-            const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols) +
-                              size_t(j) * arranged_lane(w.cols) + t % ARRANGED_TOKENS;
-            float* sum = block.sum + (j * WIDE_TOKENS + t) * WIDE_ROWS;
-            for (int r = 0; r < R; r += tiles.rows)
-                tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(
-                    sum + r, block.w + j * block.lane + r, xt, block.scale + r, steps_of(w.cols, j), blocks);
-        }
-    }
+    for (int lane = 0; lane < LANES; lane++) wide_lane(tiles, block, x, w, lane, R, T);
     for (int t = 0; t < T; t++) {
         float sums[WIDE_ROWS];
-        sum_lanes_of_wide(R == WIDE_ROWS ? out[t] + first : sums, block.sum + t * WIDE_ROWS);
+        tiles.sum_lanes(R == WIDE_ROWS ? out[t] + first : sums, block.sum + t * WIDE_ROWS);
         if (R < WIDE_ROWS) std::copy_n(sums, R, out[t] + first);
     }
 }
@@ -7770,7 +7783,7 @@ inline void arranged_rows(const WideTiles& tiles, Rows out, const float* x, cons
     WideBlock block(memory, w.cols);
     for (int r = begin; r < end; r += WIDE_ROWS) {
         int R = std::min(WIDE_ROWS, end - r);
-        block.pack(w, r, R);
+        tiles.pack(block, w, r, R);
         for (int t = 0; t < T; t += WIDE_TOKENS) {
             const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
             wide_block(tiles, block, {out[t], out.stride}, xt, w, r, R, std::min(WIDE_TOKENS, T - t));
@@ -7778,7 +7791,9 @@ inline void arranged_rows(const WideTiles& tiles, Rows out, const float* x, cons
     }
 }
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
-    arranged_rows(WIDE_TILES, out, x, w, T, begin, end);
+    auto pack = [](const WideBlock& block, const Matrix& m, int first, int R) { block.pack(m, first, R); };
+    static constexpr WideTiles TILES = {24, 4, 2, wide_tile_of, sum_lanes_of_wide, pack};   // 12 sums
+    arranged_rows(TILES, out, x, w, T, begin, end);
 }
 
 }  // namespace avx2
@@ -7804,19 +7819,21 @@ template <int R, int T> AVX512 void add_steps(__m512 (&v)[R][T], const float* w,
 // avx2::wide_tile
 template <int R, int T, bool SCALED>
 AVX512_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          int blocks) {
+                          bool first) {
     __m512 v[R][T];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+        UNROLL for (int t = 0; t < T; t++)
+            v[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + t * WIDE_ROWS + 16 * r);
     if (!SCALED) add_steps(v, w, x, steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
-    for (int b = 0; b < blocks && SCALED; b++, w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS) {
+    for (; SCALED && steps > 0; steps -= AT_ONCE, scale += WIDE_ROWS) {
         __m512 part[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm512_setzero_ps();
-        add_steps(part, w, x, std::min(steps - b * AT_ONCE, AT_ONCE));
+        add_steps(part, w, x, std::min(steps, AT_ONCE));
+        w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS;
         UNROLL for (int r = 0; r < R; r++) {
-            __m512 s = _mm512_loadu_ps(scale + b * WIDE_ROWS + 16 * r);
+            __m512 s = _mm512_loadu_ps(scale + 16 * r);
             UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(s, part[r][t], v[r][t]);
         }
     }
@@ -7833,8 +7850,62 @@ inline WideTile wide_tile_of(bool scaled, int rows, int T) {
     return wide_tile_of(scaled, (rows + 15) / 16, T, std::make_index_sequence<24>());
 }
 
+// avx2::sum_lanes_of_wide
+AVX512_ENTRY void sum_lanes_of_wide(float* out, const float* sum) {
+    constexpr int PLANE = avx2::WIDE_TOKENS * WIDE_ROWS;
+    for (int r = 0; r < WIDE_ROWS; r += 16, sum += 16) {
+        __m512 v[8];
+        UNROLL for (int j = 0; j < 8; j++)
+            v[j] = _mm512_add_ps(_mm512_loadu_ps(sum + j * PLANE), _mm512_loadu_ps(sum + (j + 8) * PLANE));
+        UNROLL for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(v[j], v[j + 4]);
+        _mm512_storeu_ps(out + r, _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3])));
+    }
+}
+
+// 16 rows of bytes, `stride` apart: to (columns / 4, 16, 4)
+AVX512_ENTRY void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
+    for (int i = 0; i < columns; i += 16, in += 16, out += 256) {
+        __m512i v[4], a[4];
+        for (int k = 0; k < 4; k++) {
+            const std::byte* p = in + k * stride;
+            v[k] = _mm512_castsi128_si512(avx2::load128(p));
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 4 * stride), 1);
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 8 * stride), 2);
+            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 12 * stride), 3);
+        }
+        for (int k = 0; k < 2; k++) {
+            a[k] = _mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
+            a[k + 2] = _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
+        }
+        for (int k = 0; k < 2; k++) {
+            std::byte* to = out + 128 * k;
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a[2 * k], a[2 * k + 1]));
+            _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi64(a[2 * k], a[2 * k + 1]));
+        }
+    }
+}
+
+// WideBlock::pack. Rows of bf16 are transposed as pairs of columns, and widened then.
+AVX512_ENTRY void pack_wide(const avx2::WideBlock& block, const Matrix& m, int first, int R) {
+    if (m.dtype != Dtype::BF16 || m.cols % 32 != 0 || R % 16 != 0) return block.pack(m, first, R);
+    alignas(64) std::byte pairs[16 * 64];
+    for (int r = 0; r < R; r += 16) {
+        const std::byte* row = m.row(first + r);
+        for (int col = 0; col < m.cols; col += 32) {
+            transpose16(pairs, row + 2 * int64_t(col), m.row(1) - m.row(0), 64);
+            float* out = block.w + col / LANES * WIDE_ROWS + r;
+            for (int i = 0; i < 16; i++) {
+                __m512i two = load512(pairs + 64 * i);
+                float* to = out + i / 8 * WIDE_ROWS + i % 8 * 2 * block.lane;
+                _mm512_storeu_si512(to, _mm512_slli_epi32(two, 16));
+                _mm512_storeu_si512(to + block.lane, _mm512_and_si512(two, constant(int(0xFFFF0000))));
+            }
+        }
+    }
+}
+
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
-    constexpr avx2::WideTiles TILES = {WIDE_ROWS, 8, 4, wide_tile_of};   // 24 sums in 32 registers
+    static constexpr avx2::WideTiles TILES = {WIDE_ROWS, 8, 4, wide_tile_of, sum_lanes_of_wide, pack_wide};
     avx2::arranged_rows(TILES, out, x, w, T, begin, end);
 }
 
@@ -7859,7 +7930,7 @@ namespace amx {
 
 using avx2::INT_ROWS, avx2::INT_TOKENS, avx2::IntBlock, avx2::all16, avx2::has_minimums, avx2::of_32;
 using avx2::offset_of, avx2::place_of_d, avx2::store256, avx512::add_scaled, avx512::constant;
-using avx512::load512;
+using avx512::load512, avx512::transpose16;
 
 constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
 
@@ -7922,29 +7993,6 @@ template <Dtype D> AVX512_ENTRY void split_row(IntBlock& block, int r, const std
             __m512i minimum = _mm512_cvtepi16_epi32(avx2::load256(s.minimum));
             int32_t* pairs = block.scale + (b * INT_ROWS + r / TILE * TILE) * TILE + r % TILE;
             _mm512_i32scatter_epi32(pairs, column, bf16_pairs(_mm512_slli_epi32(minimum, 4), minimum), 4);
-        }
-    }
-}
-
-// 16 rows of bytes, `stride` apart, to a tile: (columns / 4, 16, 4)
-AVX512_ENTRY void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
-    for (int i = 0; i < columns; i += 16, in += 16, out += 4 * ROW_BYTES) {
-        __m512i v[4], a[4];
-        for (int k = 0; k < 4; k++) {
-            const std::byte* p = in + k * stride;
-            v[k] = _mm512_castsi128_si512(avx2::load128(p));
-            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 4 * stride), 1);
-            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 8 * stride), 2);
-            v[k] = _mm512_inserti32x4(v[k], avx2::load128(p + 12 * stride), 3);
-        }
-        for (int k = 0; k < 2; k++) {
-            a[k] = _mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
-            a[k + 2] = _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
-        }
-        for (int k = 0; k < 2; k++) {
-            std::byte* to = out + 2 * k * ROW_BYTES;
-            _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a[2 * k], a[2 * k + 1]));
-            _mm512_storeu_si512(to + ROW_BYTES, _mm512_unpackhi_epi64(a[2 * k], a[2 * k + 1]));
         }
     }
 }
