@@ -5,6 +5,7 @@
 
 MODEL: a folder or a .gguf file. FOLDER holds llama-bench; it is run on .gguf models, in turn with ours.
 Prints a table in Markdown: medians of N runs and, as the machine's own speed changes, of each run's ratios.
+A model that llama.cpp cannot run with rearranged weights it runs without, and the last line says so.
 "of floor" is the share of the time that the machine must need: reading the weights once (decode), or the
 multiply-adds in f32 (prefill; integers and tiles can be faster than that).
 Standard library only.
@@ -12,6 +13,7 @@ Standard library only.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -38,8 +40,15 @@ def ours(model, threads, prompt, tokens):
     return {line["test"]: line["tokens_per_s"][1] for line in lines}
 
 
+@functools.cache
+def repacks(folder, model):
+    """Whether llama.cpp runs the model with rearranged weights: a deepseek2 one, with AMX, it does not."""
+    command = folder / "llama-bench", "-m", model, "-p", 1, "-n", 0, "-r", 1
+    return subprocess.run([str(c) for c in command], capture_output=True).returncode == 0
+
+
 def theirs(folder, model, threads, prompt, tokens):
-    sizes = "-p", prompt, "-n", tokens, "-r", 1
+    sizes = "-p", prompt, "-n", tokens, "-r", 1, "--repack", int(repacks(folder, model))
     text = output(folder / "llama-bench", "-m", model, "-t", threads, "-o", "json", *sizes)
     return {"prefill" if line["n_prompt"] else "decode": line["avg_ts"] for line in json.loads(text)}
 
@@ -112,6 +121,10 @@ def main():
     print("| model | test | tok/s | floor | of floor |" + (" llama.cpp | ratio |" if peer else ""))
     print("|---|---|---|---|---|" + ("---|---|" if peer else ""))
     print(*rows, sep="\n")
+    if peer:
+        plain = [m.name for m in options.models if m.suffix == ".gguf" and not repacks(options.peer, m)]
+        if plain:
+            print(f"\nllama.cpp fails with rearranged weights, and ran with --repack 0: {', '.join(plain)}")
 
 
 if __name__ == "__main__":

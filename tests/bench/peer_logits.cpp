@@ -19,9 +19,9 @@ int main(int argc, char** argv) {
     }, nullptr);
     std::vector<llama_token> ids;
     for (char* p = argv[3]; *p; p += *p == ',') ids.push_back(llama_token(std::strtol(p, &p, 10)));
-    llama_model_params repacked = llama_model_default_params();
-    repacked.use_extra_bufts = false;      // its AMX buffers abort on the experts of a deepseek2 model
-    llama_model* model = llama_model_load_from_file(argv[1], repacked);
+    llama_model_params plain = llama_model_default_params();
+    plain.use_extra_bufts = false;      // with AMX they abort on a deepseek2 model
+    llama_model* model = llama_model_load_from_file(argv[1], plain);
     if (!model) return 1;
     int n = int(ids.size());
     llama_context_params params = llama_context_default_params();
