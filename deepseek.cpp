@@ -4889,7 +4889,7 @@ void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begi
 constexpr int INT_ROWS = 32, INT_TOKENS = GROUP_VECTORS;
 
 struct IntBlock {
-    std::byte* w;       // (cols / 4, INT_ROWS, 4): with their offset
+    std::byte* w;       // (cols / 4, INT_ROWS, 4): with their offset; appendix N has up to two bytes each
     float *d, *m;       // (blocks, INT_ROWS)
     int32_t* scale;     // (cols / GROUP, INT_ROWS)             blocks of 256
     int32_t* minimum;   // (cols / (2 GROUP), INT_ROWS): of two groups, 16 bits each
@@ -8008,9 +8008,8 @@ template <Dtype D> void pack_tiles(IntBlock& block, const Matrix& w, int row, in
     std::byte* out = block.w;
     for (int i = 0; i < w.cols / VALUES * (INT_ROWS / TILE); i++) {
         const std::byte* in = block.row + i % 2 * TILE * stride + i / 2 * VALUES;
-        for (int col = 0; col < VALUES * PLANES; col += COLUMNS, out += TILE * COLUMNS)
-            transpose16(out, in + col / PLANES / COLUMNS * COLUMNS + col / COLUMNS % PLANES * w.cols, stride,
-                        COLUMNS);
+        for (int k = 0; k < VALUES * PLANES / COLUMNS; k++, out += TILE * COLUMNS)
+            transpose16(out, in + k / PLANES * COLUMNS + k % PLANES * w.cols, stride, COLUMNS);
     }
 }
 
@@ -8112,8 +8111,8 @@ AVX512 void put(Rows out, const Sums& y, int row, int R, int T) {
 
 // Blocks b, b + 8 .. end of a lane: as many as stay in the first cache.
 struct LanePart {
-    int b, end, depth, halves;             // depth of the stack; how many sums on it are met at the end
-    bool first, last, all;                 // of the lane; `all`: last of all lanes
+    int b, end, depth, halves;             // sums on the stack; how many of them this one meets when done
+    bool first, last, all;                 // first and last part of the lane; `all`: of the last lane
 };
 
 template <Dtype D>
