@@ -7626,7 +7626,8 @@ namespace avx2 {
 
 // -- M.1  arranging ------------------------------------------------------------------------------
 
-constexpr int WIDE_ROWS = 48, WIDE_TOKENS = 64;
+constexpr int WIDE_ROWS = 48, WIDE_TOKENS = 128;
+constexpr int PLANE = WIDE_TOKENS * WIDE_ROWS, PLANES = std::bit_width(unsigned(LANES));   // sums of lanes
 
 // Numbers of a row of n that are in a lane.
 inline int steps_of(int n, int lane) { return (n - lane + LANES - 1) / LANES; }
@@ -7646,14 +7647,14 @@ struct WideBlock {
     float* w;       // (LANES, steps, WIDE_ROWS), the lanes `lane` apart
     float* row;     // (8, row_size): before they are arranged
     float* scale;   // (cols / SCALE_BLOCK, WIDE_ROWS): of e4m3
-    float* sum;     // (LANES, WIDE_TOKENS, WIDE_ROWS)
+    float* sum;     // (PLANES, WIDE_TOKENS, WIDE_ROWS)
 
     WideBlock(std::vector<std::byte>& memory, int cols) {
         row_size = steps_of(cols, 0) * LANES, lane = row_size / LANES * WIDE_ROWS + 16;
         take_from(memory, [&](Arena& arena) {
             w = arena.take<float>(LANES * size_t(lane)), row = arena.take<float>(8 * size_t(row_size));
             scale = arena.take<float>(size_t(cols / SCALE_BLOCK + 1) * WIDE_ROWS);
-            sum = arena.take<float>(LANES * WIDE_TOKENS * WIDE_ROWS);
+            sum = arena.take<float>(PLANES * PLANE);
         });
     }
     // R rows from `first` on. What stands in the other rows is of no account.
@@ -7672,9 +7673,21 @@ struct WideBlock {
 
 // -- M.2  tiles ----------------------------------------------------------------------------------
 
+// What a tile is to do: to add `steps` products of a lane to its sums, or to begin them, and then to add the
+// sums of other lanes from that many planes before; the result is in the first of these planes.
+struct WideStep {
+    float* sum;                            // (T, WIDE_ROWS)
+    const float *w, *x, *scale, *next;     // next: the x of the tile after this one
+    int steps;
+    bool first;
+    int planes;
+};
+
 // v[r][t] += 8 rows from 8 r on times vector t
-template <int R, int T> AVX2 void add_steps(__m256 (&v)[R][T], const float* w, const float* x, int steps) {
-    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
+template <int R, int T>
+AVX2 void add_steps(__m256 (&v)[R][T], const float* w, const float* x, const float* next, int steps) {
+    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS, next += ARRANGED_TOKENS) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
         __m256 wk[R];
         UNROLL for (int r = 0; r < R; r++) wk[r] = _mm256_loadu_ps(w + 8 * r);
         UNROLL for (int t = 0; t < T; t++) {
@@ -7684,38 +7697,40 @@ template <int R, int T> AVX2 void add_steps(__m256 (&v)[R][T], const float* w, c
     }
 }
 
-// sum (T, WIDE_ROWS), of R registers of rows: the first or further products of a lane; with scales, those of
-// each SCALE_BLOCK apart
-template <int R, int T, bool SCALED>
-AVX2_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          bool first) {
+// R registers of rows, T vectors; with scales, those of each SCALE_BLOCK apart
+template <int R, int T, bool SCALED> AVX2_ENTRY void wide_tile(const WideStep& step) {
+    WideStep s = step;
     __m256 v[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++)
-            v[r][t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sum + t * WIDE_ROWS + 8 * r);
-    if (!SCALED) add_steps(v, w, x, steps);
+            v[r][t] = s.first ? _mm256_setzero_ps() : _mm256_loadu_ps(s.sum + t * WIDE_ROWS + 8 * r);
+    if (!SCALED) add_steps(v, s.w, s.x, s.next, s.steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
-    for (; SCALED && steps > 0; steps -= AT_ONCE, scale += WIDE_ROWS) {
+    for (; SCALED && s.steps > 0; s.steps -= AT_ONCE, s.scale += WIDE_ROWS) {
         __m256 part[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm256_setzero_ps();
-        add_steps(part, w, x, std::min(steps, AT_ONCE));
-        w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS;
+        add_steps(part, s.w, s.x, s.next, std::min(s.steps, AT_ONCE));
+        s.w += AT_ONCE * WIDE_ROWS, s.x += AT_ONCE * ARRANGED_TOKENS, s.next += AT_ONCE * ARRANGED_TOKENS;
         UNROLL for (int r = 0; r < R; r++) {
-            __m256 s = _mm256_loadu_ps(scale + 8 * r);
-            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(s, part[r][t], v[r][t]);
+            __m256 scale = _mm256_loadu_ps(s.scale + 8 * r);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm256_fmadd_ps(scale, part[r][t], v[r][t]);
         }
     }
+    for (; s.planes > 0; s.planes--) {
+        s.sum -= PLANE;
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++)
+                v[r][t] = _mm256_add_ps(_mm256_loadu_ps(s.sum + t * WIDE_ROWS + 8 * r), v[r][t]);
+    }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(sum + t * WIDE_ROWS + 8 * r, v[r][t]);
+        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(s.sum + t * WIDE_ROWS + 8 * r, v[r][t]);
 }
 
-using WideTile = void (*)(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          bool first);
+using WideTile = void (*)(const WideStep&);
 struct WideTiles {
     int rows, tokens, scaled_tokens;                   // of the largest; tokens divide ARRANGED_TOKENS
     WideTile (*of)(bool scaled, int rows, int T);
-    void (*sum_lanes)(float* out, const float* sum);
     void (*pack)(const WideBlock& block, const Matrix& m, int first, int R);
 };
 
@@ -7730,38 +7745,32 @@ inline WideTile wide_tile_of(bool scaled, int rows, int T) {
 
 // -- M.3  blocks ---------------------------------------------------------------------------------
 
-// The tree of sum_lanes, for 48 rows.
-AVX2_ENTRY void sum_lanes_of_wide(float* out, const float* sum) {
-    constexpr int PLANE = WIDE_TOKENS * WIDE_ROWS;
-    for (int r = 0; r < WIDE_ROWS; r += 8) {
-        __m256 v[8];
-        for (int j = 0; j < 8; j++) {
-            const float* at = sum + j * PLANE + r;
-            v[j] = _mm256_add_ps(_mm256_load_ps(at), _mm256_load_ps(at + 8 * PLANE));
-        }
-        for (int n = 4; n > 0; n /= 2)
-            for (int j = 0; j < n; j++) v[j] = _mm256_add_ps(v[j], v[j + n]);
-        _mm256_storeu_ps(out + r, v[0]);
-    }
-}
-
-// One lane of the packed rows, R of them, times T <= WIDE_TOKENS vectors. Of a long row as much is taken at
-// once as stays in the first cache for all vectors.
+// The lane whose turn it is, of R packed rows times T <= WIDE_TOKENS vectors. The planes of sums are a stack:
+// as lanes come in the order of their bits read backwards, each finds on it what the tree of sum_lanes adds it
+// to. Of a long row as much is taken at once as stays in the first cache for all vectors.
 inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const float* x, const Matrix& w,
-                      int lane, int R, int T) {
+                      unsigned turn, int R, int T) {
     constexpr int AT_ONCE = 128;
+    static_assert(LANES == 16);
+    const int lane = int(turn >> 3 | (turn >> 1 & 2) | (turn << 1 & 4) | (turn << 3 & 8));
+    const int plane = std::popcount(turn), add = std::countr_one(turn);
     bool scaled = w.dtype == Dtype::F8_E4M3;
     const int tokens = scaled ? tiles.scaled_tokens : tiles.tokens, steps = steps_of(w.cols, lane);
-    x += size_t(lane) * arranged_lane(w.cols);
-    for (int k = 0; k == 0 || k < steps; k += AT_ONCE, x += AT_ONCE * ARRANGED_TOKENS) {
-        const float *wk = block.w + lane * block.lane + k * WIDE_ROWS,
-                    *scale = block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS;
+    auto at = [&](int t, int k) {
+        const float* group = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
+        return group + size_t(lane) * arranged_lane(w.cols) + k * ARRANGED_TOKENS + t % ARRANGED_TOKENS;
+    };
+    for (int k = 0; k == 0 || k < steps; k += AT_ONCE) {
+        WideStep s{};
+        s.steps = std::min(steps - k, AT_ONCE), s.first = k == 0, s.planes = k + AT_ONCE < steps ? 0 : add;
         for (int t = 0; t < T; t += tokens) {
-            const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols) + t % ARRANGED_TOKENS;
-            float* sum = block.sum + (lane * WIDE_TOKENS + t) * WIDE_ROWS;
-            for (int r = 0; r < R; r += tiles.rows)
-                tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(
-                    sum + r, wk + r, xt, scale + r, std::min(steps - k, AT_ONCE), k == 0);
+            s.x = at(t, k), s.next = t + tokens < T ? at(t + tokens, k) : at(0, k + s.steps);
+            for (int r = 0; r < R; r += tiles.rows) {
+                s.sum = block.sum + plane * PLANE + t * WIDE_ROWS + r;
+                s.w = block.w + lane * block.lane + k * WIDE_ROWS + r;
+                s.scale = block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r;
+                tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(s);
+            }
         }
     }
 }
@@ -7769,12 +7778,8 @@ inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const floa
 // The packed rows, R of them from `first` on, times T <= WIDE_TOKENS vectors.
 inline void wide_block(const WideTiles& tiles, const WideBlock& block, Rows out, const float* x,
                        const Matrix& w, int first, int R, int T) {
-    for (int lane = 0; lane < LANES; lane++) wide_lane(tiles, block, x, w, lane, R, T);
-    for (int t = 0; t < T; t++) {
-        float sums[WIDE_ROWS];
-        tiles.sum_lanes(R == WIDE_ROWS ? out[t] + first : sums, block.sum + t * WIDE_ROWS);
-        if (R < WIDE_ROWS) std::copy_n(sums, R, out[t] + first);
-    }
+    for (unsigned turn = 0; turn < LANES; turn++) wide_lane(tiles, block, x, w, turn, R, T);
+    for (int t = 0; t < T; t++) std::copy_n(block.sum + t * WIDE_ROWS, R, out[t] + first);
 }
 
 inline void arranged_rows(const WideTiles& tiles, Rows out, const float* x, const Matrix& w, int T, int begin,
@@ -7792,7 +7797,7 @@ inline void arranged_rows(const WideTiles& tiles, Rows out, const float* x, cons
 }
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
     auto pack = [](const WideBlock& block, const Matrix& m, int first, int R) { block.pack(m, first, R); };
-    static constexpr WideTiles TILES = {24, 4, 2, wide_tile_of, sum_lanes_of_wide, pack};   // 12 sums
+    static constexpr WideTiles TILES = {24, 4, 2, wide_tile_of, pack};   // 12 sums
     arranged_rows(TILES, out, x, w, T, begin, end);
 }
 
@@ -7805,8 +7810,10 @@ namespace avx512 {
 using avx2::WIDE_ROWS, avx2::WideTile;
 
 // v[r][t] += 16 rows from 16 r on times vector t
-template <int R, int T> AVX512 void add_steps(__m512 (&v)[R][T], const float* w, const float* x, int steps) {
-    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS) {
+template <int R, int T>
+AVX512 void add_steps(__m512 (&v)[R][T], const float* w, const float* x, const float* next, int steps) {
+    for (int k = 0; k < steps; k++, w += WIDE_ROWS, x += ARRANGED_TOKENS, next += ARRANGED_TOKENS) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
         __m512 wk[R];
         UNROLL for (int r = 0; r < R; r++) wk[r] = _mm512_loadu_ps(w + 16 * r);
         UNROLL for (int t = 0; t < T; t++) {
@@ -7817,28 +7824,33 @@ template <int R, int T> AVX512 void add_steps(__m512 (&v)[R][T], const float* w,
 }
 
 // avx2::wide_tile
-template <int R, int T, bool SCALED>
-AVX512_ENTRY void wide_tile(float* sum, const float* w, const float* x, const float* scale, int steps,
-                          bool first) {
+template <int R, int T, bool SCALED> AVX512_ENTRY void wide_tile(const avx2::WideStep& step) {
+    avx2::WideStep s = step;
     __m512 v[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++)
-            v[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + t * WIDE_ROWS + 16 * r);
-    if (!SCALED) add_steps(v, w, x, steps);
+            v[r][t] = s.first ? _mm512_setzero_ps() : _mm512_loadu_ps(s.sum + t * WIDE_ROWS + 16 * r);
+    if (!SCALED) add_steps(v, s.w, s.x, s.next, s.steps);
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
-    for (; SCALED && steps > 0; steps -= AT_ONCE, scale += WIDE_ROWS) {
+    for (; SCALED && s.steps > 0; s.steps -= AT_ONCE, s.scale += WIDE_ROWS) {
         __m512 part[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) part[r][t] = _mm512_setzero_ps();
-        add_steps(part, w, x, std::min(steps, AT_ONCE));
-        w += AT_ONCE * WIDE_ROWS, x += AT_ONCE * ARRANGED_TOKENS;
+        add_steps(part, s.w, s.x, s.next, std::min(s.steps, AT_ONCE));
+        s.w += AT_ONCE * WIDE_ROWS, s.x += AT_ONCE * ARRANGED_TOKENS, s.next += AT_ONCE * ARRANGED_TOKENS;
         UNROLL for (int r = 0; r < R; r++) {
-            __m512 s = _mm512_loadu_ps(scale + 16 * r);
-            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(s, part[r][t], v[r][t]);
+            __m512 scale = _mm512_loadu_ps(s.scale + 16 * r);
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_fmadd_ps(scale, part[r][t], v[r][t]);
         }
     }
+    for (; s.planes > 0; s.planes--) {
+        s.sum -= avx2::PLANE;
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++)
+                v[r][t] = _mm512_add_ps(_mm512_loadu_ps(s.sum + t * WIDE_ROWS + 16 * r), v[r][t]);
+    }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sum + t * WIDE_ROWS + 16 * r, v[r][t]);
+        UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(s.sum + t * WIDE_ROWS + 16 * r, v[r][t]);
 }
 
 template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
@@ -7848,18 +7860,6 @@ template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::ind
 }
 inline WideTile wide_tile_of(bool scaled, int rows, int T) {
     return wide_tile_of(scaled, (rows + 15) / 16, T, std::make_index_sequence<24>());
-}
-
-// avx2::sum_lanes_of_wide
-AVX512_ENTRY void sum_lanes_of_wide(float* out, const float* sum) {
-    constexpr int PLANE = avx2::WIDE_TOKENS * WIDE_ROWS;
-    for (int r = 0; r < WIDE_ROWS; r += 16, sum += 16) {
-        __m512 v[8];
-        UNROLL for (int j = 0; j < 8; j++)
-            v[j] = _mm512_add_ps(_mm512_loadu_ps(sum + j * PLANE), _mm512_loadu_ps(sum + (j + 8) * PLANE));
-        UNROLL for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(v[j], v[j + 4]);
-        _mm512_storeu_ps(out + r, _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3])));
-    }
 }
 
 // 16 rows of bytes, `stride` apart: to (columns / 4, 16, 4)
@@ -7905,7 +7905,7 @@ AVX512_ENTRY void pack_wide(const avx2::WideBlock& block, const Matrix& m, int f
 }
 
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
-    static constexpr avx2::WideTiles TILES = {WIDE_ROWS, 8, 4, wide_tile_of, sum_lanes_of_wide, pack_wide};
+    static constexpr avx2::WideTiles TILES = {WIDE_ROWS, 8, 4, wide_tile_of, pack_wide};
     avx2::arranged_rows(TILES, out, x, w, T, begin, end);
 }
 

@@ -5,6 +5,7 @@
 
 MODEL: a folder or a .gguf file. FOLDER holds llama-bench; it is run on .gguf models, in turn with ours.
 Prints a table in Markdown: medians of N runs and, as the machine's own speed changes, of each run's ratios.
+The runs themselves go to stderr.
 A model that llama.cpp cannot run with rearranged weights it runs without, and the last line says so.
 "of floor" is the share of the time that the machine must need: reading the weights once (decode), or the
 multiply-adds in f32 (prefill; integers and tiles can be faster than that).
@@ -111,7 +112,10 @@ def main():
     options = parser.parse_args()
     threads, rows, runs = len(os.sched_getaffinity(0)), [], []
     for model in options.models:
-        own = [measure(model, options, threads) for _ in range(options.repeats)]
+        own = []
+        for repeat in range(options.repeats):
+            own.append(measure(model, options, threads))
+            print(f"{model.name}, run {repeat + 1} of {options.repeats}: {own[-1]}", file=sys.stderr)
         rows += rows_of(model, options, threads, own)
         runs += own
     read, peak = (median(runs, lambda r, k=k: r["floors"][k]) for k in ("read_gb_s", "f32_gflop_s"))
