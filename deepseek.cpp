@@ -7746,8 +7746,8 @@ inline WideTile wide_tile_of(bool scaled, int rows, int T) {
 // -- M.3  blocks ---------------------------------------------------------------------------------
 
 // The lane whose turn it is, of R packed rows times T <= WIDE_TOKENS vectors. The planes of sums are a stack:
-// as lanes come in the order of their bits read backwards, each finds on it what the tree of sum_lanes adds it
-// to. Of a long row as much is taken at once as stays in the first cache for all vectors.
+// as lanes come in the order of their bits read backwards, each finds on it what the tree of sum_lanes adds
+// it to. Of a long row as much is taken at once as stays in the first cache for all vectors.
 inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const float* x, const Matrix& w,
                       unsigned turn, int R, int T) {
     constexpr int AT_ONCE = 128;
