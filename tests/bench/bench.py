@@ -8,7 +8,8 @@ Prints a table in Markdown: medians of N runs and, as the machine's own speed ch
 The runs themselves go to stderr.
 A model that llama.cpp cannot run with rearranged weights it runs without, and the last line says so.
 "of floor" is the share of the time that the machine must need: reading the weights once (decode), or the
-multiply-adds in f32 (prefill; integers and tiles can be faster than that).
+multiply-adds in f32 (prefill; integers and tiles can be faster than that). The head's are counted for every
+token, though it is computed for the last of a prefill alone.
 Standard library only.
 """
 
