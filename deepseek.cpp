@@ -7627,7 +7627,7 @@ namespace avx2 {
 // -- M.1  arranging ------------------------------------------------------------------------------
 
 constexpr int WIDE_ROWS = 48, WIDE_TOKENS = 128;
-constexpr int PLANE = WIDE_TOKENS * WIDE_ROWS, PLANES = std::bit_width(unsigned(LANES));   // sums of lanes
+constexpr int WIDE_PLANE = WIDE_TOKENS * WIDE_ROWS, WIDE_PLANES = std::bit_width(unsigned(LANES));
 
 // Numbers of a row of n that are in a lane.
 inline int steps_of(int n, int lane) { return (n - lane + LANES - 1) / LANES; }
@@ -7647,14 +7647,14 @@ struct WideBlock {
     float* w;       // (LANES, steps, WIDE_ROWS), the lanes `lane` apart
     float* row;     // (8, row_size): before they are arranged
     float* scale;   // (cols / SCALE_BLOCK, WIDE_ROWS): of e4m3
-    float* sum;     // (PLANES, WIDE_TOKENS, WIDE_ROWS)
+    float* sum;     // (WIDE_PLANES, WIDE_TOKENS, WIDE_ROWS)
 
     WideBlock(std::vector<std::byte>& memory, int cols) {
         row_size = steps_of(cols, 0) * LANES, lane = row_size / LANES * WIDE_ROWS + 16;
         take_from(memory, [&](Arena& arena) {
             w = arena.take<float>(LANES * size_t(lane)), row = arena.take<float>(8 * size_t(row_size));
             scale = arena.take<float>(size_t(cols / SCALE_BLOCK + 1) * WIDE_ROWS);
-            sum = arena.take<float>(PLANES * PLANE);
+            sum = arena.take<float>(WIDE_PLANES * WIDE_PLANE);
         });
     }
     // R rows from `first` on. What stands in the other rows is of no account.
@@ -7674,7 +7674,8 @@ struct WideBlock {
 // -- M.2  tiles ----------------------------------------------------------------------------------
 
 // What a tile is to do: to add `steps` products of a lane to its sums, or to begin them, and then to add the
-// sums of other lanes from that many planes before; the result is in the first of these planes.
+// sums of other lanes from that many planes before; the result is in the first of these planes. It comes by
+// reference: a copy, read in wider pieces than were written, would wait for the stores of the tile before.
 struct WideStep {
     float* sum;                            // (T, WIDE_ROWS)
     const float *w, *x, *scale, *next;     // next: the x of the tile after this one
@@ -7718,7 +7719,7 @@ template <int R, int T, bool SCALED> AVX2_ENTRY void wide_tile(const WideStep& s
         }
     }
     for (; s.planes > 0; s.planes--) {
-        s.sum -= PLANE;
+        s.sum -= WIDE_PLANE;
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++)
                 v[r][t] = _mm256_add_ps(_mm256_loadu_ps(s.sum + t * WIDE_ROWS + 8 * r), v[r][t]);
@@ -7752,7 +7753,7 @@ inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const floa
                       unsigned turn, int R, int T) {
     constexpr int AT_ONCE = 128;
     static_assert(LANES == 16);
-    const int lane = int(turn >> 3 | (turn >> 1 & 2) | (turn << 1 & 4) | (turn << 3 & 8));
+    const int lane = int((turn & 1) * 8 + (turn & 2) * 2 + (turn & 4) / 2 + (turn & 8) / 8);
     const int plane = std::popcount(turn), add = std::countr_one(turn);
     bool scaled = w.dtype == Dtype::F8_E4M3;
     const int tokens = scaled ? tiles.scaled_tokens : tiles.tokens, steps = steps_of(w.cols, lane);
@@ -7766,7 +7767,7 @@ inline void wide_lane(const WideTiles& tiles, const WideBlock& block, const floa
         for (int t = 0; t < T; t += tokens) {
             s.x = at(t, k), s.next = t + tokens < T ? at(t + tokens, k) : at(0, k + s.steps);
             for (int r = 0; r < R; r += tiles.rows) {
-                s.sum = block.sum + plane * PLANE + t * WIDE_ROWS + r;
+                s.sum = block.sum + plane * WIDE_PLANE + t * WIDE_ROWS + r;
                 s.w = block.w + lane * block.lane + k * WIDE_ROWS + r;
                 s.scale = block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r;
                 tiles.of(scaled, std::min(tiles.rows, R - r), std::min(tokens, T - t))(s);
@@ -7844,7 +7845,7 @@ template <int R, int T, bool SCALED> AVX512_ENTRY void wide_tile(const avx2::Wid
         }
     }
     for (; s.planes > 0; s.planes--) {
-        s.sum -= avx2::PLANE;
+        s.sum -= avx2::WIDE_PLANE;
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++)
                 v[r][t] = _mm512_add_ps(_mm512_loadu_ps(s.sum + t * WIDE_ROWS + 16 * r), v[r][t]);
