@@ -4893,16 +4893,16 @@ struct IntBlock {
     float *d, *m;       // (blocks, INT_ROWS)
     int32_t* scale;     // (cols / GROUP, INT_ROWS)             blocks of 256
     int32_t* minimum;   // (cols / (2 GROUP), INT_ROWS): of two groups, 16 bits each
-    float* lane;        // (BLOCK_LANES, INT_TOKENS, INT_ROWS)
+    float* lane;        // (BLOCK_LANES, INT_TOKENS, INT_ROWS); `from` lends it and row
     std::byte* row;     // (INT_ROWS, cols): before they are laid out
 
-    IntBlock(std::vector<std::byte>& memory, int cols, int block, size_t bytes_each = 1) {
+    IntBlock(std::vector<std::byte>& memory, int cols, int block, size_t bytes = 1, IntBlock* from = {}) {
         size_t n = size_t(cols) * INT_ROWS, blocks = n / size_t(block), groups = block == 32 ? 0 : n / GROUP;
         take_from(memory, [&](Arena& arena) {
-            w = arena.take<std::byte>(bytes_each * n), row = arena.take<std::byte>(bytes_each * n);
-            d = arena.take<float>(blocks), m = arena.take<float>(blocks);
-            scale = arena.take<int32_t>(groups), minimum = arena.take<int32_t>(groups / 2);
-            lane = arena.take<float>(BLOCK_LANES * INT_TOKENS * INT_ROWS);
+            w = arena.take<std::byte>(bytes * n), minimum = arena.take<int32_t>(groups / 2);
+            d = arena.take<float>(blocks), m = arena.take<float>(blocks), scale = arena.take<int32_t>(groups);
+            lane = from ? from->lane : arena.take<float>(BLOCK_LANES * INT_TOKENS * INT_ROWS);
+            row = from ? from->row : arena.take<std::byte>(bytes * n);
         });
     }
 };
@@ -8014,7 +8014,7 @@ template <Dtype D> void pack_tiles(IntBlock& block, const Matrix& w, int row, in
     }
 }
 
-// -- N.2  16 rows times 16 vectors ---------------------------------------------------------------
+// -- N.2  16 rows times 16 or 32 vectors ---------------------------------------------------------
 
 // Vectors, and their sums in pairs.
 struct Vectors {
@@ -8025,38 +8025,46 @@ struct Vectors {
     }
 };
 
-struct alignas(64) Products {
-    int32_t v[2][TILE][TILE];              // of a block, or of its low and of its high bytes
-    float minimum[TILE][TILE];
+// 16 rows times 16 vectors, of a block: or of its low, of its high bytes and, in f32, of its minimums.
+template <Dtype D> struct alignas(64) Products {
+    int32_t v[of_32(D) ? 1 : PAIRED<D> ? 3 : 2][TILE][TILE];
 };
 
-// Block b of the rows from h on times that block of 16 vectors.
-template <Dtype D> AMX void multiply(Products& c, const IntBlock& block, int b, int h, const Vectors& v) {
+// Tiles of vectors that the same weights meet.
+template <Dtype D> constexpr int VECTOR_TILES = of_32(D) ? 2 : 1;
+
+// Block b of the rows from h on times that block of VECTOR_TILES<D> times 16 vectors, `next` vectors apart.
+template <Dtype D>
+AMX void multiply(Products<D>* c, const IntBlock& block, int b, int h, const Vectors& v, int next) {
     const int at = b * (INT_ROWS / TILE) + h / TILE;
     const std::byte* w = block.w + at * BLOCK_BYTES<D>;
     _tile_zero(0);
+    _tile_zero(1);
     if constexpr (of_32(D)) {
         _tile_loadd(4, v.x.q, 32);
-        _tile_loadd(5, w, ROW_BYTES);
-        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(6, w, ROW_BYTES);
+        _tile_dpbssd(0, 4, 6);
+        _tile_stored(0, c[0].v[0], ROW_BYTES);
+        _tile_loadd(5, v.at(next, 0).x.q, 32);
+        _tile_dpbssd(1, 5, 6);
+        _tile_stored(1, c[1].v[0], ROW_BYTES);
     } else {
-        _tile_zero(1);
         UNROLL for (int i = 0; i < 4; i++, w += 2 * TILE_BYTES) {
             _tile_loadd(4, v.x.q + 64 * i, 256);
-            _tile_loadd(5, w, ROW_BYTES);
-            _tile_dpbssd(0, 4, 5);
-            _tile_loadd(6, w + TILE_BYTES, ROW_BYTES);
-            _tile_dpbssd(1, 4, 6);
+            _tile_loadd(6, w, ROW_BYTES);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(7, w + TILE_BYTES, ROW_BYTES);
+            _tile_dpbssd(1, 4, 7);
         }
-        _tile_stored(1, c.v[1], ROW_BYTES);
+        _tile_stored(0, c->v[0], ROW_BYTES);
+        _tile_stored(1, c->v[1], ROW_BYTES);
     }
-    _tile_stored(0, c.v[0], ROW_BYTES);
     if constexpr (PAIRED<D>) {
         _tile_zero(2);
-        _tile_loadd(3, v.pairs, ROW_BYTES);
-        _tile_loadd(7, block.scale + at * TILE * TILE, ROW_BYTES);
-        _tile_dpbf16ps(2, 3, 7);
-        _tile_stored(2, c.minimum, ROW_BYTES);
+        _tile_loadd(4, v.pairs, ROW_BYTES);
+        _tile_loadd(6, block.scale + at * TILE * TILE, ROW_BYTES);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_stored(2, c->v[2], ROW_BYTES);
     }
 }
 
@@ -8064,7 +8072,7 @@ using Sums = __m512[2][TILE / 2];          // of 16 vectors, each with 16 rows
 
 // y += block b of the rows from h on times 16 vectors, of which c has the products; x: their block b
 template <Dtype D>
-AVX512 void add(Sums& y, const IntBlock& block, int b, int h, const Products& c, const IntRows& x) {
+AVX512 void add(Sums& y, const IntBlock& block, int b, int h, const Products<D>& c, const IntRows& x) {
     const int at = b * INT_ROWS + h;
     __m512 d = _mm512_load_ps(block.d + at), m = _mm512_setzero_ps();
     if (has_minimums(D)) m = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_load_ps(block.m + at));
@@ -8072,27 +8080,14 @@ AVX512 void add(Sums& y, const IntBlock& block, int b, int h, const Products& c,
         UNROLL for (int k = 0; k < TILE / 2; k++) {
             const int t = g * TILE / 2 + k;
             __m512i sum = load512(c.v[0][t]);
-            if (!of_32(D)) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load512(c.v[1][t]), 7));
+            if constexpr (!of_32(D)) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load512(c.v[1][t]), 7));
             y[g][k] = add_scaled(y[g][k], d, x.d[t], sum);
             if (!has_minimums(D)) continue;
-            __m512 minimum = PAIRED<D> ? _mm512_load_ps(c.minimum[t])
-                                       : _mm512_set1_ps(float(-(x.sums[2 * t] + x.sums[2 * t + 1])));
+            __m512 minimum;
+            if constexpr (PAIRED<D>) minimum = _mm512_load_ps(c.v[2][t]);
+            else minimum = _mm512_set1_ps(float(-(x.sums[2 * t] + x.sums[2 * t + 1])));
             y[g][k] = _mm512_fmadd_ps(_mm512_mul_ps(m, _mm512_set1_ps(x.d[t])), minimum, y[g][k]);
         }
-}
-
-// y += the blocks b, b + 8 .. end. The tiles of one are multiplied while the products of the last are added.
-template <Dtype D>
-AMX void add_blocks(Sums& y, const IntBlock& block, int b, int end, int h, const Vectors& v) {
-    Products products[2];
-    if (b >= end) return;
-    multiply<D>(products[0], block, b, h, v.at(0, b));
-    int n = 0;
-    for (; b + BLOCK_LANES < end; b += BLOCK_LANES, n ^= 1) {
-        multiply<D>(products[n ^ 1], block, b + BLOCK_LANES, h, v.at(0, b + BLOCK_LANES));
-        add<D>(y, block, b, h, products[n], v.x.at(0, b));
-    }
-    add<D>(y, block, b, h, products[n], v.x.at(0, b));
 }
 
 AVX512 void add_sums(Sums& y, const float* p) {
@@ -8110,24 +8105,33 @@ AVX512 void put(Rows out, const Sums& y, int row, int R, int T) {
 
 // -- N.3  a block of rows, many vectors ----------------------------------------------------------
 
-// Blocks b, b + 8 .. end of a lane: as many as stay in the first cache.
+// Blocks b, b + 8 .. end of a lane: as many as stay, with their products, in the first cache.
 struct LanePart {
     int b, end, depth, halves;             // sums on the stack; how many of them this one meets when done
     bool first, last, all;                 // first and last part of the lane; `all`: of the last lane
 };
+template <Dtype D> constexpr int PART_BLOCKS = of_32(D) ? 8 : 1;
 
+// VECTOR_TILES<D> times 16 vectors from t on. First all products, then their sums: it takes a while until
+// what a tile has stored can be read.
 template <Dtype D>
-AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T,
+AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T, int t,
                         const LanePart& p) {
-    constexpr int PLANE = INT_TOKENS * INT_ROWS;
-    for (int t = 0; t < T; t += TILE) {
-        for (int h = 0; h < R; h += TILE) {
-            float* top = block.lane + p.depth * PLANE + (t * INT_ROWS + h * TILE);
+    constexpr int PLANE = INT_TOKENS * INT_ROWS, MOST = VECTOR_TILES<D>;
+    const int tiles = std::min(MOST, (T - t + TILE - 1) / TILE);
+    Products<D> c[PART_BLOCKS<D>][MOST];
+    for (int h = 0; h < R; h += TILE) {
+        for (int k = 0, b = p.b; b < p.end; k++, b += BLOCK_LANES)
+            multiply<D>(c[k], block, b, h, v.at(t, b), (tiles - 1) * TILE);
+        for (int i = 0; i < tiles; i++) {
+            const int first = t + i * TILE;
+            float* top = block.lane + p.depth * PLANE + (first * INT_ROWS + h * TILE);
             Sums y = {};
             if (!p.first) add_sums(y, top);
-            add_blocks<D>(y, block, p.b, p.end, h, v.at(t, 0));
-            for (int i = 0; p.last && i < p.halves; i++) add_sums(y, top -= PLANE);
-            if (p.all) put({out[t], out.stride}, y, row + h, R - h, T - t);
+            for (int k = 0, b = p.b; b < p.end; k++, b += BLOCK_LANES)
+                add<D>(y, block, b, h, c[k][i], v.x.at(first, b));
+            for (int n = 0; p.last && n < p.halves; n++) add_sums(y, top -= PLANE);
+            if (p.all) put({out[first], out.stride}, y, row + h, R - h, T - first);
             else put({top, TILE}, y, 0, TILE, TILE);
         }
     }
@@ -8138,7 +8142,7 @@ AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int r
 // for each 1 of the binary number of lanes done.
 template <Dtype D>
 void int_block(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T) {
-    constexpr int CACHED = (of_32(D) ? 12 : 1) * BLOCK_LANES;
+    constexpr int CACHED = PART_BLOCKS<D> * BLOCK_LANES;
     const int blocks = v.x.n / v.x.block;
     for (int done = 0; done < BLOCK_LANES; done++) {
         const int lane = (done & 1) * 4 + (done & 2) + (done & 4) / 4;
@@ -8147,7 +8151,8 @@ void int_block(const IntBlock& block, Rows out, const Vectors& v, int row, int R
             bool last = b + CACHED >= blocks;
             LanePart part{b, std::min(blocks, b + CACHED), std::popcount(unsigned(done)),
                           std::countr_one(unsigned(done)), b == lane, last, last && done == BLOCK_LANES - 1};
-            add_part<D>(block, out, v, row, R, T, part);
+            for (int t = 0; t < T; t += VECTOR_TILES<D> * TILE)
+                add_part<D>(block, out, v, row, R, T, t, part);
             b += CACHED;
         } while (b < blocks);
     }
@@ -8160,7 +8165,7 @@ struct alignas(64) TileConfig {                        // Intel SDM, LDTILECFG
 };
 constexpr TileConfig tiles_for(int columns) {
     TileConfig c;
-    c.row_bytes[4] = uint16_t(columns), c.rows[5] = uint8_t(columns / 4);
+    c.row_bytes[4] = c.row_bytes[5] = uint16_t(columns), c.rows[6] = uint8_t(columns / 4);
     return c;
 }
 
@@ -8179,8 +8184,10 @@ AMX_ENTRY void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, i
     _tile_loadconfig(&TILES);
     for (int first = begin; first < end; first += at_once) {
         std::vector<IntBlock> blocks;
+        blocks.reserve(MOST);
         for (int r = first; r < std::min(end, first + at_once); r += INT_ROWS) {
-            blocks.emplace_back(memory[blocks.size()], w.cols, x.block, BYTES);
+            IntBlock* first_block = blocks.empty() ? nullptr : &blocks[0];
+            blocks.emplace_back(memory[blocks.size()], w.cols, x.block, BYTES, first_block);
             pack_tiles<D>(blocks.back(), w, r, std::min(INT_ROWS, end - r));
         }
         for (int t = 0; t < T; t += INT_TOKENS) {
