@@ -7351,11 +7351,15 @@ template <Dtype D, int T, int COUNT> struct EightBlocks {
         }
     }
 
-    // Weights 64 i .. 64 i + 64 of block k, with their offset, times their scales.
-    AVX512 void add_64(__m512i (&v)[T], int k, int i, __m512i w, __m512i scales) const {
+    // Weights 128 i .. 128 i + 128 of block k, with their offset, times their scales. Sums of four products
+    // fit in 16 bits: four from the first half of the weights, four from the second, and so on.
+    AVX512 void add_128(__m512i (&v)[T], int k, int i, const __m512i (&w)[2], __m512i scales) const {
         for (int t = 0; t < T; t++) {
-            __m512i two = _mm512_maddubs_epi16(w, load512(values(t, k) + 64 * i));
-            v[t] = _mm512_dpwssd_epi32(v[t], two, scales);
+            __m512i four[2];
+            UNROLL for (int j = 0; j < 2; j++)
+                four[j] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w[j],
+                                              load512(values(t, k) + 128 * i + 64 * j));
+            v[t] = _mm512_dpwssd_epi32(v[t], _mm512_packs_epi32(four[0], four[1]), scales);
         }
     }
 
@@ -7401,10 +7405,12 @@ template <Dtype D, int T, int COUNT> struct EightBlocks {
     AVX512 void add_q4_k_block(__m512i (&v)[T], int k, __m512i six) const {
         const int q = k % 4 * 4;
         __m512i mine = _mm512_permutexvar_epi32(quarters(q, q + 1, q + 2, q + 3), six);
-        UNROLL for (int i = 0; i < 4; i++) {
-            int64_t low = int64_t(uint64_t(0x8000 + 2 * i) * FOUR_16);
-            __m512i scales = _mm512_shuffle_epi8(mine, halves(low, low + FOUR_16));
-            add_64(v, k, i, shifted_right(twice(p + k * BYTES + 16 + 32 * i), 0, 4, 15), scales);
+        UNROLL for (int i = 0; i < 2; i++) {
+            int64_t a = int64_t(uint64_t(0x8000 + 4 * i) * FOUR_16), b = a + FOUR_16, c = b + FOUR_16;
+            __m512i order = _mm512_setr_epi64(a, c, a, c, b, c + FOUR_16, b, c + FOUR_16), w[2];
+            UNROLL for (int j = 0; j < 2; j++)
+                w[j] = shifted_right(twice(p + k * BYTES + 16 + 64 * i + 32 * j), 0, 4, 15);
+            add_128(v, k, i, w, _mm512_shuffle_epi8(mine, order));
         }
     }
 
@@ -7419,10 +7425,11 @@ template <Dtype D, int T, int COUNT> struct EightBlocks {
             for (int t = 0; t < T; t++) sum[t][i] = pair_of(v[0][t], v[1][t]);
         }
     }
-    // Of 16 scales, the four of the weights from 64 i on, each for 8 pairs of weights.
-    AVX512 static __m512i four_scales(__m512i scales, int i) {
-        int64_t a = 4 * i * FOUR_16, b = a + FOUR_16, c = b + FOUR_16, e = c + FOUR_16;
-        return _mm512_permutexvar_epi16(_mm512_setr_epi64(a, a, b, b, c, c, e, e), scales);
+    // Of 16 scales, the eight of the weights from 128 i on, as add_128 wants them.
+    AVX512 static __m512i eight_scales(__m512i scales, int i) {
+        int64_t a = 8 * i * FOUR_16, b = a + FOUR_16, c = b + FOUR_16, e = c + FOUR_16, half = 4 * FOUR_16;
+        __m512i order = _mm512_setr_epi64(a, a + half, b, b + half, c, c + half, e, e + half);
+        return _mm512_permutexvar_epi16(order, scales);
     }
     AVX512 void add_q6_k_block(__m512i (&v)[T], int k) const {
         const std::byte* block = p + k * BYTES;
@@ -7433,12 +7440,10 @@ template <Dtype D, int T, int COUNT> struct EightBlocks {
             v[t] = _mm512_zextsi256_si512(_mm256_madd_epi16(offset, load256(sums(t, k))));
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i low = load512(block + 64 * i), high = twice(block + 128 + 32 * i);
-            __m512i a = shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48);
-            __m512i b = shifted_right(high, 0, 2, 48);
-            a = _mm512_or_si512(a, _mm512_and_si512(low, all8(15)));
-            b = _mm512_or_si512(b, shifted_right(low, 4, 4, 15));
-            add_64(v, k, 2 * i, a, four_scales(scales, 2 * i));
-            add_64(v, k, 2 * i + 1, b, four_scales(scales, 2 * i + 1));
+            __m512i w[2] = {_mm512_and_si512(low, all8(15)), shifted_right(low, 4, 4, 15)};
+            w[0] = _mm512_or_si512(w[0], shifted_right(_mm512_slli_epi16(high, 4), 0, 2, 48));
+            w[1] = _mm512_or_si512(w[1], shifted_right(high, 0, 2, 48));
+            add_128(v, k, i, w, eight_scales(scales, i));
         }
     }
 
