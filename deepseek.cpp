@@ -7479,7 +7479,7 @@ AVX512 void add_rest(__m256 (&lane)[T], const std::byte* p, const IntRows& x, in
 }
 
 template <Dtype D, int T>
-AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
+AVX512 void int_row(float* out, int64_t stride, const IntRows& x, const std::byte* p) {
     constexpr int BYTES = format_of(D).bytes;
     int blocks = x.n / format_of(D).values, b = 0;
     __m256 lane[T];
@@ -7495,13 +7495,18 @@ AVX512_ENTRY void int_row(float* out, int64_t stride, const IntRows& x, const st
     for (int t = 0; t < T; t++) out[t * stride] = avx2::sum_block_lanes(lane[t]);
 }
 
+// One function, not one for each row: it loads its constants once.
+template <Dtype D, int T>
+AVX512_ENTRY void row_by_row(Rows out, const IntRows& x, const Matrix& w, int begin, int end) {
+    const std::byte* p = w.row(begin);
+    const int64_t bytes = w.row(1) - w.row(0);
+    for (int r = begin; r < end; r++, p += bytes) int_row<D, T>(out[0] + r, out.stride, x, p);
+}
 template <Dtype D>
 void few_tokens_int(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for (int r = begin; r < end; r++) {
-        if (T == 1) int_row<D, 1>(out[0] + r, out.stride, x, w.row(r));
-        if (T == 2) int_row<D, 2>(out[0] + r, out.stride, x, w.row(r));
-        if (T == 3) int_row<D, 3>(out[0] + r, out.stride, x, w.row(r));
-    }
+    if (T == 1) row_by_row<D, 1>(out, x, w, begin, end);
+    if (T == 2) row_by_row<D, 2>(out, x, w, begin, end);
+    if (T == 3) row_by_row<D, 3>(out, x, w, begin, end);
 }
 
 inline void few_ints(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
