@@ -8044,6 +8044,7 @@ template <Dtype D> struct alignas(64) Products {
 template <Dtype D> constexpr int VECTOR_TILES = of_32(D) ? 2 : 1;
 
 // Block b of the rows from h on times that block of VECTOR_TILES<D> times 16 vectors, `next` vectors apart.
+// Tiles 0 to 2 are sums, 4 and 5 vectors, 6 and 7 weights.
 template <Dtype D>
 AMX void multiply(Products<D>* c, const IntBlock& block, int b, int h, const Vectors& v, int next) {
     const int at = b * (INT_ROWS / TILE) + h / TILE;
