@@ -8040,26 +8040,28 @@ template <Dtype D> struct alignas(64) Products {
     int32_t v[of_32(D) ? 1 : PAIRED<D> ? 3 : 2][TILE][TILE];
 };
 
-// Tiles of vectors that the same weights meet.
+// Tiles of vectors that the same weights meet, at most.
 template <Dtype D> constexpr int VECTOR_TILES = of_32(D) ? 2 : 1;
 
-// Block b of the rows from h on times that block of VECTOR_TILES<D> times 16 vectors, `next` vectors apart.
-// Tiles 0 to 2 are sums, 4 and 5 vectors, 6 and 7 weights.
+// Block b of the rows from h on times that block of `tiles` <= VECTOR_TILES<D> times 16 vectors. The tiles 0
+// to 2 are sums, 4 and 5 vectors, 6 and 7 weights.
 template <Dtype D>
-AMX void multiply(Products<D>* c, const IntBlock& block, int b, int h, const Vectors& v, int next) {
+AMX void multiply(Products<D>* c, const IntBlock& block, int b, int h, const Vectors& v, int tiles) {
     const int at = b * (INT_ROWS / TILE) + h / TILE;
     const std::byte* w = block.w + at * BLOCK_BYTES<D>;
     _tile_zero(0);
-    _tile_zero(1);
     if constexpr (of_32(D)) {
         _tile_loadd(4, v.x.q, 32);
         _tile_loadd(6, w, ROW_BYTES);
         _tile_dpbssd(0, 4, 6);
         _tile_stored(0, c[0].v[0], ROW_BYTES);
-        _tile_loadd(5, v.at(next, 0).x.q, 32);
+        if (tiles == 1) return;
+        _tile_zero(1);
+        _tile_loadd(5, v.at(TILE, 0).x.q, 32);
         _tile_dpbssd(1, 5, 6);
         _tile_stored(1, c[1].v[0], ROW_BYTES);
     } else {
+        _tile_zero(1);
         UNROLL for (int i = 0; i < 4; i++, w += 2 * TILE_BYTES) {
             _tile_loadd(4, v.x.q + 64 * i, 256);
             _tile_loadd(6, w, ROW_BYTES);
@@ -8128,12 +8130,12 @@ template <Dtype D> constexpr int PART_BLOCKS = of_32(D) ? 8 : 1;
 template <Dtype D>
 AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T, int t,
                         const LanePart& p) {
-    constexpr int PLANE = INT_TOKENS * INT_ROWS, MOST = VECTOR_TILES<D>;
-    const int tiles = std::min(MOST, (T - t + TILE - 1) / TILE);
-    Products<D> c[PART_BLOCKS<D>][MOST];
+    constexpr int PLANE = INT_TOKENS * INT_ROWS;
+    const int tiles = std::min(+VECTOR_TILES<D>, (T - t + TILE - 1) / TILE);
+    Products<D> c[PART_BLOCKS<D>][VECTOR_TILES<D>];
     for (int h = 0; h < R; h += TILE) {
         for (int k = 0, b = p.b; b < p.end; k++, b += BLOCK_LANES)
-            multiply<D>(c[k], block, b, h, v.at(t, b), (tiles - 1) * TILE);
+            multiply<D>(c[k], block, b, h, v.at(t, b), tiles);
         for (int i = 0; i < tiles; i++) {
             const int first = t + i * TILE;
             float* top = block.lane + p.depth * PLANE + (first * INT_ROWS + h * TILE);
@@ -8153,18 +8155,18 @@ AMX_ENTRY void add_part(const IntBlock& block, Rows out, const Vectors& v, int r
 // for each 1 of the binary number of lanes done.
 template <Dtype D>
 void int_block(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T) {
-    constexpr int CACHED = PART_BLOCKS<D> * BLOCK_LANES;
+    constexpr int STEP = PART_BLOCKS<D> * BLOCK_LANES;
     const int blocks = v.x.n / v.x.block;
     for (int done = 0; done < BLOCK_LANES; done++) {
         const int lane = (done & 1) * 4 + (done & 2) + (done & 4) / 4;
         int b = lane;
         do {
-            bool last = b + CACHED >= blocks;
-            LanePart part{b, std::min(blocks, b + CACHED), std::popcount(unsigned(done)),
+            bool last = b + STEP >= blocks;
+            LanePart part{b, std::min(blocks, b + STEP), std::popcount(unsigned(done)),
                           std::countr_one(unsigned(done)), b == lane, last, last && done == BLOCK_LANES - 1};
             for (int t = 0; t < T; t += VECTOR_TILES<D> * TILE)
                 add_part<D>(block, out, v, row, R, T, t, part);
-            b += CACHED;
+            b += STEP;
         } while (b < blocks);
     }
 }
