@@ -7035,21 +7035,28 @@ AVX512 float sum(__m512 v) {
     return avx2::sum({_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)});
 }
 
-template <class Row, int R, int T> struct Dots {
-    __m512 v[R][T];
-    size_t ahead;                                      // bytes to the rows that come after these
+// Vectors of so many columns leave no room in the L1 cache: they are to meet many rows at once.
+constexpr int LONG = 4096, LONG_ROWS = 8;
 
-    AVX512 void clear() {
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_setzero_ps();
+template <class Row, int R, int T> struct Dots {
+    size_t ahead;                                      // bytes to the rows that come after these
+    __m512 v[R][T] = {};
+
+    // At step i: of few rows the next ones, as memory has them; of many the columns to come, each row's in turn.
+    AVX512 void fetch(const Row* w, size_t i) {
+        constexpr size_t BYTES = STORED<Row> * LANES, TURNS = std::max<size_t>(64 / BYTES, 1);
+        if constexpr (R < LONG_ROWS) {
+            for (size_t c = 0; c < R * BYTES; c += 64) prefetch(w[0].p + ahead + i * R * BYTES + c);
+        } else {
+            for (size_t r = i % TURNS; r < R; r += TURNS)
+                _mm_prefetch(reinterpret_cast<const char*>(w[r].p + i * BYTES + 2048), _MM_HINT_T1);
+        }
     }
     // The columns i .. i + 16 of which m has the bit.
     AVX512 void step(const Row* w, ConstRows x, int i, __mmask16 m) {
         __m512 xt[T];
         UNROLL for (int t = 0; t < T; t++) xt[t] = _mm512_maskz_loadu_ps(m, x[t] + i);
-        constexpr size_t BYTES = R * STORED<Row> * LANES;   // of a step; the next rows as memory has them
-        for (size_t c = 0; c < BYTES; c += 64)
-            prefetch(w[0].p + ahead + size_t(i / LANES) * BYTES + c);
+        fetch(w, size_t(i / LANES));
         UNROLL for (int r = 0; r < R; r++) {
             __m512 wr = widen16(w[r], i, m);
             UNROLL for (int t = 0; t < T; t++) v[r][t] = _mm512_mask3_fmadd_ps(wr, xt[t], v[r][t], m);
@@ -7065,14 +7072,10 @@ template <class Row, int R, int T> struct Dots {
 template <class Row, int R, int T> AVX512_ENTRY void dots(Rows out, ConstRows x, const Matrix& w, int first) {
     Row row[R];
     UNROLL for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
-    Dots<Row, R, T> all;
-    all.clear();
-    all.ahead = size_t(R) * size_t(row[R - 1].p - row[0].p) / std::max(R - 1, 1);
+    Dots<Row, R, T> all{size_t(R) * size_t(row[R - 1].p - row[0].p) / std::max(R - 1, 1)};
     if constexpr (std::is_same_v<Row, E4m3Row>) {
         for (int begin = 0; begin < w.cols; begin += SCALE_BLOCK) {
-            Dots<Row, R, T> block;
-            block.clear();
-            block.ahead = all.ahead;
+            Dots<Row, R, T> block{all.ahead};
             block.add_products(row, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
             UNROLL for (int r = 0; r < R; r++) {
                 __m512 s = _mm512_set1_ps(load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4));
@@ -7087,10 +7090,15 @@ template <class Row, int R, int T> AVX512_ENTRY void dots(Rows out, ConstRows x,
         UNROLL for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
 }
 
-// Four rows at once: four chains of additions hide each other's latency.
+// Rows at once, for chains of additions to hide each other's latency: measured on both makers' processors.
 template <class Row, int T> void few(Rows out, ConstRows x, const Matrix& w, int begin, int end) {
     int r = begin;
-    for (; r + 4 <= end; r += 4) dots<Row, 4, T>(out, x, w, r);
+    if (INTEL) {
+        for (; r + 4 <= end; r += 4) dots<Row, 4, T>(out, x, w, r);
+    } else if (w.cols >= LONG) {
+        for (; r + LONG_ROWS <= end; r += LONG_ROWS) dots<Row, LONG_ROWS, T>(out, x, w, r);
+    }
+    for (; r + 2 <= end; r += 2) dots<Row, 2, T>(out, x, w, r);
     for (; r < end; r++) dots<Row, 1, T>(out, x, w, r);
 }
 
