@@ -4804,8 +4804,8 @@ template <Dtype D, int T> struct DotSink {
                                                   0x0302030203020302);
         __m256i scale = all16(1);
         if (D == Dtype::Q8_0) w = signed_again(w);
-        if (!of_32(D))
-            scale = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(s.scale + 2 * i)), halves);
+        if (!of_32(D)) scale = _mm256_set1_epi32(load<int32_t>(s.scale + 2 * i));
+        if (!of_32(D) && D != Dtype::Q4_K && D != Dtype::Q5_K) scale = _mm256_shuffle_epi8(scale, halves);
         for (int t = 0; t < T; t++) {
             __m256i two = pairs<D>(w, load256(x + t * stride + 32 * i));
             sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(two, scale));
