@@ -35,6 +35,7 @@
 //   L   Fast integers: AVX-512     bytes with VNNI
 //   M   Fast CPU: many tokens      rows side by side in a register
 //   N   Fast integers: AMX         tiles of bytes, the same bits
+//   O   Fast integers: interleaved rows    a K format's sixteen rows side by side
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -724,6 +725,7 @@ struct Matrix {
     Dtype dtype = Dtype::F32;
     int rows = 0, cols = 0, first_row = 0;
     size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
+    bool interleaved = false;           // sixteen rows side by side: appendix O
 
     explicit operator bool() const { return data != nullptr; }
     const std::byte* row(int r) const {
@@ -1266,7 +1268,7 @@ public:
         struct stat status {};
         bool regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
         size_ = regular ? size_t(status.st_size) : 0;
-        void* p = size_ ? mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+        void* p = size_ ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
         close(fd);
         if (!regular) fail("%s: not a regular file", path.c_str());
         if (size_ == 0) fail("%s: empty", path.c_str());
@@ -1659,7 +1661,7 @@ inline void softmax_plain(real* z, real scale, int n) {
 
 // -- 5.4  the kernels in use ---------------------------------------------------------------------
 
-// Plain, or the fastest that this processor has (appendices A, E, J to L), with the same bits.
+// Plain, or the fastest that this processor has (appendices A, E, J to O), with the same bits.
 struct Kernels {
     const char* name = "plain";
     bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
@@ -1674,6 +1676,8 @@ struct Kernels {
     // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
     void (*arrange)(real* out, ConstRows x, int T, int n) = nullptr;
     void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end) = nullptr;
+    // `int_rows` for interleaved W (appendix O), or none.
+    void (*interleaved_rows)(Rows, const IntRows& x, const Matrix& w, int T, int begin, int end) = nullptr;
 };
 inline Kernels kernels;
 
@@ -1724,6 +1728,7 @@ inline void multiply(const Product& p, const Input& x, const Parts& part, int i)
     int t = i / part.of_rows * part.tokens, T = std::min(part.tokens, p.T - t);
     int begin = i % part.of_rows * part.rows, end = std::min(p.w->rows, begin + part.rows);
     Rows out{p.out[t], p.out.stride};
+    if (p.w->interleaved) return kernels.interleaved_rows(out, x.ints, *p.w, T, begin, end);
     if (in_integers(*p.w)) return kernels.int_rows(out, x.ints, *p.w, T, begin, end);
     if (!x.arranged) return kernels.rows(out, p.x, *p.w, T, begin, end);
     const real* arranged = x.arranged + size_t(t / ARRANGED_TOKENS) * arranged_size(p.w->cols);
@@ -2018,6 +2023,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
+    uint64_t fingerprint = 0;              // chapter 12.3, of weights that have been interleaved
     Pages quantised;                       // weights that were made smaller while loading
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
@@ -2815,6 +2821,9 @@ inline Config read_config(const fs::path& folder) {
 
 const FileType& file_type(const std::string& name);   // appendix H
 
+// Appendix O: weights in the order that is fastest, as far as they take no more than `memory` bytes.
+void interleave(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress);
+
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
 inline size_t quantised_bytes(const Config& c, const std::string& quant) {
     if (quant == "none") return 0;
@@ -2913,28 +2922,66 @@ inline void prefill(Session& s, std::span<const int> ids, int pos,
 
 // -- 11.3  the memory plan -----------------------------------------------------------------------
 
-// Bytes that the system can give without swapping; 0 where it does not say.
-inline uint64_t available_memory() {
-    std::ifstream in("/proc/meminfo");
+// The number after `key` in a file of the system, if it says one.
+inline std::optional<uint64_t> system_number(const fs::path& file, const std::string& key = "") {
+    std::ifstream in(file);
     for (std::string line; std::getline(in, line);) {
-        unsigned long long kib = 0;
-        if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return uint64_t(kib) * 1024;
+        unsigned long long n = 0;
+        if (line.starts_with(key) && std::sscanf(line.c_str() + key.size(), " %llu", &n) == 1) return n;
     }
-    return 0;
+    return {};
 }
+
+// Bytes that a control group, of the system's first or second kind, leaves to its processes. Pages of files
+// count as free, for they are given up when others are needed.
+inline uint64_t left_in_group(const fs::path& group, bool first_kind) {
+    auto limit = system_number(group / (first_kind ? "memory.limit_in_bytes" : "memory.max"));
+    auto used = system_number(group / (first_kind ? "memory.usage_in_bytes" : "memory.current"));
+    if (!limit || !used) return UINT64_MAX;
+    for (std::string key : {"inactive_file", "active_file"}) {
+        auto pages = system_number(group / "memory.stat", (first_kind ? "total_" : "") + key);
+        *used -= std::min(*used, pages.value_or(0));
+    }
+    return *limit - std::min(*used, *limit);
+}
+
+// Bytes that the system can give this process without swapping; 0 where it does not say.
+inline uint64_t available_memory() {
+    uint64_t available = system_number("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
+    std::ifstream in("/proc/self/cgroup");             // lines NUMBER:CONTROLLERS:/PATH
+    for (std::string line; available && std::getline(in, line);) {
+        bool first_kind = line.find(":memory:/") != std::string::npos;
+        if (!first_kind && !line.starts_with("0::/")) continue;
+        fs::path root = first_kind ? "/sys/fs/cgroup/memory" : "/sys/fs/cgroup", group = root;
+        available = std::clamp<uint64_t>(left_in_group(root, first_kind), 1, available);
+        for (const fs::path& part : fs::path(line.substr(line.find(":/") + 2))) {
+            group /= part;
+            available = std::clamp<uint64_t>(left_in_group(group, first_kind), 1, available);
+        }
+    }
+    return available;
+}
+
+inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
 
 struct MemoryPlan {
     uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
     uint64_t needed() const { return weights + cache + activations; }
     bool fits() const { return available == 0 || needed() <= available; }
+    uint64_t left_for_weights() const { return available - std::min(available, cache + activations); }
+    void require(int context) const {
+        if (fits()) return;
+        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
+             "the %.2f GB available",
+             context, weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
+             gigabytes(cache), gigabytes(activations), gigabytes(needed() - available), gigabytes(available));
+    }
 };
 
 inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
     return {weights, Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
             available_memory()};
 }
-
-inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
 
 // =================================================================================================
 // Chapter 12. Talking
@@ -3133,12 +3180,13 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // reused.
 
 // A number that names a model's weights: names, dtypes and shapes of all tensors, and some bytes of each.
-inline uint64_t fingerprint(const Checkpoint& checkpoint) {
+inline uint64_t fingerprint(const Model& m) {
+    if (m.fingerprint) return m.fingerprint;
     uint64_t h = 0xCBF29CE484222325u;                    // FNV-1a
     auto add = [&](const void* data, size_t n) {
         for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
     };
-    for (auto& [name, t] : checkpoint.tensors) {
+    for (auto& [name, t] : m.checkpoint.tensors) {
         size_t n = std::min<size_t>(t.bytes, 256);
         add(name.data(), name.size()), add(t.dtype.data(), t.dtype.size());
         for (uint64_t side : t.shape) add(&side, 8);
@@ -3162,7 +3210,7 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
 }
 
 inline void save_cache(const Session& s, const std::string& path) {
-    uint64_t about[] = {fingerprint(s.model.checkpoint), uint64_t(s.cache.dtype), uint64_t(s.length),
+    uint64_t about[] = {fingerprint(s.model), uint64_t(s.cache.dtype), uint64_t(s.length),
                         uint64_t(s.mtp_length)};
     std::vector<OutputTensor> out = {
         {"about", "U64", {4}, about, sizeof about},
@@ -3183,7 +3231,7 @@ inline void load_cache(Session& s, const std::string& path) {
     if (found["about"].size() != 32) fail("%s: not a cache that --save-kv wrote", path.c_str());
     uint64_t about[4];
     std::memcpy(about, found["about"].data(), sizeof about);
-    if (about[0] != fingerprint(s.model.checkpoint)) fail("%s: the cache of another model", path.c_str());
+    if (about[0] != fingerprint(s.model)) fail("%s: the cache of another model", path.c_str());
     if (about[1] != uint64_t(s.cache.dtype)) fail("%s: was saved with another --kv", path.c_str());
     if (about[2] > uint64_t(s.options.context) || about[3] > about[2])
         fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2],
@@ -3337,11 +3385,9 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 // and their integer sums are exact. Each kernel below does the additions of its plain twin in the same
 // order, so the choice, made once at start, cannot be seen in any result.
 //
-// One token needs each weight once: the time is that of reading the weights from memory, and the kernels
-// read them as they are packed. Many tokens need each weight many times: a block of rows is unpacked once
-// into the form that multiplies fastest, and the sums of 3 rows x 4 tokens (or 16 x 4 in integers) stay
-// in registers, so that one load serves several multiplications. DEEPSEEK_SIMD=plain, avx2, avx512, amx, neon
-// or dotprod in the environment overrides the choice.
+// One token needs each weight once: the time is that of reading them from memory, packed as they are. Many
+// tokens need each many times: a block of rows is unpacked once, and the sums of 3 rows x 4 tokens (16 x 4 in
+// integers) stay in registers. DEEPSEEK_SIMD=plain, avx2, avx512, amx, neon or dotprod overrides the choice.
 
 // Loops over registers: an array whose loops are all unrolled has no address and needs no memory.
 #if defined(__clang__)
@@ -3754,10 +3800,11 @@ inline void quantise(const IntRows& out, const float* x);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 inline void arrange(float* out, ConstRows x, int T, int n);
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
+inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 
 }  // namespace avx2
 
-// Appendices K to N.
+// Appendices K to O.
 namespace avx512 {
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n);
@@ -3765,6 +3812,7 @@ inline void softmax(float* z, float scale, int n);
 inline void silu_times(float* gate, const float* up, int n);
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end);
+inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
 }  // namespace avx512
 namespace amx {
 inline bool available();
@@ -3791,21 +3839,21 @@ inline std::vector<Kernels> available_kernels() {   // tests/unit/chA_fast_cpu.c
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         all.push_back({"avx2", true, avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
                        avx2::softmax, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
-                       avx2::arranged_rows});
+                       avx2::arranged_rows, avx2::interleaved_rows});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
         Kernels k = all.back();
         k.name = "avx512", k.rows = avx512::rows, k.weigh = avx512::weigh, k.softmax = avx512::softmax;
         k.silu_times = avx512::silu_times, k.arranged_rows = avx512::arranged_rows;
-        k.int_rows = avx512::int_rows;
+        k.int_rows = avx512::int_rows, k.interleaved_rows = avx512::interleaved_rows;
         all.push_back(k);
         k.name = "amx", k.int_rows = amx::int_rows;
         if (amx::available()) all.push_back(k);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
     all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
-                   neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr});
+                   neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr, nullptr});
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
         Kernels k = all.back();
         k.name = "dotprod", k.int_rows = neon::int_rows<true>;
@@ -3899,16 +3947,6 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     return s;
 }
 
-inline void require_memory(const Options& o, const Config& c, const SessionOptions& s) {
-    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
-    if (!plan.fits())
-        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
-             "the %.2f GB available",
-             s.context, plan.weights ? text_of("weights %.2f GB, ", gigabytes(plan.weights)).c_str() : "",
-             gigabytes(plan.cache), gigabytes(plan.activations),
-             gigabytes(plan.needed() - plan.available), gigabytes(plan.available));
-}
-
 // -- C.3  prompts and output ---------------------------------------------------------------------
 
 inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
@@ -3980,10 +4018,22 @@ private:
     double start_ = seconds();
 };
 
-inline Model load_with_progress(const Options& o, const fs::path& model) {
-    Progress progress(text_of("quantising to %s, bytes", o.quant.c_str()),
-                      quantised_bytes(read_config(model), o.quant));
-    return load_model(model, {o.quant, [&](size_t done, size_t) { progress.at(done); }});
+// A model, ready to run with these options.
+inline Model load_with_progress(const Options& o, const fs::path& folder, const Config& c,
+                                const SessionOptions& s) {
+    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
+    plan.require(s.context);
+    std::unique_ptr<Progress> progress;
+    auto shown = [&progress](const std::string& what) {
+        return [&progress, what](size_t done, size_t total) {
+            if (!progress) progress = std::make_unique<Progress>(what, total);
+            progress->at(done);
+        };
+    };
+    Model model = load_model(folder, {o.quant, shown(text_of("quantising to %s, bytes", o.quant.c_str()))});
+    progress.reset();
+    interleave(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    return model;
 }
 
 inline void print_statistics(const Statistics& s, const Generation& g) {
@@ -4068,8 +4118,7 @@ struct Talk {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
-        require_memory(o, config, options);
-        model = load_with_progress(o, folder);
+        model = load_with_progress(o, folder, config, options);
         session = std::make_unique<Session>(model, options);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
     }
@@ -4423,8 +4472,7 @@ void command_logits(const Options& o) {
     unlimited.context = T;
     SessionOptions options = session_options(unlimited, c, T);
     options.chunk = std::min(o.chunk, T);
-    require_memory(o, c, options);
-    Model model = load_with_progress(o, folder);
+    Model model = load_with_progress(o, folder, c, options);
     AtomicFile file(o.out);
     Session s(model, options);
     Taps taps;
@@ -4548,6 +4596,12 @@ void command_info(const Options& o) {
         "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
         s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
         gigabytes(plan.available));
+    uint64_t k_formats = 0;
+    for (Dtype d : {Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K})
+        if (auto at = b.bytes.find(format_of(d).name); at != b.bytes.end()) k_formats += at->second;
+    if (k_formats && kernels.interleaved_rows)
+        std::printf("               if it fits, up to %.3f GB more: the K formats are rearranged for speed\n",
+                    gigabytes(k_formats));
     std::printf("               weights are mapped from the files and need no memory of their own%s\n",
                 plan.fits() && plan.needed() + weights > plan.available && plan.available
                     ? ", but they exceed what is available: each token will read from the disk" : "");
@@ -4588,8 +4642,7 @@ void command_bench(const Options& o) {
     Options fitted = o;
     fitted.context = std::max(longest, 1);
     SessionOptions options = session_options(fitted, c, longest);
-    require_memory(o, c, options);
-    Model model = load_with_progress(o, folder);
+    Model model = load_with_progress(o, folder, c, options);
     Session s(model, options);
     for (bool decode : {false, true}) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
@@ -8240,6 +8293,418 @@ inline bool available() {
 }
 
 }  // namespace amx
+#endif
+
+// =================================================================================================
+// Appendix O. Fast integers: interleaved rows
+// =================================================================================================
+//
+// Why does a token not take just the time in which memory brings its weights? A block of a K format has up
+// to sixteen scales. With a row in a register they must be unpacked, spread over its lanes, and the lanes
+// added, and that takes longer than bringing the block. With sixteen rows side by side, 32 bits of each, a
+// lane is a row: scales are unpacked for sixteen rows at once, and nothing is added across lanes.
+//
+// Sixteen rows take as many bytes as before. So matrices of which each token needs every row are
+// interleaved where they are, once, after loading. Experts are not: a token needs few of many.
+
+// -- O.1  the order ------------------------------------------------------------------------------
+
+constexpr int SIDE = 16;                   // rows side by side
+
+inline bool interleaves(Dtype d) { return d == Dtype::Q4_K || d == Dtype::Q5_K || d == Dtype::Q6_K; }
+
+// A block of 16 rows is lines of 64 bytes, line i with 32 bits of each row, those from byte 4 dword_of_line
+// on, and then the two bytes that are left of each (Q6_K). The lines are in the order in which the kernels
+// first read them: processors bring what follows before it is asked for, and nothing else.
+constexpr int dword_of_line(Dtype d, int i) {
+    constexpr int SCALES = 4, LOW = 32, HIGH = 16;     // dwords of Q6_K
+    if (d == Dtype::Q5_K && i >= 4 && i < 20) return (i % 2 ? 12 : 4) + (i - 4) / 2;
+    if (d != Dtype::Q6_K) return i;
+    if (i < SCALES) return LOW + HIGH + i;
+    int half = (i - SCALES) / 24, j = (i - SCALES) % 24 / 3, part = (i - SCALES) % 3;
+    return part < 2 ? 16 * half + 8 * part + j : LOW + 8 * half + j;
+}
+
+// Where numbers 4 j .. 4 j + 4 of groups g and g + 1 are, in four bits each, and where their fifth bits.
+template <Dtype D> constexpr int line_of(int g, int j) {
+    if (D == Dtype::Q4_K) return 4 + 4 * g + j;
+    return g == 0 ? 5 + 2 * j : 12 + 4 * g + j;
+}
+constexpr int line_of_fifth_bits(int j) { return 4 + 2 * j; }
+
+// Sixteen rows, from one order to the other.
+template <bool INTERLEAVE> void reorder(std::byte* out, const std::byte* in, Dtype dtype, int cols) {
+    const size_t bytes = size_t(format_of(dtype).bytes), row = row_bytes(dtype, cols);
+    constexpr std::integral_constant<size_t, 4> FOUR;  // constants, so that a copy is no call
+    constexpr std::integral_constant<size_t, 2> TWO;
+    auto copy = [&](size_t dense, size_t side, auto n) {
+        for (size_t r = 0; r < SIDE; r++, dense += row, side += n)
+            std::memcpy(out + (INTERLEAVE ? side : dense), in + (INTERLEAVE ? dense : side), n);
+    };
+    for (size_t block = 0; block < row; block += bytes) {
+        for (size_t i = 0; i < bytes / 4; i++)
+            copy(block + 4 * size_t(dword_of_line(dtype, int(i))), SIDE * (block + 4 * i), FOUR);
+        if (size_t rest = block + bytes / 4 * 4; bytes % 4) copy(rest, SIDE * rest, TWO);
+    }
+}
+
+// For many tokens the rows are put back and go the usual way: what that costs is shared by all of them.
+inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    thread_local std::vector<std::byte> dense;
+    const size_t bytes = row_bytes(w.dtype, w.cols);
+    dense.resize(size_t(end - begin) * bytes);
+    for (int r = begin; r < end; r += SIDE)
+        reorder<false>(dense.data() + size_t(r - begin) * bytes, w.row(r), w.dtype, w.cols);
+    Matrix rows{dense.data(), nullptr, w.dtype, end - begin, w.cols};
+    kernels.int_rows({out[0] + begin, out.stride}, x, rows, T, 0, end - begin);
+}
+
+// body.operator()<D, T>() for this dtype and T < MANY_TOKENS
+template <class Body> void for_interleaved(Dtype dtype, int T, const Body& body) {
+    auto of = [&]<Dtype D>() {
+        if (T == 1) body.template operator()<D, 1>();
+        if (T == 2) body.template operator()<D, 2>();
+        if (T == 3) body.template operator()<D, 3>();
+    };
+    if (dtype == Dtype::Q4_K) of.template operator()<Dtype::Q4_K>();
+    if (dtype == Dtype::Q5_K) of.template operator()<Dtype::Q5_K>();
+    if (dtype == Dtype::Q6_K) of.template operator()<Dtype::Q6_K>();
+}
+
+// -- O.2  which matrices -------------------------------------------------------------------------
+
+// Those that can be interleaved and of which each token needs every row.
+inline std::vector<Matrix*> to_interleave(Model& m) {
+    std::vector<Matrix*> all;
+    auto add = [&](Matrix& w) {
+        if (w && interleaves(w.dtype) && w.rows % SIDE == 0 && w.data != m.embed.data) all.push_back(&w);
+    };
+    auto add_layer = [&](Layer& l) {
+        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
+                          &l.mla.wkv_a, &l.mla.wo})
+            add(*w);
+        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
+    };
+    add(m.head);
+    for (Layer& l : m.layers) add_layer(l);
+    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
+    return all;
+}
+
+// Interleaves W where it is. Pages of a mapped file that are written become memory of our own: all of a part
+// at once, which takes a tenth of the time of one by one. False where the system refuses.
+inline bool interleave(Matrix& w) {
+    constexpr int PART = 16 * SIDE;                    // rows
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    auto pages = [&](int begin, int end, auto call) {  // of these rows
+        size_t from = reinterpret_cast<size_t>(w.row(begin)) / page * page;
+        return call(reinterpret_cast<void*>(from), reinterpret_cast<size_t>(w.row(end)) - from);
+    };
+    auto protect = [](int how) { return [how](void* p, size_t n) { return mprotect(p, n, how); }; };
+    if (pages(0, w.rows, protect(PROT_READ | PROT_WRITE)) != 0) return false;
+    parallel_for((w.rows + PART - 1) / PART, [&](int64_t part) {
+        thread_local std::vector<std::byte> dense;
+        int begin = int(part) * PART, end = std::min(w.rows, begin + PART);
+        pages(begin, end, [](void* p, size_t n) { return madvise(p, n, MADV_POPULATE_WRITE); });
+        for (int r = begin; r < end; r += SIDE) {
+            dense.assign(w.row(r), w.row(r + SIDE));
+            reorder<true>(const_cast<std::byte*>(w.row(r)), dense.data(), w.dtype, w.cols);
+        }
+    });
+    pages(0, w.rows, protect(PROT_READ));
+    return w.interleaved = true;
+}
+
+// progress: bytes done and in all
+void interleave(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
+    std::vector<Matrix*> all = to_interleave(m);
+    size_t done = 0, total = 0;
+    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
+    if (!kernels.integers || !kernels.interleaved_rows || total == 0 || total > memory) return;
+    m.fingerprint = fingerprint(m);
+    for (Matrix* w : all) {
+        if (interrupted || !interleave(*w)) return;
+        progress(done += size_t(w->rows) * row_bytes(w->dtype, w->cols), total);
+    }
+}
+
+#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
+// -- O.3  AVX2: a few tokens ---------------------------------------------------------------------
+
+namespace avx2 {
+
+// The sum of x over group g, which has a scale of its own.
+template <Dtype D> AVX2 int group_sum(const IntRows& x, int t, int g) {
+    const int16_t* sums = x.sums + t * (x.n / GROUP);
+    return D == Dtype::Q6_K ? sums[g] : sums[2 * g] + sums[2 * g + 1];
+}
+
+// Eight of sixteen rows' block at p times T vectors; x begins at it.
+template <Dtype D, int T> struct SideBlock {
+    static constexpr int STEPS = in_16_bits(D);        // sums of two products that 16 bits hold
+    const std::byte* p;
+    const int half;
+    const IntRows x;
+    __m256i sum[T], minimum[T];
+
+    AVX2 SideBlock(const std::byte* p, int half, const IntRows& x) : p(p), half(half), x(x) {
+        for (int t = 0; t < T; t++) sum[t] = minimum[t] = _mm256_setzero_si256();
+    }
+    AVX2 __m256i line(int i) const { return load256(p + 64 * i + 32 * half); }
+
+    // Byte k of each lane as two numbers of 16 bits.
+    AVX2 static __m256i twice(__m256i v, int k) {
+        constexpr bool SIGNED = D == Dtype::Q6_K;              // then it comes to the upper half first
+        const unsigned first = SIGNED ? 0x0080u + 0x100u * unsigned(k) : 0x8000u + unsigned(k);
+        auto of = [&](unsigned lane) {
+            return int(0x00010001u * (first + (SIGNED ? 0x400u : 4u) * lane));
+        };
+        v = _mm256_shuffle_epi8(v, _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(0), of(1), of(2), of(3)));
+        return SIGNED ? _mm256_srai_epi16(v, 8) : v;
+    }
+    // v += four weights of each row times x from number i on
+    AVX2 void dot(__m256i (&v)[T], __m256i w, int i) const {
+        for (int t = 0; t < T; t++) {
+            __m256i xt = _mm256_set1_epi32(load<int32_t>(x.q + t * x.n + i));
+            v[t] = _mm256_add_epi16(v[t], _mm256_maddubs_epi16(w, xt));
+        }
+    }
+    AVX2 void add(const __m256i (&v)[T], __m256i scale) {
+        for (int t = 0; t < T; t++) sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(v[t], scale));
+    }
+    AVX2 void add_minimum(__m256i m, int g) {
+        for (int t = 0; t < T; t++) {
+            __m256i xt = _mm256_set1_epi32(uint16_t(group_sum<D>(x, t, g)));
+            minimum[t] = _mm256_add_epi32(minimum[t], _mm256_madd_epi16(m, xt));
+        }
+    }
+
+    // Numbers 4 j .. 4 j + 4 of groups g and g + 1.
+    AVX2 void dot_two_groups(__m256i (&v)[2][T], int g, int j) const {
+        __m256i w = line(line_of<D>(g, j)), q[2] = {low_nibble(w), high_nibble(w)};
+        for (int k = 0; k < 2; k++) {
+            if (D == Dtype::Q5_K)
+                q[k] = _mm256_or_si256(q[k], where_bit(line(line_of_fifth_bits(j)), g + k, 16));
+            dot(v[k], q[k], 32 * (g + k) + 4 * j);
+        }
+    }
+    AVX2 void add_q4_q5_k() {
+        const __m256i a = line(1), b = line(2), c = line(3);   // unpack_six_bits
+        const __m256i six = all8(63), top = all8(48);
+        const __m256i a_top = _mm256_and_si256(_mm256_srli_epi16(a, 2), top),
+                      b_top = _mm256_and_si256(_mm256_srli_epi16(b, 2), top);
+        const __m256i scale[2] = {_mm256_and_si256(a, six), _mm256_or_si256(low_nibble(c), a_top)};
+        const __m256i m[2] = {_mm256_and_si256(b, six), _mm256_or_si256(high_nibble(c), b_top)};
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int g = 2 * i, byte = 2 * (i % 2);
+            UNROLL for (int first = 0; first < 8; first += STEPS) {
+                __m256i v[2][T] = {};
+                UNROLL for (int j = first; j < first + STEPS; j++) dot_two_groups(v, g, j);
+                for (int k = 0; k < 2; k++) add(v[k], twice(scale[i / 2], byte + k));
+            }
+            for (int k = 0; k < 2; k++) add_minimum(twice(m[i / 2], byte + k), g + k);
+        }
+    }
+    // Here the minimum is what the offset of the weights adds.
+    AVX2 void add_q6_k() {
+        UNROLL for (int part = 0; part < 4; part++) {          // 16 weights of four groups
+            const int h = part / 2, odd = part % 2;
+            UNROLL for (int first = 4 * odd; first < 4 * odd + 4; first += STEPS) {
+                __m256i v[4][T] = {};
+                UNROLL for (int j = first; j < first + STEPS; j++) {
+                    const int at = 4 + 24 * h + 3 * j;
+                    __m256i a = line(at), b = line(at + 1), high = line(at + 2);
+                    __m256i low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
+                    __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
+                                      _mm256_srli_epi16(high, 2)};
+                    for (int k = 0; k < 4; k++)
+                        dot(v[k], _mm256_or_si256(low[k], _mm256_and_si256(two[k], all8(48))),
+                            128 * h + 32 * k + 4 * j);
+                }
+                for (int k = 0; k < 4; k++) add(v[k], scale_of(h, k, odd));
+            }
+            for (int k = 0; k < 4; k++) add_minimum(scale_of(h, k, odd), 8 * h + 2 * k + odd);
+        }
+        for (int t = 0; t < T; t++) sum[t] = _mm256_sub_epi32(sum[t], _mm256_slli_epi32(minimum[t], 5));
+    }
+    AVX2 __m256i scale_of(int h, int k, int odd) const { return twice(line(2 * h + k / 2), k % 2 * 2 + odd); }
+
+    AVX2 void add_to(__m256 (&lane)[T][2]) {
+        __m256 d, m{};
+        if constexpr (D == Dtype::Q6_K) {
+            add_q6_k();
+            d = _mm256_cvtph_ps(load128(p + 64 * 52 + 16 * half));
+        } else {
+            add_q4_q5_k();
+            __m256i both = line(0), low = _mm256_and_si256(both, _mm256_set1_epi32(0xFFFF));
+            both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, _mm256_srli_epi32(both, 16)), 0xD8);
+            d = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
+            m = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+        }
+        for (int t = 0; t < T; t++) {
+            __m256 dx = _mm256_set1_ps(x.d[t * (x.n / x.block)]), &y = lane[t][half];
+            y = _mm256_fmadd_ps(_mm256_mul_ps(d, dx), _mm256_cvtepi32_ps(sum[t]), y);
+            if (D == Dtype::Q6_K) continue;
+            y = _mm256_fnmadd_ps(_mm256_mul_ps(m, dx), _mm256_cvtepi32_ps(minimum[t]), y);
+        }
+    }
+};
+
+template <Dtype D, int T>
+AVX2_ENTRY void side_rows(Rows out, const IntRows& x, const Matrix& w, int begin, int end) {
+    const std::byte* p = w.row(begin);
+    for (int r = begin; r < end; r += SIDE) {
+        __m256 lane[BLOCK_LANES][T][2] = {};
+        for (int b = 0; b < x.n / x.block; b++, p += SIDE * format_of(D).bytes)
+            for (int half = 0; half < 2; half++)
+                SideBlock<D, T>(p, half, x.at(0, b)).add_to(lane[b % BLOCK_LANES]);
+        for (int i = 0; i < 2 * T; i++) {
+            const int t = i / 2, half = i % 2;
+            __m256 v[4];
+            for (int j = 0; j < 4; j++) v[j] = _mm256_add_ps(lane[j][t][half], lane[j + 4][t][half]);
+            v[0] = _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
+            _mm256_storeu_ps(out[t] + r + 8 * half, v[0]);
+        }
+    }
+}
+
+inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T >= MANY_TOKENS) return restored_rows(out, x, w, T, begin, end);
+    for_interleaved(w.dtype, T, [&]<Dtype D, int N>() { side_rows<D, N>(out, x, w, begin, end); });
+}
+
+}  // namespace avx2
+
+// -- O.4  AVX-512: a few tokens ------------------------------------------------------------------
+
+namespace avx512 {
+
+// Sixteen rows' block at p times T vectors, as avx2::SideBlock.
+template <Dtype D, int T> struct SideBlock {
+    const std::byte* p;
+    const IntRows x;
+    __m512i sum[T], minimum[T];
+
+    AVX512 SideBlock(const std::byte* p, const IntRows& x) : p(p), x(x) {
+        for (int t = 0; t < T; t++) sum[t] = minimum[t] = _mm512_setzero_si512();
+    }
+    AVX512 __m512i line(int i) const { return load512(p + 64 * i); }
+    AVX512 static __m512i masked(__m512i v, int mask) {
+        return _mm512_and_si512(v, constant(mask * 0x01010101));
+    }
+    AVX512 static __m512i byte(__m512i v, int k) {             // k of each lane, as a number of 32 bits
+        if (D == Dtype::Q6_K) return _mm512_srai_epi32(_mm512_slli_epi32(v, unsigned(24 - 8 * k)), 24);
+        return _mm512_and_si512(_mm512_srli_epi32(v, unsigned(8 * k)), constant(255));
+    }
+    AVX512 void dot(__m512i (&v)[T], __m512i w, int i) const {
+        for (int t = 0; t < T; t++)
+            v[t] = _mm512_dpbusd_epi32(v[t], w, constant(load<int32_t>(x.q + t * x.n + i)));
+    }
+    AVX512 void add(const __m512i (&v)[T], __m512i scale, __m512i m, int g) {
+        for (int t = 0; t < T; t++) {
+            sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(v[t], scale));
+            minimum[t] =
+                _mm512_dpwssd_epi32(minimum[t], m, constant(uint16_t(avx2::group_sum<D>(x, t, g))));
+        }
+    }
+
+    AVX512 static __m512i fifth_bit(__m512i v, int k) {        // bit k of each byte, as 16
+        v = k < 4 ? _mm512_slli_epi32(v, unsigned(4 - k)) : _mm512_srli_epi32(v, unsigned(k - 4));
+        return masked(v, 16);
+    }
+    AVX512 void dot_two_groups(__m512i (&v)[2][T], int g, int j) const {
+        __m512i w = line(line_of<D>(g, j)), q[2] = {masked(w, 15), masked(_mm512_srli_epi32(w, 4), 15)};
+        UNROLL for (int k = 0; k < 2; k++) {
+            if (D == Dtype::Q5_K) q[k] = _mm512_or_si512(q[k], fifth_bit(line(line_of_fifth_bits(j)), g + k));
+            dot(v[k], q[k], 32 * (g + k) + 4 * j);
+        }
+    }
+    AVX512 void add_q4_q5_k() {
+        const __m512i a = line(1), b = line(2), c = line(3);
+        const __m512i scale[2] = {
+            masked(a, 63), _mm512_or_si512(masked(c, 15), masked(_mm512_srli_epi32(a, 2), 48))};
+        const __m512i m[2] = {masked(b, 63), _mm512_or_si512(masked(_mm512_srli_epi32(c, 4), 15),
+                                                             masked(_mm512_srli_epi32(b, 2), 48))};
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int g = 2 * i;
+            __m512i v[2][T];
+            for (int t = 0; t < T; t++) v[0][t] = v[1][t] = _mm512_setzero_si512();
+            UNROLL for (int j = 0; j < 8; j++) dot_two_groups(v, g, j);
+            UNROLL for (int k = 0; k < 2; k++)
+                add(v[k], byte(scale[i / 2], g % 4 + k), byte(m[i / 2], g % 4 + k), g + k);
+        }
+    }
+    AVX512 void add_q6_k() {
+        UNROLL for (int part = 0; part < 4; part++) {
+            const int h = part / 2, odd = part % 2;
+            __m512i v[4][T];
+            UNROLL for (int k = 0; k < 4; k++)
+                for (int t = 0; t < T; t++) v[k][t] = _mm512_setzero_si512();
+            UNROLL for (int j = 4 * odd; j < 4 * odd + 4; j++) {
+                const int at = 4 + 24 * h + 3 * j;
+                __m512i a = line(at), b = line(at + 1), high = line(at + 2);
+                __m512i low[4] = {a, b, _mm512_srli_epi32(a, 4), _mm512_srli_epi32(b, 4)};
+                __m512i two[4] = {_mm512_slli_epi32(high, 4), _mm512_slli_epi32(high, 2), high,
+                                  _mm512_srli_epi32(high, 2)};
+                UNROLL for (int k = 0; k < 4; k++)
+                    dot(v[k], _mm512_or_si512(masked(low[k], 15), masked(two[k], 48)),
+                        128 * h + 32 * k + 4 * j);
+            }
+            UNROLL for (int k = 0; k < 4; k++) {
+                __m512i scale = byte(line(2 * h + k / 2), k % 2 * 2 + odd);
+                add(v[k], scale, scale, 8 * h + 2 * k + odd);
+            }
+        }
+        for (int t = 0; t < T; t++) sum[t] = _mm512_sub_epi32(sum[t], _mm512_slli_epi32(minimum[t], 5));
+    }
+
+    AVX512 void add_to(__m512 (&lane)[T]) {
+        __m512 d, m = _mm512_setzero_ps();
+        if constexpr (D == Dtype::Q6_K) {
+            add_q6_k();
+            d = _mm512_cvtph_ps(load256(p + 64 * 52));
+        } else {
+            add_q4_q5_k();
+            d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(line(0)));
+            m = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(line(0), 16)));
+        }
+        for (int t = 0; t < T; t++) {
+            __m512 dx = _mm512_set1_ps(x.d[t * (x.n / x.block)]);
+            lane[t] = _mm512_fmadd_ps(_mm512_mul_ps(d, dx), _mm512_cvtepi32_ps(sum[t]), lane[t]);
+            if (D == Dtype::Q6_K) continue;
+            lane[t] = _mm512_fnmadd_ps(_mm512_mul_ps(m, dx), _mm512_cvtepi32_ps(minimum[t]), lane[t]);
+        }
+    }
+};
+
+template <Dtype D, int T>
+AVX512_ENTRY void side_rows(Rows out, const IntRows& x, const Matrix& w, int begin, int end) {
+    constexpr int BYTES = SIDE * format_of(D).bytes;
+    const std::byte* p = w.row(begin);
+    for (int r = begin; r < end; r += SIDE) {
+        __m512 lane[BLOCK_LANES][T];
+        for (auto& l : lane)
+            for (int t = 0; t < T; t++) l[t] = _mm512_setzero_ps();
+        for (int b = 0; b < x.n / x.block; b++, p += BYTES) {
+            // Measured: AMD's processors bring what follows by themselves faster than if they are asked.
+            for (int i = 0; INTEL && i < BYTES; i += 64) prefetch(p + AHEAD + i);
+            SideBlock<D, T>(p, x.at(0, b)).add_to(lane[b % BLOCK_LANES]);
+        }
+        for (int t = 0; t < T; t++) {
+            __m512 v[4];
+            for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(lane[j][t], lane[j + 4][t]);
+            v[0] = _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3]));
+            _mm512_storeu_ps(out[t] + r, v[0]);
+        }
+    }
+}
+
+inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
+    if (T >= MANY_TOKENS) return restored_rows(out, x, w, T, begin, end);
+    for_interleaved(w.dtype, T, [&]<Dtype D, int N>() { side_rows<D, N>(out, x, w, begin, end); });
+}
+
+}  // namespace avx512
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif

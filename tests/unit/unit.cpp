@@ -20,6 +20,7 @@
 #include "ch12_talking.cpp"
 #include "ch13_mtp.cpp"
 #include "chA_fast_cpu.cpp"
+#include "chO_interleaved.cpp"
 #if __has_include("tokenizer.cpp")
 #include "tokenizer.cpp"
 #endif
