@@ -8331,6 +8331,9 @@ template <Dtype D> constexpr int line_of(int g, int j) {
     return g == 0 ? 5 + 2 * j : 12 + 4 * g + j;
 }
 constexpr int line_of_fifth_bits(int j) { return 4 + 2 * j; }
+// Q6_K: where those of four groups of 32 are, in half h: their low bits in this line and the next, their high
+// ones in the one after that.
+constexpr int line_of_q6_k(int h, int j) { return 4 + 24 * h + 3 * j; }
 
 // Sixteen rows, from one order to the other.
 template <bool INTERLEAVE> void reorder(std::byte* out, const std::byte* in, Dtype dtype, int cols) {
@@ -8512,7 +8515,7 @@ template <Dtype D, int T> struct SideBlock {
             UNROLL for (int first = 4 * odd; first < 4 * odd + 4; first += STEPS) {
                 __m256i v[4][T] = {};
                 UNROLL for (int j = first; j < first + STEPS; j++) {
-                    const int at = 4 + 24 * h + 3 * j;
+                    const int at = line_of_q6_k(h, j);
                     __m256i a = line(at), b = line(at + 1), high = line(at + 2);
                     __m256i low[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
                     __m256i two[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
@@ -8533,7 +8536,7 @@ template <Dtype D, int T> struct SideBlock {
         __m256 d, m{};
         if constexpr (D == Dtype::Q6_K) {
             add_q6_k();
-            d = _mm256_cvtph_ps(load128(p + 64 * 52 + 16 * half));
+            d = _mm256_cvtph_ps(load128(p + SIDE * place_of_d(D) + 16 * half));
         } else {
             add_q4_q5_k();
             __m256i both = line(0), low = _mm256_and_si256(both, _mm256_set1_epi32(0xFFFF));
@@ -8641,7 +8644,7 @@ template <Dtype D, int T> struct SideBlock {
             UNROLL for (int k = 0; k < 4; k++)
                 for (int t = 0; t < T; t++) v[k][t] = _mm512_setzero_si512();
             UNROLL for (int j = 4 * odd; j < 4 * odd + 4; j++) {
-                const int at = 4 + 24 * h + 3 * j;
+                const int at = line_of_q6_k(h, j);
                 __m512i a = line(at), b = line(at + 1), high = line(at + 2);
                 __m512i low[4] = {a, b, _mm512_srli_epi32(a, 4), _mm512_srli_epi32(b, 4)};
                 __m512i two[4] = {_mm512_slli_epi32(high, 4), _mm512_slli_epi32(high, 2), high,
@@ -8662,7 +8665,7 @@ template <Dtype D, int T> struct SideBlock {
         __m512 d, m = _mm512_setzero_ps();
         if constexpr (D == Dtype::Q6_K) {
             add_q6_k();
-            d = _mm512_cvtph_ps(load256(p + 64 * 52));
+            d = _mm512_cvtph_ps(load256(p + SIDE * place_of_d(D)));
         } else {
             add_q4_q5_k();
             d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(line(0)));
