@@ -2968,7 +2968,10 @@ struct MemoryPlan {
     uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
     uint64_t needed() const { return weights + cache + activations; }
     bool fits() const { return available == 0 || needed() <= available; }
-    uint64_t left_for_weights() const { return available - std::min(available, cache + activations); }
+    // What weights may take that could stay in the files: a tenth is left to other programs.
+    uint64_t left_for_weights() const {
+        return available - std::min(available, cache + activations + available / 10);
+    }
     void require(int context) const {
         if (fits()) return;
         fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "

@@ -314,6 +314,11 @@ TEST(Memory, AControlGroupLeavesItsLimitLessWhatIsNotAFile) {
     write_text(v2 / "memory.max", "max\n");
     EXPECT_EQ(left_in_group(v2, false), UINT64_MAX);
 }
+TEST(Memory, WeightsGetWhatTheSessionAndOtherProgramsLeave) {
+    EXPECT_EQ((MemoryPlan{0, 300, 100, 1000}.left_for_weights()), 500u);
+    EXPECT_EQ((MemoryPlan{0, 850, 100, 1000}.left_for_weights()), 0u);
+    EXPECT_EQ((MemoryPlan{0, 300, 100, 0}.left_for_weights()), 0u);   // the system does not say
+}
 TEST(Memory, SomeIsAvailable) {
     EXPECT_GT(available_memory(), 0u);
     EXPECT_LE(available_memory(), system_number("/proc/meminfo", "MemTotal:").value() * 1024);
