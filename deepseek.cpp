@@ -2023,7 +2023,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
-    uint64_t fingerprint = 0;              // chapter 12.3, of weights that have been interleaved
+    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (12.3) of weights in another order now
     Pages quantised;                       // weights that were made smaller while loading
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
@@ -2821,7 +2821,8 @@ inline Config read_config(const fs::path& folder) {
 
 const FileType& file_type(const std::string& name);   // appendix H
 
-// Appendix O: weights in the order that is fastest, as far as they take no more than `memory` bytes.
+// Appendix O: weights in the order that is fastest, if those take no more than `memory` bytes.
+bool interleaves(Dtype d);
 void interleave(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress);
 
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
@@ -2972,7 +2973,7 @@ struct MemoryPlan {
     uint64_t left_for_weights() const {
         return available - std::min(available, cache + activations + available / 10);
     }
-    void require(int context) const {
+    void require(int context) const {                  // fails where it does not fit
         if (fits()) return;
         fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
              "the %.2f GB available",
@@ -3182,20 +3183,30 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // they were made, and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
 
-// A number that names a model's weights: names, dtypes and shapes of all tensors, and some bytes of each.
-inline uint64_t fingerprint(const Model& m) {
-    if (m.fingerprint) return m.fingerprint;
-    uint64_t h = 0xCBF29CE484222325u;                    // FNV-1a
-    auto add = [&](const void* data, size_t n) {
+struct Fnv1a {
+    uint64_t h = 0xCBF29CE484222325u;
+    void add(const void* data, size_t n) {
         for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
-    };
-    for (auto& [name, t] : m.checkpoint.tensors) {
-        size_t n = std::min<size_t>(t.bytes, 256);
-        add(name.data(), name.size()), add(t.dtype.data(), t.dtype.size());
-        for (uint64_t side : t.shape) add(&side, 8);
-        add(t.data, n), add(t.data + t.bytes / 2, std::min(n, size_t(t.bytes - t.bytes / 2)));
     }
-    return h;
+};
+// Some bytes of a tensor as a number.
+inline uint64_t sample(const std::byte* data, size_t bytes) {
+    Fnv1a hash;
+    size_t n = std::min<size_t>(bytes, 256);
+    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
+    return hash.h;
+}
+// A number that names a model's weights: names, dtypes, shapes and samples of all tensors.
+inline uint64_t fingerprint(const Model& m) {
+    Fnv1a hash;
+    for (auto& [name, t] : m.checkpoint.tensors) {
+        hash.add(name.data(), name.size()), hash.add(t.dtype.data(), t.dtype.size());
+        for (uint64_t side : t.shape) hash.add(&side, 8);
+        auto moved = m.moved.find(t.data);
+        uint64_t bytes = moved == m.moved.end() ? sample(t.data, t.bytes) : moved->second;
+        hash.add(&bytes, 8);
+    }
+    return hash.h;
 }
 
 // The filled rows of each of the cache's matrices.
@@ -4599,15 +4610,14 @@ void command_info(const Options& o) {
         "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
         s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
         gigabytes(plan.available));
-    uint64_t k_formats = 0;
-    for (Dtype d : {Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K})
-        if (auto at = b.bytes.find(format_of(d).name); at != b.bytes.end()) k_formats += at->second;
-    if (k_formats && kernels.interleaved_rows)
-        std::printf("               if it fits, up to %.3f GB more: the K formats are rearranged for speed\n",
-                    gigabytes(k_formats));
     std::printf("               weights are mapped from the files and need no memory of their own%s\n",
                 plan.fits() && plan.needed() + weights > plan.available && plan.available
                     ? ", but they exceed what is available: each token will read from the disk" : "");
+    bool moved = false;
+    for (int i = 0; i < N_DTYPES; i++)
+        moved |= interleaves(Dtype(i)) && b.bytes.count(format_of(Dtype(i)).name);
+    if (moved && kernels.integers && kernels.interleaved_rows)
+        std::printf("               K formats but for experts are rearranged in memory where that is free\n");
     if (plan.fits()) std::printf("               fits\n");
     else
         std::printf("               does not fit: %.3f GB too much\n",
@@ -8314,7 +8324,7 @@ inline bool available() {
 
 constexpr int SIDE = 16;                   // rows side by side
 
-inline bool interleaves(Dtype d) { return d == Dtype::Q4_K || d == Dtype::Q5_K || d == Dtype::Q6_K; }
+bool interleaves(Dtype d) { return d == Dtype::Q4_K || d == Dtype::Q5_K || d == Dtype::Q6_K; }
 
 // A block of 16 rows is lines of 64 bytes, line i with 32 bits of each row, those from byte 4 dword_of_line
 // on, and then the two bytes that are left of each (Q6_K). The lines are in the order in which the kernels
@@ -8398,7 +8408,7 @@ inline std::vector<Matrix*> to_interleave(Model& m) {
 }
 
 // Interleaves W where it is. Pages of a mapped file that are written become memory of our own: all of a part
-// at once, which takes a tenth of the time of one by one. False where the system refuses.
+// at once, which takes a quarter of the time of one by one. False where the system refuses.
 inline bool interleave(Matrix& w) {
     constexpr int PART = 16 * SIDE;                    // rows
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
@@ -8426,11 +8436,17 @@ void interleave(Model& m, uint64_t memory, const std::function<void(size_t, size
     std::vector<Matrix*> all = to_interleave(m);
     size_t done = 0, total = 0;
     for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
-    if (!kernels.integers || !kernels.interleaved_rows || total == 0 || total > memory) return;
-    m.fingerprint = fingerprint(m);
+    if (!kernels.integers || !kernels.interleaved_rows || total == 0) return;
+    if (total > memory) {
+        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
+                     gigabytes(total), gigabytes(memory));
+        return;
+    }
     for (Matrix* w : all) {
+        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
+        m.moved[w->data] = sample(w->data, bytes);
         if (interrupted || !interleave(*w)) return;
-        progress(done += size_t(w->rows) * row_bytes(w->dtype, w->cols), total);
+        progress(done += bytes, total);
     }
 }
 

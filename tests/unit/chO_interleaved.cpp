@@ -199,7 +199,10 @@ TEST(Interleave, LeavesAModelAlone) {
         kernels.integers = true;
         if (k.interleaved_rows) interleave(m, UINT64_MAX, [&](size_t, size_t all) { total = all; });
         m = quantised_model(large_dense());
+        testing::internal::CaptureStderr();
         interleave(m, k.interleaved_rows ? total - 1 : UINT64_MAX, no_progress);
+        std::string said = testing::internal::GetCapturedStderr();
+        EXPECT_EQ(said.starts_with("weights stay as they are"), k.interleaved_rows != nullptr) << k.name;
         EXPECT_FALSE(m.head.interleaved) << k.name;
         EXPECT_EQ(total > 500000, k.interleaved_rows != nullptr) << k.name;
     }
