@@ -22,12 +22,8 @@
 //   11  The model                  block, forward, head
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
-//   C   Command line               options, run, chat, main
-//   D   Tools                      tokenize, logits, perplexity, info, bench, quantize
-//   F   GGUF files                 the container of llama.cpp
-//   G   GGUF models                its metadata as a Config, its vocabulary as a tokenizer
-//   H   Quantising                 blocks by least squares, mixtures of formats
-//   I   GGUF: writing              a model as a file that llama.cpp reads
+//   19  The bill               parameters, memory, bytes of the cache
+//   21  Command line           options, commands, main
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -84,6 +80,7 @@
 #include <vector>
 
 #include <fcntl.h>
+#include <omp.h>
 #include <poll.h>
 #include <sched.h>
 #include <simdjson.h>
@@ -98,8 +95,6 @@
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #endif
-
-#include "tokenizer.h"
 
 // =================================================================================================
 // Chapter 1. Ground rules
@@ -218,109 +213,44 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 }
 
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
-
-// A loop of 20 microseconds is not unusual here, and several hundred of them make a token. So the threads
-// of a team wait for the next loop awake, for a while. Each has a share of the indices and takes them in
-// their order, since neighbours read neighbouring memory; then it helps the others. A loop is over when each
-// index is done, not when each thread has arrived: one whose core another program uses at the moment is not
-// waited for. (OpenMP's loops wait for every thread, and with a busy neighbour that costs a time slice.)
-class Team {
-public:
-    explicit Team(int size) : shares_(size_t(size)) {
-        try {
-            for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
-        } catch (...) {                                // the system has no more threads for us
-            dismiss();
-            throw;
-        }
-    }
-    ~Team() { dismiss(); }
-    Team(const Team&) = delete;
-    int size() const { return int(shares_.size()); }
-
-    // job(context, i) for 0 <= i < n, not from inside a job; jobs do not throw.
-    void run(uint32_t n, void (*job)(void* context, int64_t i), void* context) {
-        job_ = job, context_ = context, n_ = n, done_ = 0;
-        for (int t = 0; t < size(); t++) left(t) = (loop_ + 1) << 32 | uint64_t(end(t) - end(t - 1));
-        announce();
-        busy = true;
-        work();
-        busy = false;
-        for (int spins = 0; done_.load(std::memory_order_acquire) < n; spins++) rest(spins);
-    }
-    static inline thread_local int index = 0;          // of the calling thread, 0 <= index < size
-    static inline thread_local bool busy = false;      // inside a job
-
-private:
-    static constexpr int SPINS = 1 << 12;              // some 100 microseconds
-    struct alignas(64) Share { std::atomic<uint64_t> left{0}; };
-    std::vector<Share> shares_;
-    std::atomic<uint64_t> loop_{0};                    // its number
-    std::atomic<uint32_t> done_{0};
-    std::atomic<bool> leave_{false};
-    void (*job_)(void*, int64_t) = nullptr;
-    void* context_ = nullptr;
-    int64_t n_ = 0;
-    std::vector<std::thread> threads_;
-
-    int64_t end(int t) const { return n_ * (t + 1) / size(); }    // of thread t's share
-    // Number of the loop << 32 | indices of the share, the last ones, that nobody has taken.
-    std::atomic<uint64_t>& left(int t) { return shares_[size_t(t)].left; }
-    void dismiss() {
-        leave_ = true;
-        announce();
-        for (std::thread& t : threads_) t.join();
-    }
-    void announce() {
-        loop_++;
-        loop_.notify_all();
-    }
-    // Takes indices as long as there are some. Who has taken one knows that its loop is still there.
-    void work() {
-        for (int k = 0; k < size(); k++) {
-            int t = (index + k) % size();
-            for (uint64_t seen = left(t); uint32_t(seen) > 0; seen = left(t)) {
-                if (!left(t).compare_exchange_strong(seen, seen - 1)) continue;
-                job_(context_, end(t) - uint32_t(seen));
-                done_.fetch_add(1, std::memory_order_release);
-            }
-        }
-    }
-    void serve(int i) {
-        sigset_t all;
-        sigfillset(&all);
-        pthread_sigmask(SIG_BLOCK, &all, nullptr);     // Ctrl-C is the main thread's
-        index = i, busy = true;
-        while (!leave_) {
-            uint64_t seen = loop_.load();
-            work();
-            for (int spins = 0; spins < SPINS && loop_.load(std::memory_order_relaxed) == seen; spins++)
-                rest(0);
-            if (!leave_) loop_.wait(seen);
-        }
-    }
-    static void rest(int spins) {
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-        if (spins >= SPINS) std::this_thread::yield();
-    }
-};
+//
+// OpenMP's threads wait in a team and are given tasks. A loop is over when its tasks are done, not when each
+// thread has arrived: one whose core another program uses at the moment is not waited for.
 
 inline int thread_count = 1;
-inline std::unique_ptr<Team> team;                     // called together by the first loop that is worth it
+inline thread_local bool in_loop = false;              // inside a body
 
 inline int n_threads() { return thread_count; }
-inline void set_threads(int n) {
-    if (n != thread_count) team.reset();
-    thread_count = n;
+inline void set_threads(int n) { thread_count = n; }
+inline int thread_index() { return omp_get_thread_num(); }   // 0 <= index < n_threads
+
+// body() on this thread, while the others of a team wait for tasks. What it throws comes out.
+inline void with_team(const std::function<void()>& body) {
+    if (omp_in_parallel()) return body();
+    std::exception_ptr error;
+    sigset_t ctrl_c, before;                           // the signal is this thread's
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+#pragma omp parallel num_threads(n_threads())
+#pragma omp master
+    try {
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        body();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    if (error) std::rethrow_exception(error);
 }
 
-// Processors that this process may run on.
-inline int processors() {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                       : int(std::thread::hardware_concurrency());
+// share(begin, end) for some parts of 0 .. n, each a task.
+inline void share_out(int64_t n, const std::function<void(int64_t, int64_t)>& share) {
+    constexpr int TASKS_A_THREAD = 4;
+    const int64_t tasks = std::min<int64_t>(n, TASKS_A_THREAD * n_threads());
+#pragma omp taskgroup
+    for (int64_t k = 0; k < tasks; k++) {
+#pragma omp task firstprivate(k) shared(share)
+        share(n * k / tasks, n * (k + 1) / tasks);
+    }
 }
 
 // So many multiplications take about as long as waking the other threads does.
@@ -328,30 +258,27 @@ constexpr int64_t WORTH_WAKING = 1 << 16;
 
 // body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost`
 // multiplications are not worth it. Each i writes its own outputs and no sum crosses an i, so the result
-// does not depend on the number of threads. What a body throws (memory may run out) comes out here.
+// does not depend on the number of threads. What a body throws (memory may run out) comes out here. A loop
+// inside a body runs on that body's thread.
 template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cost = WORTH_WAKING) {
-    if (n <= 1 || n_threads() == 1 || Team::busy || n * cost < WORTH_WAKING) {
+    if (n <= 1 || n_threads() == 1 || in_loop || n * cost < WORTH_WAKING) {
         for (int64_t i = 0; i < n; i++) body(i);
         return;
     }
-    struct Loop {
-        const Body& body;
-        std::mutex mutex;
-        std::exception_ptr error;
-    } loop{body, {}, nullptr};
-    auto job = [](void* context, int64_t i) {
-        Loop& l = *static_cast<Loop*>(context);
+    std::exception_ptr error;
+    std::mutex mutex;
+    auto share = [&](int64_t begin, int64_t end) {
+        in_loop = true;
         try {
-            l.body(i);
+            for (int64_t i = begin; i < end; i++) body(i);
         } catch (...) {
-            std::lock_guard lock(l.mutex);
-            l.error = std::current_exception();
+            std::lock_guard lock(mutex);
+            error = std::current_exception();
         }
+        in_loop = false;
     };
-    if (!team) team = std::make_unique<Team>(n_threads());
-    CHECK(n <= UINT32_MAX, "a loop of %lld", static_cast<long long>(n));
-    team->run(uint32_t(n), job, &loop);
-    if (loop.error) std::rethrow_exception(loop.error);
+    with_team([&] { share_out(n, share); });
+    if (error) std::rethrow_exception(error);
 }
 
 // -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------
@@ -408,19 +335,233 @@ inline double seconds() {
 
 inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every long loop looks at it
 
-// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
-// at `interrupted` and a read that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
+// =================================================================================================
+// Chapter 2. Numbers
+// =================================================================================================
+//
+// How does a file store a weight, and what is its value?
+//
+//                sign  exponent  fraction   largest     smallest normal   in the files
+//      f32        1       8        23       3.4e38         2^-126         gate_bias, scales
+//      bf16       1       8         7       3.4e38         2^-126         V2, distills; V3: norms, embedding
+//      f16        1       5        10       65504          2^-14          some fine-tunes
+//      e4m3       1       4         3       448            2^-6           V3, R1: all large matrices
+//
+// bf16 is the upper half of an f32: widening it is a shift. e4m3 has no infinity, and one NaN per sign; its
+// 256 values are too few for a whole matrix, so each block of 128 x 128 weights shares an f32 scale:
+//
+//      W[m][n] = e4m3(q[m][n]) * scale[m / 128][n / 128]
+//
+// The tensor is called `weight_scale_inv`, yet it multiplies: it is the inverse of the scale with which the
+// weight was quantised. V3.1 (`scale_fmt: ue8m0`) rounds scales to powers of two but stores them as f32,
+// and not in every tensor, so they are read as they stand. Blocks at the edges may be partial: V3's
+// kv_a_proj has 576 = 4.5 * 128 rows and 5 rows of scales.
+//
+// Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
+// them. Every widening is exact.
+
+// llama.cpp's files (gguf.h) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+
+enum class Dtype : uint8_t {
+    F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+};
+constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
+
+// How a dtype is stored: `bytes` hold `values` numbers of a row.
+struct Format {
+    const char* name;
+    int values, bytes;
+    bool minimums;                       // blocks have a minimum beside the scale
+};
+constexpr Format FORMATS[] = {
+    {"F64", 1, 8, false},     {"F32", 1, 4, false},     {"BF16", 1, 2, false},    {"F16", 1, 2, false},
+    {"F8_E4M3", 1, 1, false}, {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},   {"Q5_0", 32, 22, false},
+    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},  {"Q2_K", 256, 84, true},  {"Q3_K", 256, 110, false},
+    {"Q4_K", 256, 144, true}, {"Q5_K", 256, 176, true}, {"Q6_K", 256, 210, false}};
+constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
+constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
+inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
+
+constexpr int SCALE_BLOCK = 128;
+
+// Bytes of a row of `cols` numbers; cols is a multiple of the format's block.
+inline size_t row_bytes(Dtype dtype, int cols) {
+    return size_t(cols) / size_t(format_of(dtype).values) * size_t(format_of(dtype).bytes);
 }
 
-// -- 1.7  Json: reading objects strictly ---------------------------------------------------------
+// A value at any address: tensors in a file need not be aligned.
+template <class T> T load(const void* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+// -- 2.1  widening -------------------------------------------------------------------------------
+
+inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
+
+inline float f16_to_float(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+    if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | fraction << 13);
+    float magnitude =
+        exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
+    return sign ? -magnitude : magnitude;
+}
+
+inline float e4m3_to_float(uint8_t b) {
+    int exponent = (b >> 3) & 15, fraction = b & 7;
+    if ((b & 127) == 127) return std::numeric_limits<float>::quiet_NaN();
+    float magnitude =
+        exponent ? std::ldexp(float(8 + fraction), exponent - 10) : std::ldexp(float(fraction), -9);
+    return b & 128 ? -magnitude : magnitude;
+}
+
+inline const std::array<float, 256> E4M3 = [] {
+    std::array<float, 256> table{};
+    for (int b = 0; b < 256; b++) table[size_t(b)] = e4m3_to_float(uint8_t(b));
+    return table;
+}();
+
+inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
+    uint32_t bits = std::bit_cast<uint32_t>(x);
+    if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_f16(float x) {                  // the same
+    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    float a = std::fabs(x);
+    if (std::isnan(x)) return uint16_t(sign | 0x7E00);
+    if (a >= 65520) return uint16_t(sign | 0x7C00);
+    int exponent = a > 0 ? std::max(std::ilogb(a), -14) : -14;
+    int fraction = int(std::nearbyint(std::ldexp(a, 10 - exponent)));   // 1024 carries into the exponent
+    return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
+}
+
+inline uint8_t float_to_e4m3(float f) {                  // the same; |f| beyond 448 becomes 448
+    uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
+    bits &= 0x7FFFFFFF;
+    if (std::isnan(f)) return uint8_t(sign | 127);
+    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));   // below 2^-6
+    uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return uint8_t(sign | std::min(rounded, 126u));
+}
+
+// How a row of each dtype reads as numbers.
+struct F64Row {
+    const std::byte* p;
+    real operator()(int i) const { return real(load<double>(p + 8 * size_t(i))); }
+};
+struct F32Row {
+    const std::byte* p;
+    real operator()(int i) const { return load<float>(p + 4 * size_t(i)); }
+};
+struct Bf16Row {
+    const std::byte* p;
+    real operator()(int i) const { return bf16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
+};
+struct F16Row {
+    const std::byte* p;
+    real operator()(int i) const { return f16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
+};
+struct E4m3Row {
+    const std::byte* p;
+    real operator()(int i) const { return E4M3[size_t(p[i])]; }
+};
+
+template <class Row> void widen_into(real* out, Row w, int n) {
+    for (int i = 0; i < n; i++) out[i] = w(i);
+}
+
+// -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
+
+// y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
+// some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
+// llama.cpp's files may hold W in another way (gguf.h), which matmul undoes. Rows and views are then those of
+// what is stored.
+struct Matrix {
+    const std::byte* data = nullptr;
+    const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
+    Dtype dtype = Dtype::F32;
+    int rows = 0, cols = 0, first_row = 0;
+    size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
+    bool interleaved = false;           // sixteen rows side by side: appendix O
+    bool transposed = false;            // what is stored is W^T (cols, rows)
+    int pairs = 0;                      // rows of a head, stored x0 x_d/2 x1 x_d/2+1 ...; 0: in order
+
+    explicit operator bool() const { return data != nullptr; }
+    const std::byte* row(int r) const {
+        return data + size_t(r) * (stride ? stride : row_bytes(dtype, cols));
+    }
+    const std::byte* scale_row(int r) const {
+        if (!scale) return nullptr;
+        return scale +
+               size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
+    }
+    Matrix view(int begin, int count) const {
+        Matrix part = *this;
+        part.data = row(begin), part.rows = count, part.first_row = first_row + begin;
+        return part;
+    }
+    Matrix transpose() const {          // W^T, without moving anything
+        Matrix t = *this;
+        t.rows = cols, t.cols = rows, t.transposed = !transposed;
+        return t;
+    }
+    Matrix stored() const { return transposed ? transpose() : *this; }
+};
+
+// Numbers of the program's own as a matrix.
+inline Matrix real_matrix(const real* data, int rows, int cols) {
+    return {reinterpret_cast<const std::byte*>(data), nullptr, REAL, rows, cols, 0, 0};
+}
+
+// A norm's weight or a bias: few numbers, widened once.
+using Vector = std::vector<real>;
+
+// -- 2.3  blocks of small integers ---------------------------------------------------------------
+//
+// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how
+// they are packed; unpacked, each of them says for its value i, in group g = i / 16:
+//
+//      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
+//
+// Such weights are llama.cpp's, and gguf.h packs and unpacks them.
+
+// -- 2.4  a row of the cache in eight bits ------------------------------------------------------
+
+// 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
+inline void quantise_q8_0(std::byte* out, const real* x) {
+    constexpr float INF = std::numeric_limits<float>::infinity();
+    float top = 0;
+    for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
+    uint16_t d = float_to_f16(top / 127);
+    float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
+    std::memcpy(out, &d, 2);
+    for (int i = 0; i < 32; i++) {
+        float q = inverse > 0 ? std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f) : 0;
+        out[2 + i] = std::byte(int8_t(q));
+    }
+}
+
+// =================================================================================================
+// Chapter 3. Files
+// =================================================================================================
+//
+// What is in a model folder, and how do we know that it is whole?
+//
+//      config.json                     the shape of the network
+//      model.safetensors               u64 n | n bytes of JSON: name -> dtype, shape, [begin, end) | data
+//      model.safetensors.index.json    for several files: tensor -> file
+//      generation_config.json          sampling defaults (chapter 12)
+//      tokenizer.json, tokenizer_config.json    text (chapter 4)
+//
+// Files come from strangers. Everything is checked before anything is computed: each number has a range,
+// each size is multiplied with overflow in mind, the tensors of a file must cover its data without gap or
+// overlap, and the model and the files must name the same tensors with the same shapes. A value that this
+// program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
+
+// -- 3.1  Json: reading objects strictly ---------------------------------------------------------
 
 using Json = simdjson::dom::element;
 
@@ -540,420 +681,7 @@ std::string read_json_file(const fs::path& path) {
     return read_file(path, JSON_LIMIT);
 }
 
-// -- 1.8  write_safetensors: results, whole or not at all ----------------------------------------
-
-struct OutputTensor {
-    std::string name, dtype;
-    std::vector<size_t> shape;
-    const void* data;
-    size_t bytes;
-};
-
-// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
-class AtomicFile {
-public:
-    explicit AtomicFile(const std::string& path)
-        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
-        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
-        file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
-    }
-    ~AtomicFile() {
-        if (!file_) return;
-        std::remove(temporary_.c_str());
-        std::fclose(file_);
-    }
-    AtomicFile(const AtomicFile&) = delete;
-    void write(const void* data, size_t bytes) {
-        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
-            fail("%s: %s", path_.c_str(), std::strerror(errno));
-    }
-    void commit() {
-        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
-        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
-        std::fclose(std::exchange(file_, nullptr));
-    }
-
-private:
-    std::string path_, temporary_;
-    std::FILE* file_ = nullptr;
-};
-
-void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
-    std::string header = "{";
-    size_t at = 0;
-    for (const OutputTensor& t : tensors) {
-        std::string shape;
-        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
-        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
-                          at, at + t.bytes);
-        at += t.bytes;
-    }
-    header += "}";
-    header.resize((header.size() + 7) / 8 * 8, ' ');
-    uint64_t n = header.size();
-    file.write(&n, 8);
-    file.write(header.data(), header.size());
-    for (const OutputTensor& t : tensors) file.write(t.data, t.bytes);
-    file.commit();
-}
-
-// =================================================================================================
-// Chapter 2. Numbers
-// =================================================================================================
-//
-// How does a file store a weight, and what is its value?
-//
-//                sign  exponent  fraction   largest     smallest normal   in the files
-//      f32        1       8        23       3.4e38         2^-126         gate_bias, scales
-//      bf16       1       8         7       3.4e38         2^-126         V2, distills; V3: norms, embedding
-//      f16        1       5        10       65504          2^-14          some fine-tunes
-//      e4m3       1       4         3       448            2^-6           V3, R1: all large matrices
-//
-// bf16 is the upper half of an f32: widening it is a shift. e4m3 has no infinity, and one NaN per sign; its
-// 256 values are too few for a whole matrix, so each block of 128 x 128 weights shares an f32 scale:
-//
-//      W[m][n] = e4m3(q[m][n]) * scale[m / 128][n / 128]
-//
-// The tensor is called `weight_scale_inv`, yet it multiplies: it is the inverse of the scale with which the
-// weight was quantised. V3.1 (`scale_fmt: ue8m0`) rounds scales to powers of two but stores them as f32,
-// and not in every tensor, so they are read as they stand. Blocks at the edges may be partial: V3's
-// kv_a_proj has 576 = 4.5 * 128 rows and 5 rows of scales.
-//
-// Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
-// them. Every widening is exact.
-
-// GGUF files (appendix F) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
-
-enum class Dtype : uint8_t {
-    F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
-};
-constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
-
-// How a dtype is stored: `bytes` hold `values` numbers of a row.
-struct Format {
-    const char* name;
-    int values, bytes;
-    int ggml_type;                       // number in a GGUF file, -1: none
-    bool minimums;                       // blocks have a minimum beside the scale
-};
-constexpr Format FORMATS[] = {
-    {"F64", 1, 8, -1, false},     {"F32", 1, 4, 0, false},
-    {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
-    {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
-    {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
-    {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
-    {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
-constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
-constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
-inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
-
-constexpr int SCALE_BLOCK = 128;
-
-// Bytes of a row of `cols` numbers; cols is a multiple of the format's block.
-inline size_t row_bytes(Dtype dtype, int cols) {
-    return size_t(cols) / size_t(format_of(dtype).values) * size_t(format_of(dtype).bytes);
-}
-
-// A value at any address: tensors in a file need not be aligned.
-template <class T> T load(const void* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-// -- 2.1  widening -------------------------------------------------------------------------------
-
-inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
-
-inline float f16_to_float(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-    if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | fraction << 13);
-    float magnitude =
-        exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
-    return sign ? -magnitude : magnitude;
-}
-
-inline float e4m3_to_float(uint8_t b) {
-    int exponent = (b >> 3) & 15, fraction = b & 7;
-    if ((b & 127) == 127) return std::numeric_limits<float>::quiet_NaN();
-    float magnitude =
-        exponent ? std::ldexp(float(8 + fraction), exponent - 10) : std::ldexp(float(fraction), -9);
-    return b & 128 ? -magnitude : magnitude;
-}
-
-inline const std::array<float, 256> E4M3 = [] {
-    std::array<float, 256> table{};
-    for (int b = 0; b < 256; b++) table[size_t(b)] = e4m3_to_float(uint8_t(b));
-    return table;
-}();
-
-inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
-    uint32_t bits = std::bit_cast<uint32_t>(x);
-    if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-inline uint16_t float_to_f16(float x) {                  // the same
-    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-    float a = std::fabs(x);
-    if (std::isnan(x)) return uint16_t(sign | 0x7E00);
-    if (a >= 65520) return uint16_t(sign | 0x7C00);
-    int exponent = a > 0 ? std::max(std::ilogb(a), -14) : -14;
-    int fraction = int(std::nearbyint(std::ldexp(a, 10 - exponent)));   // 1024 carries into the exponent
-    return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
-}
-
-// -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
-
-// y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
-// some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
-struct Matrix {
-    const std::byte* data = nullptr;
-    const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
-    Dtype dtype = Dtype::F32;
-    int rows = 0, cols = 0, first_row = 0;
-    size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
-    bool interleaved = false;           // sixteen rows side by side: appendix O
-
-    explicit operator bool() const { return data != nullptr; }
-    const std::byte* row(int r) const {
-        return data + size_t(r) * (stride ? stride : row_bytes(dtype, cols));
-    }
-    const std::byte* scale_row(int r) const {
-        if (!scale) return nullptr;
-        return scale +
-               size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
-    }
-    Matrix view(int begin, int count) const {
-        Matrix part = *this;
-        part.data = row(begin), part.rows = count, part.first_row = first_row + begin;
-        return part;
-    }
-};
-
-// Numbers of the program's own as a matrix.
-inline Matrix real_matrix(const real* data, int rows, int cols) {
-    return {reinterpret_cast<const std::byte*>(data), nullptr, REAL, rows, cols, 0, 0};
-}
-
-// A norm's weight or a bias: few numbers, widened once.
-using Vector = std::vector<real>;
-
-// -- 2.3  blocks of small integers ---------------------------------------------------------------
-//
-// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how
-// they are packed; unpacked, each of them says for its value i, in group g = i / 16:
-//
-//      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
-//
-// Q8_0, Q4_0 and their like: 32 values, scale 1. The K formats: 256 values, a scale (and a minimum) for
-// each 16 or 32 of them, so that outliers spoil few neighbours. Layouts: ggml-common.h of llama.cpp.
-
-struct Block {
-    int8_t q[256];
-    int16_t scale[16], minimum[16];
-    float d, m;
-};
-
-using Bytes = const uint8_t*;
-
-inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
-
-// Nibble i of 32 packed in 16 bytes: the low ones first.
-inline int nibble(Bytes p, int i) { return i < 16 ? p[i] & 15 : p[i - 16] >> 4; }
-
-inline void unpack_q4_q5(Block& b, Bytes p, Dtype dtype) {
-    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimum = format_of(dtype).minimums;
-    b.d = f16_at(p), p += 2;
-    if (minimum) b.m = f16_at(p), p += 2;
-    uint32_t high = five ? load<uint32_t>(p) : 0;
-    if (five) p += 4;
-    for (int i = 0; i < 32; i++)
-        b.q[i] = int8_t((nibble(p, i) | int(high >> i & 1) << 4) - (minimum ? 0 : five ? 16 : 8));
-    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = int16_t(minimum ? -1 : 0);
-}
-
-inline void unpack_q8_0(Block& b, Bytes p) {
-    b.d = f16_at(p);
-    std::memcpy(b.q, p + 2, 32);
-    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = 0;
-}
-
-// 2-bit field of value i in 64 bytes: 32 bytes serve 128 values, four to a byte, 32 apart.
-inline int crumb(Bytes p, int i) { return p[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
-
-inline void unpack_q2_k_scales(Block& b, Bytes p) {
-    for (int g = 0; g < 16; g++) b.scale[g] = p[g] & 15, b.minimum[g] = p[g] >> 4;
-}
-
-inline void unpack_q2_k(Block& b, Bytes p) {
-    unpack_q2_k_scales(b, p);
-    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(p + 16, i));
-    b.d = f16_at(p + 80), b.m = f16_at(p + 82);
-}
-
-inline void unpack_q3_k_scales(Block& b, Bytes p) {
-    Bytes s = p + 96;
-    for (int g = 0; g < 16; g++) {
-        int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
-        b.scale[g] = int16_t((four | two << 4) - 32), b.minimum[g] = 0;
-    }
-}
-
-inline void unpack_q3_k(Block& b, Bytes p) {
-    unpack_q3_k_scales(b, p);
-    Bytes high = p, low = p + 32;                                  // the third bit is stored inverted
-    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(low, i) - (high[i % 32] >> (i / 32) & 1 ? 0 : 4));
-    b.d = f16_at(p + 108);
-}
-
-// Q4_K, Q5_K: six-bit scales and minimums of eight groups of 32, in 12 bytes.
-inline void unpack_six_bits(Block& b, Bytes s) {
-    for (int j = 0; j < 8; j++) {
-        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
-        int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
-        for (int g : {2 * j, 2 * j + 1}) b.scale[g] = int16_t(scale), b.minimum[g] = int16_t(minimum);
-    }
-}
-
-inline void unpack_q4_q5_k(Block& b, Bytes p, bool five) {
-    b.d = f16_at(p), b.m = f16_at(p + 2);
-    unpack_six_bits(b, p + 4);
-    Bytes high = p + 16, low = five ? p + 48 : p + 16;
-    for (int i = 0; i < 256; i++) {
-        int four = low[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
-        b.q[i] = int8_t(four | (five ? high[i % 32] >> (i / 32) & 1 : 0) << 4);
-    }
-}
-
-inline void unpack_q6_k(Block& b, Bytes p) {
-    Bytes low = p, high = p + 128;
-    for (int i = 0; i < 256; i++) {
-        int four = low[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
-        b.q[i] = int8_t((four | crumb(high, i) << 4) - 32);
-    }
-    for (int g = 0; g < 16; g++) b.scale[g] = int8_t(p[192 + g]), b.minimum[g] = 0;
-    b.d = f16_at(p + 208);
-}
-
-// Fills the values, scales and minimums of one block of a quantised dtype.
-inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
-    Bytes p = reinterpret_cast<Bytes>(block);
-    b.m = 0;
-    switch (dtype) {
-    case Dtype::Q8_0: return unpack_q8_0(b, p);
-    case Dtype::Q2_K: return unpack_q2_k(b, p);
-    case Dtype::Q3_K: return unpack_q3_k(b, p);
-    case Dtype::Q4_K:
-    case Dtype::Q5_K: return unpack_q4_q5_k(b, p, dtype == Dtype::Q5_K);
-    case Dtype::Q6_K: return unpack_q6_k(b, p);
-    default: return unpack_q4_q5(b, p, dtype);
-    }
-}
-
-// out: the block's values. The order of the operations is that of llama.cpp, to the bit.
-inline void dequantise(real* out, const Block& b, int values) {
-    for (int i = 0; i < values; i++) {
-        float scale = b.d * float(b.scale[i / 16]), minimum = b.m * float(b.minimum[i / 16]);
-        out[i] = scale * float(b.q[i]) - minimum;
-    }
-}
-
-// -- 2.4  activations in small integers ----------------------------------------------------------
-//
-// Quantised weights are multiplied in integers (chapter 5.2), with activations that are made integers too:
-// q = x / d rounded to 8 bits, with one d for as many numbers as share a scale of the weights, a block of 32
-// or 256. Eight bits because processors multiply bytes the fastest. The error of the activations is about
-// that of 8-bit weights (README has the measurements).
-
-constexpr int X_LIMIT = 127, GROUP = 16, GROUP_VECTORS = 64;
-constexpr int MANY_TOKENS = 4;             // for which a kernel unpacks a block of rows once (chapter 5.5)
-
-// T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
-// after the other; those of up to GROUP_VECTORS vectors, which the same weights meet, side by side.
-struct IntRows {
-    int n = 0, block = 0;
-    int together = 1;                          // vectors of a group
-    int64_t next_vector = 0;                   // in blocks
-    int8_t* q = nullptr;                       // (block) each
-    int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
-    float* d = nullptr;                        // 1 each
-
-    IntRows() = default;
-    IntRows(int n, int block, int T) : n(n), block(block) {
-        if (T >= MANY_TOKENS) together = std::min(GROUP_VECTORS, (T + 15) / 16 * 16);
-        next_vector = together > 1 ? 1 : n / block;
-    }
-    // Blocks of T vectors, and of those that no one asked for in the last group: appendix N reads 16 at once.
-    int64_t blocks(int T) const { return int64_t(T + together - 1) / together * together * (n / block); }
-
-    [[gnu::always_inline]] IntRows skip(int64_t blocks) const {
-        IntRows r = *this;
-        r.q += blocks * block, r.sums += blocks * (block / GROUP), r.d += blocks;
-        return r;
-    }
-    // Block b of vector t of this group. Kernels ask for each block, which a call would slow.
-    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
-        return skip(t * next_vector + int64_t(b) * together);
-    }
-    // Vector t, whatever group it is in.
-    IntRows vector(int t) const {
-        return skip(int64_t(t / together) * together * (n / block)).at(t % together);
-    }
-};
-
-// The bits of |x| order like |x| does; NaN comes out above infinity.
-inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
-
-struct IntScale {
-    float d, inverse;          // q = x * inverse, rounded; x ~ d * q
-};
-inline IntScale int_scale(uint32_t largest) {
-    float top = std::bit_cast<float>(largest);
-    if (!std::isfinite(top)) return {std::numeric_limits<float>::quiet_NaN(), 0};
-    if (top < 0x1p-100f) return {0, 0};
-    return {top / X_LIMIT, X_LIMIT / top};
-}
-
-// One vector: x (n). Ties go to the even integer.
-inline void quantise_plain(const IntRows& out, const real* x) {
-    constexpr float TO_INTEGER = 0x1.8p23f;
-    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
-        IntRows block = out.at(0, b);
-        uint32_t largest = 0;
-        for (int i = 0; i < out.block; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
-        IntScale s = int_scale(largest);
-        *block.d = s.d;
-        std::fill_n(block.sums, out.block / GROUP, int16_t(0));
-        for (int i = 0; i < out.block; i++) {
-            float q = s.inverse == 0 ? 0 : float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER;
-            block.q[i] = int8_t(q), block.sums[i / GROUP] += block.q[i];
-        }
-    }
-}
-
-// =================================================================================================
-// Chapter 3. Files
-// =================================================================================================
-//
-// What is in a model folder, and how do we know that it is whole?
-//
-//      config.json                     the shape of the network
-//      model.safetensors               u64 n | n bytes of JSON: name -> dtype, shape, [begin, end) | data
-//      model.safetensors.index.json    for several files: tensor -> file
-//      generation_config.json          sampling defaults (chapter 12)
-//      tokenizer.json, tokenizer_config.json    text (chapter 4)
-//
-// Files come from strangers. Everything is checked before anything is computed: each number has a range,
-// each size is multiplied with overflow in mind, the tensors of a file must cover its data without gap or
-// overlap, and the model and the files must name the same tensors with the same shapes. A value that this
-// program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
-
-// -- 3.1  Config: the shape of the network -------------------------------------------------------
+// -- 3.2  Config: the shape of the network -------------------------------------------------------
 
 enum class Gate : uint8_t { GREEDY, GROUP_LIMITED_GREEDY, NOAUX_TC };
 enum class Scaling : uint8_t { NONE, LLAMA3, YARN };
@@ -974,7 +702,6 @@ struct Config {
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
     bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false, fp8 = false;
-    bool pair_order = false;   // rows of wq and wk: the pairs of RoPE side by side
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
     std::vector<int> eos;
@@ -1166,7 +893,32 @@ Config parse_config(std::string_view json, const std::string& file) {
     return c;
 }
 
-// -- 3.2  safetensors: a header that must be right, and bytes ------------------------------------
+// How the model's makers would have it sampled (chapter 12.1).
+struct Sampling {
+    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
+    int top_k = 0;                                       // 0: off
+};
+
+struct GenerationConfig {
+    Sampling sampling;
+    std::vector<int> eos;
+};
+
+// generation_config.json, from its text. `do_sample` false means greedy.
+inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
+    Document document(json, file);
+    Fields f(document.root, file);
+    GenerationConfig g;
+    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
+    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
+    g.sampling.min_p = f.number("min_p", 0, 1, 0);
+    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
+    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
+    g.eos = parse_ids(f, "eos_token_id", V);
+    return g;
+}
+
+// -- 3.3  safetensors: a header that must be right, and bytes ------------------------------------
 
 struct TensorInfo {
     std::string name, dtype;
@@ -1294,13 +1046,14 @@ TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.3  Checkpoint: all tensors of a folder, by name -------------------------------------------
+// -- 3.4  Checkpoint: all tensors of a folder, by name -------------------------------------------
 
 struct Tensor {
     std::string file, dtype;
     std::vector<uint64_t> shape;
     const std::byte* data = nullptr;
     uint64_t bytes = 0;
+    int pairs = 0;                         // as in Matrix
 };
 
 struct Checkpoint {
@@ -1373,6 +1126,88 @@ Checkpoint open_checkpoint(const fs::path& folder) {
     return checkpoint;
 }
 
+// The dtype called so, if weights may have it.
+inline std::optional<Dtype> weights_dtype(const std::string& name) {
+    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
+        if (name == format_of(Dtype(i)).name) return Dtype(i);
+    return {};
+}
+
+// A tensor of a checkpoint as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
+    const Tensor& t = checkpoint.tensors.at(name);
+    std::optional<Dtype> dtype = weights_dtype(t.dtype);
+    if (!dtype)
+        fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
+             t.dtype.c_str());
+    auto scale = checkpoint.tensors.find(name + "_scale_inv");
+    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
+    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
+    m.pairs = t.pairs;
+    return m;
+}
+
+// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------
+
+struct OutputTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    const void* data;
+    size_t bytes;
+};
+
+// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
+class AtomicFile {
+public:
+    explicit AtomicFile(const std::string& path)
+        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
+        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
+        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
+        file_ = std::fopen(temporary_.c_str(), "wbx");
+        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
+    }
+    ~AtomicFile() {
+        if (!file_) return;
+        std::remove(temporary_.c_str());
+        std::fclose(file_);
+    }
+    AtomicFile(const AtomicFile&) = delete;
+    void write(const void* data, size_t bytes) {
+        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
+            fail("%s: %s", path_.c_str(), std::strerror(errno));
+    }
+    void commit() {
+        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
+        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        std::fclose(std::exchange(file_, nullptr));
+    }
+
+private:
+    std::string path_, temporary_;
+    std::FILE* file_ = nullptr;
+};
+
+void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
+    std::string header = "{";
+    size_t at = 0;
+    for (const OutputTensor& t : tensors) {
+        std::string shape;
+        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
+        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
+                          at, at + t.bytes);
+        at += t.bytes;
+    }
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');
+    uint64_t n = header.size();
+    file.write(&n, 8);
+    file.write(header.data(), header.size());
+    for (const OutputTensor& t : tensors) file.write(t.data, t.bytes);
+    file.commit();
+}
+
 // =================================================================================================
 // Chapter 4. Text to tokens
 // =================================================================================================
@@ -1391,6 +1226,82 @@ Checkpoint open_checkpoint(const fs::path& folder) {
 // the model answers worse without any error. And text decodes to bytes, not characters: a Chinese
 // character may be split over two tokens, so a stream must hold back its first half (Utf8Stream).
 
+#include "tokenizer.h"
+
+// Where a model is one file of llama.cpp's, its vocabulary, its shape and its weights are all in there.
+#include "gguf.h"
+
+// -- 4.1  the tokenizer of a model ---------------------------------------------------------------
+
+inline Tokenizer load_tokenizer(const fs::path& model) {
+    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
+}
+
+inline std::string json_array(std::span<const int> ids) {
+    std::string out = "[";
+    for (int id : ids) out += (out.size() > 1 ? "," : "") + std::to_string(id);
+    return out + "]";
+}
+
+// A prompt's ids. A chat template has its BOS; a raw text gets it here, once.
+inline std::vector<int> encode_prompt(const Tokenizer& t, const std::string& text, bool add_bos) {
+    std::vector<int> ids = t.encode(text);
+    if (add_bos && t.bos >= 0 && (ids.empty() || ids[0] != t.bos)) ids.insert(ids.begin(), t.bos);
+    return ids;
+}
+
+// What generation_config.json says, or the keys of a GGUF file.
+inline GenerationConfig read_generation_config(const fs::path& model, int V) {
+    fs::path file = model / "generation_config.json";
+    if (is_gguf(model)) return {gguf_sampling(model), {}};
+    return fs::exists(file) ? parse_generation_config(read_json_file(file), file.string(), V) : GenerationConfig{};
+}
+
+// -- 4.2  tokenize: text to ids and back, as JSON ------------------------------------------------
+
+struct TokenizeOptions {
+    bool add_bos = false, decode = false, chat = false, as_ids = false, lines = false;
+};
+
+inline std::vector<int> parse_id_array(Json json) {
+    simdjson::dom::array list;
+    std::vector<int> ids;
+    if (json.get(list)) fail("tokenize --decode: not a JSON array of ids");
+    for (Json item : list) {
+        int64_t id = -1;
+        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max())
+            fail("tokenize --decode: not a JSON array of ids");
+        ids.push_back(int(id));
+    }
+    return ids;
+}
+
+inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
+    std::vector<int> ids = t.encode(text);
+    if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
+    if (add_bos) ids.insert(ids.begin(), t.bos);
+    return json_array(ids);
+}
+
+// The answer to one input: with --lines, input and output are JSON values.
+inline std::string tokenize(const Tokenizer& t, const std::string& input, const TokenizeOptions& o) {
+    if (o.decode) {
+        Document document(input, "stdin");
+        std::string text = t.decode(parse_id_array(document.root));
+        return o.lines ? json_quote(text) : text;
+    }
+    if (o.chat) {
+        Chat chat = o.lines ? parse_chat(input) : Chat{parse_messages(input), true};
+        std::string text = t.render(chat.messages, chat.add_generation_prompt);
+        return o.as_ids ? tokens_json(t, text, false) : o.lines ? json_quote(text) : text;
+    }
+    if (!o.lines) return tokens_json(t, input, o.add_bos);
+    Document document(input, "stdin");
+    std::string_view text;
+    if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
+    return tokens_json(t, text, o.add_bos);
+}
+
 // =================================================================================================
 // Chapter 5. Small operations
 // =================================================================================================
@@ -1402,11 +1313,30 @@ Checkpoint open_checkpoint(const fs::path& folder) {
 //      dot     = ((0+8) + (4+12)) + ...      a fixed tree over the 16 lanes
 //
 // Sixteen lanes because two AVX registers, one AVX-512 register or four NEON registers hold them: a fast
-// kernel (appendix A) does the same additions in the same order, and returns the same bits. `std::fma` rounds
-// once, on every machine; -ffp-contract=off keeps the compiler from fusing anything else.
+// kernel does the same additions in the same order, and returns the same bits. `std::fma` rounds once, on
+// every machine; -ffp-contract=off keeps the compiler from fusing anything else.
 //
 // An e4m3 row adds one step: each block of 128 columns has its own sixteen lanes, which are multiplied by the
 // block's scale and added to the row's (V3 section 3.3.2 promotes its partial sums at the same places).
+//
+// Chapters 5 to 10 hold operations: functions of arrays and sizes. None knows a model, a file or an option.
+// What stands in them is the definition; some have a fast form beside it, behind the table of 5.4.
+
+// T vectors, `stride` numbers apart: activations of T tokens, a head's slice of them, or rows of a buffer.
+struct Rows {
+    real* data;
+    int64_t stride;
+    real* operator[](int64_t t) const { return data + t * stride; }
+};
+struct ConstRows {
+    const real* data;
+    int64_t stride;
+    ConstRows(const real* data, int64_t stride) : data(data), stride(stride) {}
+    ConstRows(Rows rows) : data(rows.data), stride(rows.stride) {}
+    const real* operator[](int64_t t) const { return data + t * stride; }
+};
+
+// -- 5.1  dot: a row of weights times a vector ---------------------------------------------------
 
 constexpr int LANES = 16;
 
@@ -1416,30 +1346,6 @@ inline real sum_lanes(const real* lane) {
     for (int j = 0; j < 4; j++) v[j] += v[j + 4];
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
-
-// -- 5.1  dot: the inner loop, in plain C++ ------------------------------------------------------
-
-// How a row of each dtype reads as numbers.
-struct F64Row {
-    const std::byte* p;
-    real operator()(int i) const { return real(load<double>(p + 8 * size_t(i))); }
-};
-struct F32Row {
-    const std::byte* p;
-    real operator()(int i) const { return load<float>(p + 4 * size_t(i)); }
-};
-struct Bf16Row {
-    const std::byte* p;
-    real operator()(int i) const { return bf16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
-};
-struct F16Row {
-    const std::byte* p;
-    real operator()(int i) const { return f16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
-};
-struct E4m3Row {
-    const std::byte* p;
-    real operator()(int i) const { return E4M3[size_t(p[i])]; }
-};
 
 template <class Row> void add_products(real* lane, Row w, const real* x, int begin, int end) {
     for (int i = begin; i < end; i++) lane[i % LANES] = std::fma(w(i), x[i], lane[i % LANES]);
@@ -1468,73 +1374,7 @@ inline real dot_scaled_plain(E4m3Row w, const std::byte* scale, const real* x, i
     return sum_lanes(lane);
 }
 
-template <class Row> void widen_into(real* out, Row w, int n) {
-    for (int i = 0; i < n; i++) out[i] = w(i);
-}
-
-// out (w.cols) = row r of a quantised W.
-inline void dequantise_row(real* out, const Matrix& w, int r) {
-    const Format& f = format_of(w.dtype);
-    const std::byte* p = w.row(r);
-    Block block;
-    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
-        unpack(block, p, w.dtype);
-        dequantise(out + i, block, f.values);
-    }
-}
-
-// out (w.cols) = row r of W, exactly; for e4m3 the product with the scale, rounded once.
-inline void widen_plain(real* out, const Matrix& w, int r) {
-    const std::byte *p = w.row(r), *scale = w.scale_row(r);
-    switch (w.dtype) {
-    case Dtype::F64: return widen_into(out, F64Row{p}, w.cols);
-    case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
-    case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
-    case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
-    default: return dequantise_row(out, w, r);
-    }
-    for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
-}
-
-// T vectors, `stride` numbers apart: activations of T tokens, a head's slice of them, or rows of a buffer.
-struct Rows {
-    real* data;
-    int64_t stride;
-    real* operator[](int64_t t) const { return data + t * stride; }
-};
-struct ConstRows {
-    const real* data;
-    int64_t stride;
-    ConstRows(const real* data, int64_t stride) : data(data), stride(stride) {}
-    ConstRows(Rows rows) : data(rows.data), stride(rows.stride) {}
-    const real* operator[](int64_t t) const { return data + t * stride; }
-};
-
-// 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
-inline void quantise_q8_0(std::byte* out, const real* x) {
-    constexpr float INF = std::numeric_limits<float>::infinity();
-    float top = 0;
-    for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
-    uint16_t d = float_to_f16(top / 127);
-    float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
-    std::memcpy(out, &d, 2);
-    for (int i = 0; i < 32; i++) {
-        float q = inverse > 0 ? std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f) : 0;
-        out[2 + i] = std::byte(int8_t(q));
-    }
-}
-
-// Writes n numbers as a row of REAL, BF16 or Q8_0.
-inline void store_row(std::byte* out, const real* x, int n, Dtype dtype) {
-    if (dtype == REAL) std::memcpy(out, x, size_t(n) * sizeof(real));
-    for (int i = 0; dtype == Dtype::BF16 && i < n; i++) {
-        uint16_t h = float_to_bf16(float(x[i]));
-        std::memcpy(out + 2 * size_t(i), &h, 2);
-    }
-    for (int i = 0; dtype == Dtype::Q8_0 && i < n; i += 32) quantise_q8_0(out + i / 32 * 34, x + i);
-}
-
+// W[r] . x, quantised weights dequantised
 inline real dot_row_plain(const Matrix& w, int r, const real* x) {
     const std::byte* p = w.row(r);
     switch (w.dtype) {
@@ -1550,30 +1390,12 @@ inline real dot_row_plain(const Matrix& w, int r, const real* x) {
     return dot_real_plain(row.data(), x, w.cols);
 }
 
-// out[t][r] = W[r] . x[t] for T tokens and the rows begin <= r < end.
-inline void rows_plain(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    for (int t = 0; t < T; t++) {
-        for (int r = begin; r < end; r++) out[t][r] = dot_row_plain(w, r, x[t]);
-    }
-}
-
-// out[t] (v.cols) += sum_j p[t][j] v[j] over the first n rows of V: each output is one chain of fma, in the
-// order of j.
-inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
-    Vector row(size_t(v.cols));
-    for (int j = 0; j < n; j++) {
-        widen_plain(row.data(), v, j);
-        for (int t = 0; t < T; t++) {
-            for (int i = 0; i < v.cols; i++) out[t][i] = std::fma(p[t][j], row[size_t(i)], out[t][i]);
-        }
-    }
-}
-
 // -- 5.2  dot in small integers ------------------------------------------------------------------
 //
-// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine
-// adds, and whatever width its registers have, the sum is the same. So activations are made integers too
-// (chapter 2.4), qx, and for each block b
+// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine adds, and
+// whatever width its registers have, the sum is the same. So activations are made integers too: qx = x / dx,
+// rounded to 8 bits, with one dx for as many numbers as share a block of the weights, 32 or 256. Eight bits
+// because processors multiply bytes the fastest; the error is about that of 8-bit weights. For each block b
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
@@ -1581,7 +1403,7 @@ inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
 //
 // `--exact` leaves x as it is, and dequantises each weight.
 
-constexpr int BLOCK_LANES = 8;
+constexpr int BLOCK_LANES = 8, GROUP = 16;
 
 inline float sum_block_lanes(const float* lane) {
     float v[4];
@@ -1589,29 +1411,51 @@ inline float sum_block_lanes(const float* lane) {
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// W[r] . x for one vector x.
-inline float int_dot_plain(const Matrix& w, int r, const IntRows& x) {
+// The bits of |x| order like |x| does; NaN comes out above infinity.
+inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
+
+struct IntScale {
+    float d, inverse;          // q = x * inverse, rounded; x ~ d * q
+};
+inline IntScale int_scale(uint32_t largest) {
+    constexpr int LIMIT = 127;
+    float top = std::bit_cast<float>(largest);
+    if (!std::isfinite(top)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    if (top < 0x1p-100f) return {0, 0};
+    return {top / LIMIT, LIMIT / top};
+}
+
+// q, x: (n), a block of activations; returns d. Ties go to the even integer.
+inline float quantise_block_plain(int8_t* q, const real* x, int n) {
+    constexpr float TO_INTEGER = 0x1.8p23f;
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) largest = std::max(largest, magnitude_bits(float(x[i])));
+    IntScale s = int_scale(largest);
+    for (int i = 0; i < n; i++)
+        q[i] = int8_t(s.inverse == 0 ? 0 : float(x[i]) * s.inverse + TO_INTEGER - TO_INTEGER);
+    return s.d;
+}
+
+// W[r] . x
+inline float int_dot_plain(const Matrix& w, int r, const real* x) {
     const Format& f = format_of(w.dtype);
     const std::byte* p = w.row(r);
     float lane[BLOCK_LANES] = {};
     Block block;
-    for (int b = 0; b < w.cols / f.values; b++, p += f.bytes) {
+    int8_t qx[256];
+    for (int b = 0; b < w.cols / f.values; b++, p += f.bytes, x += f.values) {
         unpack(block, p, w.dtype);
+        float dx = quantise_block_plain(qx, x, f.values);
         int32_t sum = 0, minimum = 0;
-        IntRows xb = x.at(0, b);
-        for (int i = 0; i < f.values; i++) sum += block.scale[i / GROUP] * block.q[i] * xb.q[i];
-        for (int g = 0; g < f.values / GROUP; g++) minimum += block.minimum[g] * xb.sums[g];
+        for (int i = 0; i < f.values; i++) {
+            sum += block.scale[i / GROUP] * block.q[i] * qx[i];
+            minimum += block.minimum[i / GROUP] * qx[i];
+        }
         float& y = lane[b % BLOCK_LANES];
-        y = std::fma(block.d * *xb.d, float(sum), y);
-        if (f.minimums) y = std::fma(-(block.m * *xb.d), float(minimum), y);
+        y = std::fma(block.d * dx, float(sum), y);
+        if (f.minimums) y = std::fma(-(block.m * dx), float(minimum), y);
     }
     return sum_block_lanes(lane);
-}
-
-inline void int_rows_plain(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for (int t = 0; t < T; t++) {
-        for (int r = begin; r < end; r++) out[t][r] = int_dot_plain(w, r, x.vector(t));
-    }
 }
 
 // -- 5.3  exp, sigmoid, silu, softmax ------------------------------------------------------------
@@ -1651,35 +1495,22 @@ inline void softmax_plain(real* z, real scale, int n) {
     for (int i = 0; i < n; i++) z[i] /= sum;
 }
 
-// -- 5.4  the kernels in use ---------------------------------------------------------------------
+// -- 5.4  the table of kernels -------------------------------------------------------------------
+//
+// What takes the time, in the plain form or in the fastest that this processor has (simd.h), with the same
+// bits. Chosen once, at start.
 
-// Plain, or the fastest that this processor has (appendices A, E, J to O), with the same bits.
-struct Kernels {
-    const char* name = "plain";
-    bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
-    void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) = rows_plain;
-    void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n) = weigh_plain;
-    void (*widen)(real* out, const Matrix& w, int r) = widen_plain;
-    real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
-    void (*softmax)(real* z, real scale, int n) = softmax_plain;
-    void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
-    void (*quantise)(const IntRows& out, const real* x) = quantise_plain;
-    void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) = int_rows_plain;
-    // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
-    void (*arrange)(real* out, ConstRows x, int T, int n) = nullptr;
-    void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end) = nullptr;
-    // `int_rows` for interleaved W (appendix O), or none.
-    void (*interleaved_rows)(Rows, const IntRows& x, const Matrix& w, int T, int begin, int end) = nullptr;
-};
-inline Kernels kernels;
-
-constexpr int ARRANGE_FROM = 32, ARRANGED_TOKENS = 8;
-
-// Numbers of 8 arranged vectors of n: (LANES, n / LANES, 8), the lanes a little apart.
-inline size_t arranged_lane(int n) { return size_t(n + LANES - 1) / LANES * ARRANGED_TOKENS + 16; }
-inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
-
-// -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
+// out[t] (v.cols) += sum_j p[t][j] v[j] over the first n rows of V: each output is one chain of fma, in the
+// order of j.
+inline void weigh_plain(Rows out, ConstRows p, const Matrix& v, int T, int n) {
+    Vector row(size_t(v.cols));
+    for (int j = 0; j < n; j++) {
+        widen_plain(row.data(), v, j);
+        for (int t = 0; t < T; t++) {
+            for (int i = 0; i < v.cols; i++) out[t][i] = std::fma(p[t][j], row[size_t(i)], out[t][i]);
+        }
+    }
+}
 
 // out[t] = W x[t]   out: (T, w.rows)   x: (T, w.cols)
 struct Product {
@@ -1689,138 +1520,77 @@ struct Product {
     int T;
 };
 
-constexpr int MANY_ROWS = 192;             // that a thread takes at once, of MANY_TOKENS and more
+// One key head and the queries that look at it (chapter 7). A token's queries lie side by side; token t sees
+// the first n[t] positions.   q: (T, heads, dk)   out: (T, heads, dv)   k: (context, dk)   v: (context, dv)
+struct Attention {
+    Rows out;
+    ConstRows q;
+    int heads;
+    Matrix k, v;
+    real scale;
+    std::span<const int> n;              // (T), not descending
+};
+
+struct Kernels {
+    const char* name = "plain";
+    bool integers = sizeof(real) == 4;   // quantised weights: in small integers; false: dequantised (--exact)
+    void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n) = weigh_plain;
+    void (*widen)(real* out, const Matrix& w, int r) = widen_plain;
+    real (*dot_real)(const real* a, const real* b, int n) = dot_real_plain;
+    void (*softmax)(real* z, real scale, int n) = softmax_plain;
+    void (*silu_times)(real* gate, const real* up, int n) = silu_times_plain;
+    // None: the plain form, 5.5 and 7.1.
+    void (*matmul)(std::span<const Product> products) = nullptr;
+    void (*attend)(std::span<const Attention> heads, Rows scratch) = nullptr;
+    // Puts W, where it is, in the order that is fastest if each token needs all of it; false where it cannot.
+    bool (*rearrange)(Matrix& w) = nullptr;
+    bool (*rearranges)(const Matrix& w) = nullptr;
+    const struct Target* target = nullptr;   // what simd.h made these of
+};
+inline Kernels kernels;
+
+// -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
 
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
-// x as its product wants it: in small integers, or arranged, or as it is.
-struct Input {
-    IntRows ints;
-    real* arranged = nullptr;
-};
-
-// Rows of W, and vectors x, that a thread takes at once: few enough for all threads to have work and for
-// arranged vectors to stay in a cache, many enough to be worth it.
-struct Parts {
-    int rows, tokens, of_rows;
-    int count = 0;                         // of parts; those with the same vectors follow each other
-
-    Parts(const Product& p, const Input& x, int threads) : tokens(std::max(p.T, 1)) {
-        constexpr int CACHED = 5 << 19;    // numbers
-        if (x.arranged) tokens = std::max(CACHED / p.w->cols / 64 * 64, 64);
-        if (p.T >= MANY_TOKENS) rows = std::clamp(p.w->rows / (4 * threads) / 96 * 96, 96, MANY_ROWS);
-        else rows = std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
-        of_rows = (p.w->rows + rows - 1) / rows;
-        count = of_rows * ((p.T + tokens - 1) / tokens);
-    }
-};
-
-// Part i of a product.
-inline void multiply(const Product& p, const Input& x, const Parts& part, int i) {
-    int t = i / part.of_rows * part.tokens, T = std::min(part.tokens, p.T - t);
-    int begin = i % part.of_rows * part.rows, end = std::min(p.w->rows, begin + part.rows);
-    Rows out{p.out[t], p.out.stride};
-    if (p.w->interleaved) return kernels.interleaved_rows(out, x.ints, *p.w, T, begin, end);
-    if (in_integers(*p.w)) return kernels.int_rows(out, x.ints, *p.w, T, begin, end);
-    if (!x.arranged) return kernels.rows(out, p.x, *p.w, T, begin, end);
-    const real* arranged = x.arranged + size_t(t / ARRANGED_TOKENS) * arranged_size(p.w->cols);
-    kernels.arranged_rows(out, arranged, *p.w, T, begin, end);
+inline void matmul_plain(const Product& p) {
+    const Matrix& w = *p.w;
+    parallel_for(w.rows, [&](int64_t r) {
+        for (int t = 0; t < p.T; t++)
+            p.out[t][r] = in_integers(w) ? int_dot_plain(w, int(r), p.x[t]) : dot_row_plain(w, int(r), p.x[t]);
+    }, int64_t(w.cols) * p.T);
 }
 
-// The inputs of some products; equal ones once.
-class Inputs {
-public:
-    const Input& add(const Product& p) {
-        static const Input NONE;
-        if (p.T == 0) return NONE;
-        int block = in_integers(*p.w) ? format_of(p.w->dtype).values : 0;
-        for (const Entry& e : entries_) {
-            bool same_rows = e.x.data == p.x.data && e.x.stride == p.x.stride && e.T == p.T;
-            if (same_rows && e.block == block && e.n == p.w->cols) return e.input;
-        }
-        entries_.push_back({p.x, p.T, p.w->cols, block, {}});
-        Input& input = entries_.back().input;
-        if (block > 0) quantise(input.ints, p, block);
-        else if (kernels.arrange && p.T >= ARRANGE_FROM) arrange(input.arranged, p);
-        return input;
-    }
-    void clear() { entries_.clear(); }
-
-private:
-    using Buffer = std::vector<std::byte>;
-    struct Entry {
-        ConstRows x;
-        int T, n, block;
-        Input input;
-    };
-    std::deque<Entry> entries_;            // references to its elements stay good
-    std::vector<Buffer> memory_;           // grows to what the largest call needed
-
-    void quantise(IntRows& rows, const Product& p, int block) {
-        rows = {p.w->cols, block, p.T};
-        size_t blocks = size_t(rows.blocks(p.T)), n = blocks * size_t(block);
-        take_from(memory(), [&](Arena& arena) {
-            rows.q = arena.take<int8_t>(n), rows.sums = arena.take<int16_t>(n / GROUP);
-            rows.d = arena.take<float>(blocks);
-        });
-        parallel_for(p.T, [&](int64_t t) { kernels.quantise(rows.vector(int(t)), p.x[t]); }, rows.n);
-    }
-    void arrange(real*& out, const Product& p) {
-        int n = p.w->cols, groups = (p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
-        take_from(memory(), [&](Arena& arena) { out = arena.take<real>(size_t(groups) * arranged_size(n)); });
-        parallel_for(groups, [&](int64_t g) {
-            int t = int(g) * ARRANGED_TOKENS;
-            kernels.arrange(out + size_t(g) * arranged_size(n), {p.x[t], p.x.stride},
-                            std::min(ARRANGED_TOKENS, p.T - t), n);
-        }, int64_t(n) * ARRANGED_TOKENS);
-    }
-    Buffer& memory() {                     // of the last entry
-        if (memory_.size() < entries_.size()) memory_.resize(entries_.size());
-        return memory_[entries_.size() - 1];
-    }
-};
-
+// Several products, which may then share threads and inputs. W may have its rows in pairs (2.2).
 inline void matmul(std::span<const Product> products) {
-    thread_local Inputs inputs;
-    inputs.clear();
-    std::vector<const Input*> x;
-    std::vector<Parts> parts;
-    std::vector<int64_t> first = {0};                     // index of each product's first part
-    int64_t work = 0;
-    for (const Product& p : products) {
-        x.push_back(&inputs.add(p));
-        parts.emplace_back(p, *x.back(), n_threads());
-        work += int64_t(p.w->rows) * p.w->cols * p.T;
-        first.push_back(first.back() + parts.back().count);
-    }
-    parallel_for(first.back(), [&](int64_t part) {
-        size_t i = size_t(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
-        multiply(products[i], *x[i], parts[i], int(part - first[i]));
-    }, work / std::max<int64_t>(first.back(), 1));
+    for (const Product& p : products) CHECK(!p.w->transposed, "%d x %d", p.w->rows, p.w->cols);
+    if (kernels.matmul) kernels.matmul(products);
+    else std::for_each(products.begin(), products.end(), matmul_plain);
+    for (const Product& p : products)
+        if (p.w->pairs)
+            parallel_for(p.T, [&](int64_t t) { undo_pairs(p.out[t], p.w->rows, p.w->pairs); }, p.w->rows);
 }
 
-// out: (T, w.rows)   x: (T, w.cols)   dense
-inline void matmul(real* out, const real* x, const Matrix& w, int T) {
-    Product p{{out, w.rows}, {x, w.cols}, &w, T};
+inline void matmul_stored(Rows out, ConstRows x, const Matrix& w, int T) {
+    Product p{out, x, &w, T};
     matmul({&p, 1});
 }
-
-// The same for all rows of W, on the calling thread alone.
-inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
-    thread_local Inputs inputs;
-    inputs.clear();
-    Product p{out, x, &w, T};
-    const Input& input = inputs.add(p);
-    Parts part(p, input, 1);
-    for (int i = 0; i < part.count; i++) multiply(p, input, part, i);
-}
-
-// out[t] (w.cols) = W^T x[t], on the calling thread: the sum runs over the rows of W.
-inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+// W^T x[t], on the calling thread: the sum runs over the rows of W.
+inline void weigh_stored(Rows out, ConstRows x, const Matrix& w, int T) {
     for (int t = 0; t < T; t++) std::fill_n(out[t], w.cols, real(0));
     kernels.weigh(out, x, w, T, w.rows);
 }
 
+// out[t] (w.rows) = W x[t] and out[t] (w.cols) = W^T x[t], whichever of W and W^T is stored. The order of the
+// sums is that of what is stored.
+inline void matmul(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? weigh_stored : matmul_stored)(out, x, w.stored(), T);
+}
+inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? matmul_stored : weigh_stored)(out, x, w.stored(), T);
+}
+
+// out[t] += bias for T rows   bias: (n) or none
 inline void add_bias(real* out, const Vector& bias, int T) {
     for (size_t i = 0; i < bias.size() * size_t(T); i++) out[i] += bias[i % bias.size()];
 }
@@ -1830,7 +1600,12 @@ inline void add(real* out, const real* x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
 }
 
-// -- 5.6  rmsnorm --------------------------------------------------------------------------------
+// -- 5.6  embed, rmsnorm -------------------------------------------------------------------------
+
+// out[t] = row ids[t] of W   out: (T, w.cols)
+inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
+    for (size_t t = 0; t < ids.size(); t++) kernels.widen(out[int64_t(t)], w, ids[t]);
+}
 
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
 // out, x: (T, n), `x` may be `out`; w: (n)
@@ -1955,12 +1730,6 @@ inline void rope_half(real* x, const real* cos_sin, int dim) {
     for (int i = 0; i < dim / 2; i++) rotate(x[i], x[i + dim / 2], cos_sin + 2 * i);
 }
 
-// From (x0 x_d/2 x1 x_d/2+1 ...) to (x0 x1 ...): undoes what llama.cpp does to Llama's W^Q and W^K.
-inline void undo_pair_order(real* x, int dim) {
-    Vector pairs(x, x + dim);
-    for (int i = 0; i < dim; i++) x[i % 2 * (dim / 2) + i / 2] = pairs[size_t(i)];
-}
-
 // =================================================================================================
 // Chapter 7. Attention I: GQA
 // =================================================================================================
@@ -1968,78 +1737,79 @@ inline void undo_pair_order(real* x, int dim) {
 // How does a token look back? It compares its query with the key of each earlier token and takes the mean of
 // their values, weighted by the softmax of the comparisons:
 //
-//      o = sum_j softmax_j(q . k_j / sqrt(d)) v_j       j <= position
+//      o_t = sum_j softmax_j(q_t . k_j / sqrt(d)) v_j       j <= t
+//
+//               k0  k1  k2  k3        A token must not see those after it, for it learned to predict them:
+//          q0    x                    the causal mask. Here it is no matrix of -inf that is added to the
+//          q1    x   x                scores, but the end of a loop: token t sees the first n[t] positions.
+//          q2    x   x   x
+//          q3    x   x   x   x        n = 1 2 3 4
 //
 // The keys and values of the past do not change, so they are kept: the KV cache. It, not the arithmetic,
 // limits long contexts. With H heads of width d it holds 2 H d numbers a token and layer. Grouped-query
 // attention, as in the distills, lets H / G query heads share a key head: 2 G d numbers
 // (R1-Distill-Qwen-1.5B: 512 for 12 heads of 128). Chapter 8 is DeepSeek's answer to the same question.
 
-// -- 7.1  what a session holds: weights, cache, activations --------------------------------------
+// -- 7.1  attend: causal attention as two loops --------------------------------------------------
 
-struct Mla {                               // chapter 8
-    Matrix wq;                             // (H * (Dn + Dr), D), where queries are not compressed
-    Matrix wq_a, wq_b;                     // (Rq, D), (H * (Dn + Dr), Rq)
-    Matrix wkv_a;                          // (Rkv + Dr, D)
-    std::vector<Matrix> wk_b, wk_b_t;      // H of W^UK (Dn, Rkv), or, as some files have it, (Rkv, Dn)
-    std::vector<Matrix> wv_b;              // H of W^UV (Dv, Rkv)
-    Matrix wo;                             // (D, H * Dv)
-    Vector q_norm, kv_norm;                // (Rq), (Rkv)
-};
-struct Gqa {
-    Matrix wq, wk, wv, wo;                 // (H * d, D), (G * d, D), (G * d, D), (D, H * d)
-    Vector bq, bk, bv;                     // Qwen2 only
-};
-struct Mlp {
-    Matrix w_gate, w_up, w_down;           // (F, D), (F, D), (D, F)
-};
-struct Moe {                               // chapter 10
-    Matrix gate_w;                         // (E, D)
-    Vector gate_bias;                      // (E), noaux_tc only
-    std::vector<Mlp> experts;              // E
-    Mlp shared;                            // all shared experts in one, of width n_shared * F
-};
-struct Layer {
-    Vector attn_norm, ffn_norm;            // (D)
-    Mla mla;                               // one of the two, by Config::mla
-    Gqa gqa;
-    Mlp mlp;                               // one of the two, by Config::is_moe
-    Moe moe;
-};
-struct Mtp {                               // chapter 13
-    Vector enorm, hnorm, norm;             // (D)
-    Matrix proj;                           // (D, 2 D): embedding first
-    Layer layer;
-};
-struct Model {
-    Config config;
-    Rope rope;
-    Checkpoint checkpoint;                 // keeps the mappings alive
-    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (12.3) of weights in another order now
-    Pages quantised;                       // weights that were made smaller while loading
-    Matrix embed, head;                    // (V, D)
-    Vector norm;                           // (D)
-    std::vector<Layer> layers;
-    std::vector<Mtp> mtp;                  // 0 or 1
-};
+inline void attend_plain(const Attention& a, Rows scratch) {
+    int64_t dk = a.k.cols, dv = a.v.cols, T = int64_t(a.n.size());
+    parallel_for(T * a.heads, [&](int64_t i) {
+        int64_t t = i / a.heads, h = i % a.heads;
+        const int n = a.n[size_t(t)];                  // causal: later keys are masked by not being visited
+        const real* q = a.q[t] + h * dk;
+        real *out = a.out[t] + h * dv, *p = scratch[thread_index()];
+        for (int j = 0; j < n; j++)
+            p[j] = in_integers(a.k) ? int_dot_plain(a.k, j, q) : dot_row_plain(a.k, j, q);
+        softmax_plain(p, a.scale, n);
+        std::fill_n(out, dv, real(0));
+        weigh_plain({out, 0}, {p, 0}, a.v, 1, n);      // out += p[j] v[j]
+    }, a.n.back() * (dk + dv));
+}
 
-// Keys and values of the past. A layer has a matrix (context, width) for each kv head's keys and one for
-// its values (GQA: k_0, v_0, k_1, v_1, ...), or one for all heads, [c_kv | k_rope] (MLA). They may be
-// stored in fewer bits than they are computed with: Options --kv.
+// Of one query's scores to the next's: an odd number of 64 bytes, so that a column's scores do not all fall
+// into one set of a cache.
+inline int64_t score_stride(int context) { return (int64_t(context + LANES - 1) / LANES | 1) * LANES; }
+
+constexpr int QUERY_TILE = 48;             // queries that a thread of a fast form attends with at once
+
+// Numbers of scratch that each thread needs.
+inline int64_t attention_scratch(int context, int dk, int dv) {
+    return QUERY_TILE * (score_stride(context) + dk + dv);
+}
+
+// out = softmax(scale q K^T, causal) V for each of the key heads.   scratch: (threads, attention_scratch)
+inline void attend(std::span<const Attention> heads, Rows scratch) {
+    if (kernels.attend) return kernels.attend(heads, scratch);
+    for (const Attention& a : heads) attend_plain(a, scratch);
+}
+
+// -- 7.2  the cache: keys and values of the past -------------------------------------------------
+
+// Writes n numbers as a row of REAL, BF16 or Q8_0.
+inline void store_row(std::byte* out, const real* x, int n, Dtype dtype) {
+    if (dtype == REAL) std::memcpy(out, x, size_t(n) * sizeof(real));
+    for (int i = 0; dtype == Dtype::BF16 && i < n; i++) {
+        uint16_t h = float_to_bf16(float(x[i]));
+        std::memcpy(out + 2 * size_t(i), &h, 2);
+    }
+    for (int i = 0; dtype == Dtype::Q8_0 && i < n; i += 32) quantise_q8_0(out + i / 32 * 34, x + i);
+}
+
+// A layer has a matrix (context, width) for each kv head's keys and one for its values (GQA: k_0, v_0, k_1,
+// v_1, ...), or one for all heads, [c_kv | k_rope] (MLA). They may be stored in fewer bits than they are
+// computed with.
 struct Cache {
     Dtype dtype;
     int context, parts, width;
     Pages pages;
 
-    static int parts_of(const Config& c) { return c.mla() ? 1 : 2 * c.G; }
-    static int width_of(const Config& c) { return c.cache_width() / parts_of(c); }
-    static size_t bytes(const Config& c, int context, Dtype dtype) {
-        return size_t(c.n_layers + c.n_mtp) * size_t(context) * size_t(parts_of(c)) *
-               row_bytes(dtype, width_of(c));
+    static size_t bytes(int layers, int context, int parts, int width, Dtype dtype) {
+        return size_t(layers) * size_t(context) * size_t(parts) * row_bytes(dtype, width);
     }
-    Cache(const Config& c, int context, Dtype dtype)
-        : dtype(dtype), context(context), parts(parts_of(c)), width(width_of(c)),
-          pages(bytes(c, context, dtype)) {}
+    Cache(int layers, int context, int parts, int width, Dtype dtype)
+        : dtype(dtype), context(context), parts(parts), width(width),
+          pages(bytes(layers, context, parts, width, dtype)) {}
     Matrix matrix(int l, int part) const {
         size_t i = size_t(l) * size_t(parts) + size_t(part);
         const std::byte* data = pages.data() + i * size_t(context) * row_bytes(dtype, width);
@@ -2051,167 +1821,25 @@ struct Cache {
     }
 };
 
-enum class MlaForm : uint8_t { ABSORBED, NAIVE };
+// -- 7.3  gqa: what the distills have ------------------------------------------------------------
 
-struct SessionOptions {
-    int context = 0, chunk = 128;          // tokens that fit; tokens that one forward pass takes at most
-    MlaForm mla = MlaForm::ABSORBED;
-    Dtype kv = REAL;                       // how the cache is stored
+struct Gqa {
+    Matrix wq, wk, wv, wo;                 // (H * d, D), (G * d, D), (G * d, D), (D, H * d)
+    Vector bq, bk, bv;                     // Qwen2 only
 };
 
-constexpr int QUERY_TILE = 48;             // queries that a thread attends with at once
-
-// From one query's scores to the next's: an odd number of 64 bytes, so that a column's scores do not all fall
-// into one set of a cache.
-inline int64_t score_stride(int context) { return (int64_t(context + LANES - 1) / LANES | 1) * LANES; }
-
-// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
-// bill and for the pointers.
-struct Activations {
-    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after last norm
-    real *cos_sin;                         // (C, rope_dim / 2, 2)
-    real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
-    real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
-    real *scores, *queries, *outputs;      // (threads, QUERY_TILE, ...) stride, q_dim, v_dim
-    real* expanded;                        // naive MLA: (threads, context, Rkv + Dr + Dn + Dr + Dv)
-    real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
-    real *router_logits, *affinity, *choice;   // (C, E)
-    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C * K, D), (C * K, D)
-    real *mtp_in, *mtp_x, *mtp_h;          // (C, 2 D), (C, D), (C, D)
-    int *expert_idx, *slot, *slot_token;   // (C, K), (C, K), (C * K)
-
-    Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
-        size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
-        size_t context = size_t(o_.context) * size_t(threads), tile = size_t(threads) * QUERY_TILE;
-        size_t stride = size_t(score_stride(o_.context));
-        size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
-        auto reals = [&](size_t n) { return arena.take<real>(n); };
-        x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
-        cos_sin = reals(C * size_t(c.rope_dim()));
-        c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
-        kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
-        q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
-        scores = reals(tile * stride);
-        queries = reals(tile * size_t(c.q_dim())), outputs = reals(tile * size_t(c.v_dim()));
-        expanded = reals(o_.mla == MlaForm::NAIVE ? context * size_t(c.Rkv + c.Dr + c.q_dim() + c.Dv) : 0);
-        gate = reals(C * width), up = reals(C * width);
-        router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
-        gate_weight = reals(C * K), expert_in = reals(C * K * D), expert_out = reals(C * K * D);
-        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
-        mtp_h = reals(c.n_mtp ? C * D : 0);
-        expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
-        slot_token = arena.take<int>(C * K);
+// out (T, H, d) = attention of q (T, H, d) over layer l of the cache; query heads h H / G and on share a key
+// head.   n: (T)
+inline void gqa_attend(real* out, const real* q, const Cache& cache, int l, int H, std::span<const int> n,
+                       Rows scratch) {
+    int G = cache.parts / 2, d = cache.width, group = H / G;
+    std::vector<Attention> heads;
+    for (int g = 0; g < G; g++) {
+        int64_t at = int64_t(g) * group * d, stride = int64_t(H) * d;
+        heads.push_back({{out + at, stride}, {q + at, stride}, group, cache.matrix(l, 2 * g),
+                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n});
     }
-    static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
-        Arena counter;
-        Activations(counter, c, o, threads);
-        return counter.used;
-    }
-};
-
-// One conversation with one model. The MTP layer's part of the cache lags behind: it holds `mtp_length`
-// tokens.
-struct Session {
-    const Model& model;
-    SessionOptions options;
-    Cache cache;
-    Pages pages;
-    Arena arena;
-    Activations a;
-    Taps* taps = nullptr;
-    std::vector<int> tokens;               // the conversation; the cache holds the first `length` of them
-    int length = 0, mtp_length = 0;
-    int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
-
-    Session(const Model& m, const SessionOptions& o)
-        : model(m), options(o), cache(m.config, o.context, o.kv),
-          pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
-          a(arena, m.config, o, n_threads()) {}
-
-    // Taps of layer l; the MTP layer's inner values have no names.
-    void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
-        if (taps && l < model.config.n_layers) taps->add(text_of("layers.%d.%s", l, name), data, T, inner);
-    }
-};
-
-// -- 7.2  attend: some queries, n keys -----------------------------------------------------------
-
-struct Past {
-    Matrix k, v;                           // (context, dk), (context, dv)
-    real scale;
-};
-
-// A thread's share of one of the activations' scratch arrays.
-inline real* own(real* array, size_t size) { return array + size_t(Team::index) * size; }
-
-// out[i] (dv) = sum_j softmax_j(scale * q[i] . k_j) v_j over the first n[i] positions, for up to
-// QUERY_TILE queries with n[0] <= n[1] <= ...   q: (dk) each
-inline void attend(const Session& s, Rows out, ConstRows q, const Past& past, std::span<const int> n) {
-    int Q = int(n.size());
-    int64_t stride = score_stride(s.options.context);
-    Rows scores{own(s.a.scores, QUERY_TILE * size_t(stride)), stride};
-    Matrix k = past.k, later = past.v.view(n[0], n.back() - n[0]);
-    k.rows = n.back();
-    matmul_alone(scores, q, k, Q);
-    for (int i = 0; i < Q; i++) {
-        kernels.softmax(scores[i], past.scale, n[size_t(i)]);
-        std::fill_n(out[i], past.v.cols, real(0));
-    }
-    kernels.weigh(out, scores, past.v, Q, n[0]);
-    for (int i = 1; i < Q; i++)            // what only the later queries see
-        kernels.weigh({out[i], 0}, {scores[i] + n[0], 0}, later, 1, n[size_t(i)] - n[0]);
-}
-
-// -- 7.3  gqa ------------------------------------------------------------------------------------
-
-// Queries of `heads` heads from h0 on, which share kv head h0 / (H / G), at `tokens` tokens from t0 on.
-inline void gqa_tile(const Session& s, int l, int pos, int t0, int tokens, int h0, int heads) {
-    const Config& c = s.model.config;
-    int d = c.head_dim, g = h0 / (c.H / c.G), Q = tokens * heads, n[QUERY_TILE];
-    Rows q{own(s.a.queries, size_t(QUERY_TILE) * size_t(d)), d},
-        o{own(s.a.outputs, size_t(QUERY_TILE) * size_t(d)), d};
-    auto place = [&](int i) { return (int64_t(t0 + i / heads) * c.H + h0 + i % heads) * d; };
-    for (int i = 0; i < Q; i++) std::copy_n(s.a.q + place(i), d, q[i]), n[i] = pos + t0 + i / heads + 1;
-    Past past{s.cache.matrix(l, 2 * g), s.cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d))};
-    attend(s, o, q, past, {n, size_t(Q)});
-    for (int i = 0; i < Q; i++) std::copy_n(o[i], d, s.a.o + place(i));
-}
-
-// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l.
-inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
-    const Config& c = s.model.config;
-    Activations& a = s.a;
-    int d = c.head_dim, width = c.G * d, group = c.H / c.G;
-    real *k = a.kv, *v = a.kv + int64_t(T) * width;                        // (T, G, d) each
-    ConstRows u{a.u, c.D};
-    Product products[] = {
-        {{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
-    matmul(products);
-    if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
-    parallel_for(T, [&](int64_t t) {
-        const real* cos_sin = a.cos_sin + t * d;
-        for (int g = 0; g < c.G; g++) {
-            real* key = k + t * width + g * d;
-            if (c.pair_order) undo_pair_order(key, d);
-            rope_half(key, cos_sin, d);
-            s.cache.store(l, 2 * g, pos + int(t), key);
-            s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
-        }
-        for (int h = 0; h < c.H; h++) {
-            real* query = a.q + (t * c.H + h) * d;
-            if (c.pair_order) undo_pair_order(query, d);
-            rope_half(query, cos_sin, d);
-        }
-    }, c.H * d);
-    int share = (T * c.H + n_threads() - 1) / n_threads();
-    int queries = std::min(QUERY_TILE, share), heads = std::min(group, queries), tokens = queries / heads;
-    int per_group = (group + heads - 1) / heads, tiles = c.G * per_group;
-    parallel_for(int64_t((T + tokens - 1) / tokens) * tiles, [&](int64_t i) {
-        int t0 = int(i / tiles) * tokens, tile = int(i % tiles), first = tile % per_group * heads;
-        gqa_tile(s, l, pos, t0, std::min(tokens, T - t0), tile / per_group * group + first,
-                 std::min(heads, group - first));
-    }, int64_t(tokens) * heads * (pos + T) * d);
-    matmul(a.y, a.o, w.wo, T);
+    attend(heads, scratch);
 }
 
 // =================================================================================================
@@ -2227,6 +1855,10 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
 // small key k_rope of 64 numbers, one for all heads, carries the position. The cache holds 512 + 64 = 576
 // numbers a token and layer; full keys and values would be 128 * (192 + 128) = 40,960.
 //
+// Queries are compressed too (V3: c_q of 1,536 numbers, from which all 128 * 192 are made), though no cache
+// holds them: in training it saves activations and parameters (7,168 * 1,536 + 1,536 * 24,576 = 49 M weights
+// instead of 176 M). V2-Lite does without.
+//
 // The naive form does what the equations say: expand the cache to keys and values, attend. The absorbed
 // form never expands, because matrix products associate:
 //
@@ -2234,125 +1866,90 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
 //      sum p_j v_j = sum p_j (W^UV c_j)                  =  W^UV (sum p_j c_j)
 //
 // With q_absorbed = W^UK^T q_nope (512 numbers), all heads attend directly over the cache rows [c |
-// k_rope], as one key head of width 576 whose first 512 numbers are also the value. The scale is still
-// that of 192: absorption changes where the work is done, not what is computed.
+// k_rope], as one key head of width 576 whose first 512 numbers are also the value: chapter 7 with G = 1.
+// Absorption changes where the work is done, not what is computed. So the scale is still that of 192 numbers,
+// times what chapter 6 asks for where YaRN stretched the context: mscale^2 / sqrt(192), V3: 1.87 / 13.86.
 //
-//              naive                                   absorbed
-//      scores  H * (Dn + Dr) a pair                    H * (Rkv + Dr) a pair
-//      values  H * Dv a pair                           H * Rkv a pair
-//      extra   H * (Dn + Dv) * Rkv a cached token      H * (Dn + Dv) * Rkv a new token
+//      multiplications of one head                   naive           V3         absorbed          V3
+//      a pair (query, key):  score                   Dn + Dr         192        Rkv + Dr          576
+//                            value                   Dv              128        Rkv               512
+//      a position seen                               (Dn + Dv) Rkv   131,072    -
+//      a query                                       -                          (Dn + Dv) Rkv     131,072
+//
+// For T queries over n positions: 320 T n + 131,072 n against 1,088 T n + 131,072 T. Which is cheaper? One
+// decoded token over a long past: absorbed, by two orders. A prompt from its start (T = n): naive, 3.4 times
+// on the pairs. A chunk of a long prompt: they meet at T = 131,072 / 768 = 171. But expanded keys and values
+// take 71 times the memory of the cache, which the absorbed form reads as it is: here it is the default for
+// both, and the naive one stands as the definition (`--mla naive`).
 
 // -- 8.1  the two forms --------------------------------------------------------------------------
 
-inline real mla_scale(const Model& m) {
-    return real(m.rope.score_scale / std::sqrt(double(m.config.Dn + m.config.Dr)));
-}
+struct Mla {
+    Matrix wq;                             // (H * (Dn + Dr), D), where queries are not compressed
+    Matrix wq_a, wq_b;                     // (Rq, D), (H * (Dn + Dr), Rq)
+    Matrix wkv_a;                          // (Rkv + Dr, D)
+    std::vector<Matrix> wk_b, wv_b;        // H of W^UK (Dn, Rkv), of W^UV (Dv, Rkv)
+    Matrix wo;                             // (D, H * Dv)
+    Vector q_norm, kv_norm;                // (Rq), (Rkv)
+};
 
-// From a.q (T, H, [q_nope | q_rope]) and the cache of layer l to a.o (T, H, Dv).        V2 eq. 9-11, 17-18
+// What both forms are asked: T tokens of H heads.
+struct LatentAttention {
+    real* out;                             // (T, H, Dv)
+    const real* q;                         // (T, H, Dn + Dr): [q_nope | q_rope]
+    Matrix cache;                          // (context, Rkv + Dr): [c_kv | k_rope]
+    std::span<const Matrix> wk_b, wv_b;    // (H)
+    std::span<const int> n;                // (T): positions that token t sees, its own the last
+    int Dr;
+    real scale;                            // score_scale / sqrt(Dn + Dr)
+    real *q_absorbed, *z;                  // absorbed: (T, H, Rkv + Dr), (T, H, Rkv)
+    Rows expanded;                         // naive: (threads, context * latent_expansion)
+    Rows scratch;                          // (threads, attention_scratch)
+};
+
+// Numbers that the naive form makes of a position, for one head: its row of the cache, [k_nope | k_rope | v].
+inline int latent_expansion(int Rkv, int Dn, int Dr, int Dv) { return Rkv + Dr + Dn + Dr + Dv; }
+
 // Each head expands keys and values for all positions; quadratic work a decoded token, kept as the
-// definition.
-inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
-    const Config& c = s.model.config;
-    Matrix past = s.cache.matrix(l, 0);
-    int latent = c.Rkv + c.Dr, expanded = c.q_dim() + c.Dv, n = pos + T;   // [k_nope | k_rope | v]
-    parallel_for(c.H, [&](int64_t h) {
-        real* memory = own(s.a.expanded, size_t(s.options.context) * size_t(latent + expanded));
-        Rows row{memory, latent}, k{memory + int64_t(n) * latent, expanded}, v{k[0] + c.q_dim(), expanded};
-        for (int j = 0; j < n; j++) kernels.widen(row[j], past, j);
-        if (w.wk_b.empty()) matmul_transposed(k, row, w.wk_b_t[size_t(h)], n);          // W^UK c
-        else matmul_alone(k, row, w.wk_b[size_t(h)], n);
-        for (int j = 0; j < n; j++) std::copy_n(row[j] + c.Rkv, c.Dr, k[j] + c.Dn);
-        matmul_alone(v, row, w.wv_b[size_t(h)], n);                                     // W^UV c
-        Past keys{real_matrix(k[0], n, c.q_dim()), real_matrix(v[0], n, c.Dv), mla_scale(s.model)};
-        keys.k.stride = keys.v.stride = size_t(expanded) * sizeof(real);
-        for (int t = 0; t < T; t++) {
-            int64_t i = int64_t(t) * c.H + h;
-            int seen = pos + t + 1;
-            attend(s, {s.a.o + i * c.Dv, c.Dv}, {s.a.q + i * c.q_dim(), c.q_dim()}, keys, {&seen, 1});
-        }
+// definition.                                                                              V2 eq. 9-11, 17-18
+inline void mla_naive(const LatentAttention& a) {
+    int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
+    int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.n.back();
+    parallel_for(H, [&](int64_t h) {
+        real* memory = a.expanded[thread_index()];
+        Rows c{memory, latent}, k{memory + int64_t(n) * latent, width}, v{k[0] + dk, width};
+        for (int j = 0; j < n; j++) kernels.widen(c[j], a.cache, j);
+        matmul(k, c, a.wk_b[size_t(h)], n);                                             // W^UK c
+        for (int j = 0; j < n; j++) std::copy_n(c[j] + Rkv, a.Dr, k[j] + Dn);
+        matmul(v, c, a.wv_b[size_t(h)], n);                                             // W^UV c
+        Attention head{{a.out + h * Dv, int64_t(H) * Dv}, {a.q + h * dk, int64_t(H) * dk}, 1,
+                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n};
+        head.k.stride = head.v.stride = size_t(width) * sizeof(real);
+        attend({&head, 1}, a.scratch);
     });
 }
 
-// As mla_naive, without expanding the cache.                                              V2 appendix C
-inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
-    const Config& c = s.model.config;
-    Activations& a = s.a;
-    int width = c.Rkv + c.Dr;
-    parallel_for(c.H, [&](int64_t h) {
-        Rows q{a.q + h * c.q_dim(), c.H * c.q_dim()}, absorbed{a.q_absorbed + h * width, c.H * width};
-        if (w.wk_b.empty()) matmul_alone(absorbed, q, w.wk_b_t[size_t(h)], T);          // W^UK^T q_nope
-        else matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);
-        for (int t = 0; t < T; t++) std::copy_n(q[t] + c.Dn, c.Dr, absorbed[t] + c.Rkv);
-    }, int64_t(T) * c.Dn * c.Rkv);
-    Past latent{s.cache.matrix(l, 0), s.cache.matrix(l, 0), mla_scale(s.model)};
-    latent.v.cols = c.Rkv, latent.v.stride = row_bytes(s.cache.dtype, width);           // the value: c alone
-    int queries = T * c.H, threads = n_threads();
-    int tile = std::min(QUERY_TILE, (queries + threads - 1) / threads);
-    parallel_for((queries + tile - 1) / tile, [&](int64_t i) {
-        int64_t first = i * tile;
-        int n[QUERY_TILE], Q = std::min(tile, queries - int(first));
-        for (int k = 0; k < Q; k++) n[k] = pos + (int(first) + k) / c.H + 1;
-        attend(s, {a.z + first * c.Rkv, c.Rkv}, {a.q_absorbed + first * width, width}, latent,
-               {n, size_t(Q)});
-    }, int64_t(tile) * (pos + T) * width);
-    parallel_for(c.H, [&](int64_t h) {                                                  // W^UV z
-        Rows o{a.o + h * c.Dv, c.H * c.Dv}, z{a.z + h * c.Rkv, c.H * c.Rkv};
-        matmul_alone(o, z, w.wv_b[size_t(h)], T);
-    }, int64_t(T) * c.Dv * c.Rkv);
+// As mla_naive, without expanding the cache.                                                  V2 appendix C
+inline void mla_absorbed(const LatentAttention& a) {
+    int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
+    int T = int(a.n.size()), dk = Dn + a.Dr, latent = Rkv + a.Dr;
+    int64_t cost = int64_t(T) * Dn * Rkv;
+    parallel_for(H, [&](int64_t h) {
+        Rows absorbed{a.q_absorbed + h * latent, int64_t(H) * latent};
+        ConstRows q{a.q + h * dk, int64_t(H) * dk};
+        matmul_transposed(absorbed, q, a.wk_b[size_t(h)], T);                           // W^UK^T q_nope
+        for (int t = 0; t < T; t++) std::copy_n(q[t] + Dn, a.Dr, absorbed[t] + Rkv);
+    }, cost);
+    Attention all{{a.z, int64_t(H) * Rkv}, {a.q_absorbed, int64_t(H) * latent}, H, a.cache, a.cache, a.scale,
+                  a.n};
+    all.v.cols = Rkv, all.v.stride = row_bytes(a.cache.dtype, latent);                  // the value: c alone
+    attend({&all, 1}, a.scratch);
+    parallel_for(H, [&](int64_t h) {                                                    // W^UV z
+        matmul({a.out + h * Dv, int64_t(H) * Dv}, {a.z + h * Rkv, int64_t(H) * Rkv}, a.wv_b[size_t(h)], T);
+    }, int64_t(T) * Dv * Rkv);
 }
-
-// -- 8.2  mla: projections, norms, rotation, cache -----------------------------------------------
 
 constexpr double LATENT_EPS = 1e-6;   // q_a_layernorm, kv_a_layernorm: their own eps, not the config's
-
-inline void tap_mla(const Session& s, int l, int T, int pos) {
-    if (!s.taps) return;
-    const Config& c = s.model.config;
-    Matrix past = s.cache.matrix(l, 0);
-    Vector q_nope, q_rope, c_kv, k_rope, row(size_t(past.cols));
-    for (int64_t i = 0; i < int64_t(T) * c.H; i++) {
-        const real* q = s.a.q + i * c.q_dim();
-        q_nope.insert(q_nope.end(), q, q + c.Dn);
-        q_rope.insert(q_rope.end(), q + c.Dn, q + c.q_dim());
-    }
-    for (int t = 0; t < T; t++) {
-        kernels.widen(row.data(), past, pos + t);
-        c_kv.insert(c_kv.end(), row.begin(), row.begin() + c.Rkv);
-        k_rope.insert(k_rope.end(), row.begin() + c.Rkv, row.end());
-    }
-    s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
-    s.tap(l, "q_rope", q_rope.data(), T, {c.H, c.Dr});
-    s.tap(l, "c_kv", c_kv.data(), T, {c.Rkv});
-    s.tap(l, "k_rope", k_rope.data(), T, {c.Dr});
-}
-
-//   c^Q = RMSNorm(W^DQ u), [q_nope | q_rope] = W^UQ c^Q                   V3 eq. 6-9
-//   [c | k] = W^DKV u,  c^KV = RMSNorm(c),  k_rope = RoPE(k)              V3 eq. 1-3
-// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l.
-inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
-    const Config& c = s.model.config;
-    Activations& a = s.a;
-    int width = c.Rkv + c.Dr, q_dim = c.q_dim();
-    ConstRows u{a.u, c.D};
-    Product down[] = {{{a.kv, width}, u, &w.wkv_a, T},
-                      {{c.Rq ? a.c_q : a.q, c.Rq ? c.Rq : c.H * q_dim}, u, c.Rq ? &w.wq_a : &w.wq, T}};
-    matmul(down);
-    if (c.Rq) {
-        rmsnorm({a.c_q, c.Rq}, {a.c_q, c.Rq}, w.q_norm, T, LATENT_EPS);
-        s.tap(l, "c_q", a.c_q, T, {c.Rq});
-        matmul(a.q, a.c_q, w.wq_b, T);
-    }
-    rmsnorm({a.kv, width}, {a.kv, width}, w.kv_norm, T, LATENT_EPS);
-    parallel_for(T, [&](int64_t t) {
-        const real* cos_sin = a.cos_sin + t * c.Dr;
-        rope_interleaved(a.kv + t * width + c.Rkv, cos_sin, c.Dr);
-        s.cache.store(l, 0, pos + int(t), a.kv + t * width);
-        for (int h = 0; h < c.H; h++) rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);
-    }, c.H * c.Dr + width);
-    tap_mla(s, l, T, pos);
-    (s.options.mla == MlaForm::NAIVE ? mla_naive : mla_absorbed)(s, w, l, T, pos);
-    matmul(a.y, a.o, w.wo, T);
-}
 
 // =================================================================================================
 // Chapter 9. Feed-forward
@@ -2367,20 +1964,23 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
 
 // -- 9.1  swiglu ---------------------------------------------------------------------------------
 
+struct Mlp {
+    Matrix w_gate, w_up, w_down;           // (F, D), (F, D), (D, F)
+};
+
 // gate[t] = silu(gate[t]) * up[t] for T rows of `width` numbers
-inline void gate_rows(real* gate, const real* up, int width, int T) {
+inline void silu_times(real* gate, const real* up, int width, int T) {
     auto row = [&](int64_t t) { kernels.silu_times(gate + t * width, up + t * width, width); };
     parallel_for(T, row, 16 * width);
 }
 
-// out (T, D) from x (T, D); a.gate, a.up are scratch.
-inline void swiglu(real* out, const real* x, const Mlp& w, int T, Activations& a) {
-    int width = w.w_gate.rows;
-    ConstRows in{x, w.w_gate.cols};
-    Product products[] = {{{a.gate, width}, in, &w.w_gate, T}, {{a.up, width}, in, &w.w_up, T}};
+// out (T, D) from x (T, D)   gate, up: (T, F), scratch
+inline void swiglu(real* out, const real* x, const Mlp& w, int T, real* gate, real* up) {
+    int F = w.w_gate.rows, D = w.w_gate.cols;
+    Product products[] = {{{gate, F}, {x, D}, &w.w_gate, T}, {{up, F}, {x, D}, &w.w_up, T}};
     matmul(products);
-    gate_rows(a.gate, a.up, width, T);
-    matmul(out, a.gate, w.w_down, T);
+    silu_times(gate, up, F, T);
+    matmul({out, D}, {gate, F}, w.w_down, T);
 }
 
 // =================================================================================================
@@ -2406,157 +2006,170 @@ inline void swiglu(real* out, const real* x, const Mlp& w, int T, Activations& a
 
 // -- 10.1  gates: which experts see this token ---------------------------------------------------
 
-// One token's routing. E-wide arrays are rows of the activations; `choice` is the score by which experts
-// are picked.
+enum class Affinity : uint8_t { SOFTMAX, SIGMOID };
+
+// What a gate is told besides the scores.
+struct GateShape {
+    int E, K, n_group, topk_group;
+    Affinity affinity;
+    bool normalise, scale_normalised;     // divide by the sum of the picked; and then scale all the same
+    double scale;
+};
+
+// One token's routing.
 struct Routing {
     const real* logits;           // (E)
-    real *affinity, *choice;      // (E)
+    real *affinity, *choice;      // (E): s; the score by which experts are picked
     int* idx;                     // (K), in descending order of choice
     real* weight;                 // (K), in the order of idx
 };
 
-inline void affinities(const Routing& r, const Config& c) {
-    std::copy_n(r.logits, c.E, r.affinity);
-    if (!c.sigmoid_affinity) return kernels.softmax(r.affinity, 1, c.E);
-    for (int e = 0; e < c.E; e++) r.affinity[e] = sigmoid(r.logits[e]);
+inline void affinities(const Routing& r, const GateShape& g) {
+    std::copy_n(r.logits, g.E, r.affinity);
+    if (g.affinity == Affinity::SOFTMAX) return kernels.softmax(r.affinity, 1, g.E);
+    for (int e = 0; e < g.E; e++) r.affinity[e] = sigmoid(r.logits[e]);
 }
 
 // Sets the choice of all experts outside the `topk_group` groups with the best scores to -inf. (0 would
 // not do: with negative biases it can beat an expert of a kept group.)
-inline void keep_best_groups(const Routing& r, const std::vector<real>& score, const Config& c) {
-    int n_group = int(score.size()), size = c.E / n_group;
-    std::vector<int> best(static_cast<size_t>(c.topk_group));
-    top_k(best.data(), score.data(), n_group, c.topk_group);
-    for (int g = 0; g < n_group; g++) {
-        if (std::find(best.begin(), best.end(), g) != best.end()) continue;
-        std::fill_n(r.choice + g * size, size, -std::numeric_limits<real>::infinity());
+inline void keep_best_groups(const Routing& r, const std::vector<real>& score, const GateShape& g) {
+    int size = g.E / g.n_group;
+    std::vector<int> best(static_cast<size_t>(g.topk_group));
+    top_k(best.data(), score.data(), g.n_group, g.topk_group);
+    for (int i = 0; i < g.n_group; i++) {
+        if (std::find(best.begin(), best.end(), i) != best.end()) continue;
+        std::fill_n(r.choice + i * size, size, -std::numeric_limits<real>::infinity());
     }
-}
-
-//   pick = top-K of s                                                    V2-Lite
-inline void gate_greedy(const Routing& r, const real*, const Config& c) {
-    std::copy_n(r.affinity, c.E, r.choice);
-}
-
-//   group score = max of s in the group; pick = top-K of s in the best groups               V2 section 2.2.2
-inline void gate_group_limited_greedy(const Routing& r, const real*, const Config& c) {
-    std::copy_n(r.affinity, c.E, r.choice);
-    int size = c.E / c.n_group;
-    std::vector<real> score;
-    for (int g = 0; g < c.n_group; g++)
-        score.push_back(*std::max_element(r.choice + g * size, r.choice + (g + 1) * size));
-    keep_best_groups(r, score, c);
-}
-
-//   group score = sum of the two best s + b; pick = top-K of s + b in the best groups      V3 eq. 16, 2.1.2
-inline void gate_noaux_tc(const Routing& r, const real* bias, const Config& c) {
-    for (int e = 0; e < c.E; e++) r.choice[e] = r.affinity[e] + bias[e];
-    int size = c.E / c.n_group, best[2];
-    std::vector<real> score;
-    for (int g = 0; g < c.n_group; g++) {
-        const real* choice = r.choice + g * size;
-        top_k(best, choice, size, 2);
-        score.push_back(choice[best[0]] + choice[best[1]]);
-    }
-    keep_best_groups(r, score, c);
 }
 
 //   g_e = s_e / (sum over pick of s + 1e-20) * scale                     V3 eq. 13: from s, not from s + b
-// V2's published code, when told to normalise, does not scale; noaux_tc always scales.
-inline void mixture_weights(const Routing& r, const Config& c) {
-    bool normalise = c.norm_topk && c.K > 1;
-    real sum = 0, scale = normalise && c.gate != Gate::NOAUX_TC ? real(1) : real(c.routed_scale);
-    for (int k = 0; k < c.K; k++) sum += r.affinity[r.idx[k]];
-    for (int k = 0; k < c.K; k++) {
+inline void mixture_weights(const Routing& r, const GateShape& g) {
+    bool normalise = g.normalise && g.K > 1;
+    real sum = 0, scale = normalise && !g.scale_normalised ? real(1) : real(g.scale);
+    for (int k = 0; k < g.K; k++) sum += r.affinity[r.idx[k]];
+    for (int k = 0; k < g.K; k++) {
         real s = r.affinity[r.idx[k]];
         r.weight[k] = (normalise ? s / (sum + real(1e-20)) : s) * scale;
     }
 }
 
-// bias: (E), or null for the gates that have none
-inline void route(const Routing& r, const real* bias, const Config& c) {
-    affinities(r, c);
-    switch (c.gate) {
-    case Gate::GREEDY: gate_greedy(r, bias, c); break;
-    case Gate::GROUP_LIMITED_GREEDY: gate_group_limited_greedy(r, bias, c); break;
-    case Gate::NOAUX_TC: gate_noaux_tc(r, bias, c); break;
+inline void pick(const Routing& r, const GateShape& g) {
+    top_k(r.idx, r.choice, g.E, g.K);
+    mixture_weights(r, g);
+}
+
+//   pick = top-K of s                                                    V2-Lite
+inline void gate_greedy(const Routing& r, const GateShape& g) {
+    affinities(r, g);
+    std::copy_n(r.affinity, g.E, r.choice);
+    pick(r, g);
+}
+
+//   group score = max of s in the group; pick = top-K of s in the best groups               V2 section 2.2.2
+inline void gate_group_limited_greedy(const Routing& r, const GateShape& g) {
+    affinities(r, g);
+    std::copy_n(r.affinity, g.E, r.choice);
+    int size = g.E / g.n_group;
+    std::vector<real> score;
+    for (int i = 0; i < g.n_group; i++)
+        score.push_back(*std::max_element(r.choice + i * size, r.choice + (i + 1) * size));
+    keep_best_groups(r, score, g);
+    pick(r, g);
+}
+
+//   group score = sum of the two best s + b; pick = top-K of s + b in the best groups      V3 eq. 16, 2.1.2
+// bias: (E)
+inline void gate_noaux_tc(const Routing& r, const real* bias, const GateShape& g) {
+    affinities(r, g);
+    for (int e = 0; e < g.E; e++) r.choice[e] = r.affinity[e] + bias[e];
+    int size = g.E / g.n_group, best[2];
+    std::vector<real> score;
+    for (int i = 0; i < g.n_group; i++) {
+        const real* choice = r.choice + i * size;
+        top_k(best, choice, size, 2);
+        score.push_back(choice[best[0]] + choice[best[1]]);
     }
-    top_k(r.idx, r.choice, c.E, c.K);
-    mixture_weights(r, c);
+    keep_best_groups(r, score, g);
+    pick(r, g);
 }
 
 // -- 10.2  dispatch: sort the (token, expert) pairs by expert ------------------------------------
 
-// Expert e works on slots first[e] .. first[e + 1]; a slot is one pair, slot_token its token, in token order.
-inline std::vector<int> dispatch(Activations& a, const Config& c, int T) {
-    std::vector<int> first(size_t(c.E) + 1);
-    for (int i = 0; i < T * c.K; i++) first[size_t(a.expert_idx[i]) + 1]++;
-    for (size_t e = 0; e < size_t(c.E); e++) first[e + 1] += first[e];
+// Expert e works on slots first[e] .. first[e + 1], first: (E + 1), returned. A slot is one pair.
+// expert_idx: (T, K)   slot: (T, K), of each pair   slot_token: (T * K), of each slot, ascending in an expert
+inline std::vector<int> dispatch(int* slot, int* slot_token, const int* expert_idx, int T, int K, int E) {
+    std::vector<int> first(size_t(E) + 1);
+    for (int i = 0; i < T * K; i++) first[size_t(expert_idx[i]) + 1]++;
+    for (size_t e = 0; e < size_t(E); e++) first[e + 1] += first[e];
     std::vector<int> next = first;
-    for (int i = 0; i < T * c.K; i++) {
-        a.slot[i] = next[size_t(a.expert_idx[i])]++;
-        a.slot_token[a.slot[i]] = i / c.K;
+    for (int i = 0; i < T * K; i++) {
+        slot[i] = next[size_t(expert_idx[i])]++;
+        slot_token[slot[i]] = i / K;
     }
     return first;
 }
 
-// -- 10.3  moe: route, compute expert by expert, combine -----------------------------------------
+// -- 10.3  experts and combine -------------------------------------------------------------------
 
-// The chosen experts on their slots: expert_out (C * K, D). Each expert's weights are read once for all
-// its tokens, and all experts work at the same time; the shared one, with all T tokens and the result
-// a.y, is one of them.
-inline void run_experts(Activations& a, const Moe& w, const Config& c, const std::vector<int>& first, int T) {
-    int slots = T * c.K, shared = c.n_shared * c.F;
-    int64_t D = c.D, F = c.F;
-    real *shared_gate = a.gate + slots * F, *shared_up = a.up + slots * F;
+struct Moe {
+    Matrix gate_w;                         // (E, D)
+    Vector gate_bias;                      // (E), noaux_tc only
+    std::vector<Mlp> experts;              // E
+    Mlp shared;                            // all shared experts in one, of width n_shared * F; or none
+};
+
+struct ExpertWork {
+    const real* u;                         // (T, D)
+    int T;
+    std::span<const int> first;            // (E + 1)
+    const int* slot_token;                 // (T * K)
+    real *in, *out;                        // (T * K, D) each, by slot
+    real* shared_out;                      // (T, D); may be `in`, which is used up by then
+    real *gate, *up;                       // (T * K * F + T * shared width), scratch
+};
+
+// Each expert on its slots, all at the same time: its weights are read once for all its tokens. The shared
+// one, with all T tokens, is one of them.
+inline void run_experts(const ExpertWork& a, const Moe& w) {
+    const int slots = a.first.back(), F = w.experts[0].w_gate.rows, shared = w.shared.w_gate.rows;
+    const int64_t D = w.experts[0].w_gate.cols;
+    real *shared_gate = a.gate + int64_t(slots) * F, *shared_up = a.up + int64_t(slots) * F;
     std::vector<Product> up, down;
-    auto gather = [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D); };
-    parallel_for(slots, gather, D);
-    for (size_t e = 0; e < size_t(c.E); e++) {
-        int64_t i = first[e];
-        int n = first[e + 1] - first[e];
+    parallel_for(slots, [&](int64_t i) { std::copy_n(a.u + a.slot_token[i] * D, D, a.in + i * D); }, D);
+    for (size_t e = 0; e < w.experts.size(); e++) {
+        const int64_t i = a.first[e];
+        const int n = a.first[e + 1] - a.first[e];
         if (n == 0) continue;
-        ConstRows in{T == 1 ? a.u : a.expert_in + i * D, D};
+        ConstRows in{a.T == 1 ? a.u : a.in + i * D, D};
         up.push_back({{a.gate + i * F, F}, in, &w.experts[e].w_gate, n});
         up.push_back({{a.up + i * F, F}, in, &w.experts[e].w_up, n});
-        down.push_back({{a.expert_out + i * D, D}, {a.gate + i * F, F}, &w.experts[e].w_down, n});
+        down.push_back({{a.out + i * D, D}, {a.gate + i * F, F}, &w.experts[e].w_down, n});
     }
     if (shared) {
-        up.push_back({{shared_gate, shared}, {a.u, D}, &w.shared.w_gate, T});
-        up.push_back({{shared_up, shared}, {a.u, D}, &w.shared.w_up, T});
-        down.push_back({{a.y, D}, {shared_gate, shared}, &w.shared.w_down, T});
+        up.push_back({{shared_gate, shared}, {a.u, D}, &w.shared.w_gate, a.T});
+        up.push_back({{shared_up, shared}, {a.u, D}, &w.shared.w_up, a.T});
+        down.push_back({{a.shared_out, D}, {shared_gate, shared}, &w.shared.w_down, a.T});
     }
     matmul(up);
-    gate_rows(a.gate, a.up, c.F, slots);
-    if (shared) gate_rows(shared_gate, shared_up, shared, T);
+    silu_times(a.gate, a.up, F, slots);
+    if (shared) silu_times(shared_gate, shared_up, shared, a.T);
     matmul(down);
 }
 
-// a.y (T, D) = experts' mixture of a.u (T, D). The sum over a token's experts runs in the order of its
-// own picks, shared expert last, so company does not change its bits.
-inline void moe(Session& s, const Moe& w, int l, int T) {
-    const Config& c = s.model.config;
-    Activations& a = s.a;
-    matmul(a.router_logits, a.u, w.gate_w, T);
+// out[t] = sum over k of weight[t][k] expert_out[slot[t][k]]  +  shared[t]
+// The sum runs in the order of a token's own picks, the shared expert last, so company does not change its
+// bits.   out, shared (or none): (T, D)   expert_out: (T * K, D)   slot, weight: (T, K)
+inline void combine(real* out, const real* expert_out, const int* slot, const real* weight, int K,
+                    const real* shared, int T, int D) {
     parallel_for(T, [&](int64_t t) {
-        route({a.router_logits + t * c.E, a.affinity + t * c.E, a.choice + t * c.E, a.expert_idx + t * c.K,
-               a.gate_weight + t * c.K}, w.gate_bias.data(), c);
-    }, 32 * c.E);
-    s.tap(l, "router_logits", a.router_logits, T, {c.E});
-    if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
-    s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
-
-    run_experts(a, w, c, dispatch(a, c, T), T);
-    parallel_for(T, [&](int64_t t) {
-        real *mix = a.expert_in + t * c.D, *y = a.y + t * c.D;      // the experts are done with their inputs
-        std::fill_n(mix, c.D, real(0));
-        for (int k = 0; k < c.K; k++) {
-            const real* out = a.expert_out + int64_t(a.slot[t * c.K + k]) * c.D;
-            kernels.weigh({mix, 0}, {a.gate_weight + t * c.K + k, 0}, real_matrix(out, 1, c.D), 1, 1);
+        real* sum = out + t * D;
+        std::fill_n(sum, D, real(0));
+        for (int64_t k = t * K; k < (t + 1) * K; k++) {
+            Matrix expert = real_matrix(expert_out + int64_t(slot[k]) * D, 1, D);
+            kernels.weigh({sum, 0}, {weight + k, 0}, expert, 1, 1);
         }
-        if (c.n_shared) add(mix, y, size_t(c.D));
-        std::copy_n(mix, c.D, y);
-    }, c.K * c.D);
+        if (shared) add(sum, shared + t * D, size_t(D));
+    }, int64_t(K) * D);
 }
 
 #include "simd.h"
@@ -2571,21 +2184,119 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 //      block:   x += attention(rmsnorm(x))     x += feed_forward(rmsnorm(x))
 //      logits = head rmsnorm(x)                one number for each token that may come next
 //
+// Chapters 5 to 10 have the operations; here are the weights, the cache and the arrays that they get.
 // `forward` below is the whole of it: every call is a chapter.
 
-// -- 11.1  bind: every tensor in its place -------------------------------------------------------
+// -- 11.1  weights, cache and activations --------------------------------------------------------
 
-std::string name_in_gguf(const std::string& name);   // appendix F
-
-// Makes weights smaller as they are bound: appendix H. An arena without memory only counts.
-struct FileType;
-struct Quantiser {
-    const FileType* type;
-    const Config* config;
-    Arena arena;
-    std::function<void(size_t)> progress;               // bytes made so far
-    Matrix apply(const std::string& name, const Matrix& w);
+struct Layer {
+    Vector attn_norm, ffn_norm;            // (D)
+    Mla mla;                               // one of the two, by Config::mla
+    Gqa gqa;
+    Mlp mlp;                               // one of the two, by Config::is_moe
+    Moe moe;
 };
+struct Mtp {                               // chapter 13
+    Vector enorm, hnorm, norm;             // (D)
+    Matrix proj;                           // (D, 2 D): embedding first
+    Layer layer;
+};
+struct Model {
+    Config config;
+    Rope rope;
+    Checkpoint checkpoint;                 // keeps the mappings alive
+    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (11.5) of weights in another order now
+    Pages quantised;                       // weights that were made smaller while loading
+    Matrix embed, head;                    // (V, D)
+    Vector norm;                           // (D)
+    std::vector<Layer> layers;
+    std::vector<Mtp> mtp;                  // 0 or 1
+};
+
+enum class MlaForm : uint8_t { ABSORBED, NAIVE };
+
+struct SessionOptions {
+    int context = 0, chunk = 128;          // tokens that fit; tokens that one forward pass takes at most
+    MlaForm mla = MlaForm::ABSORBED;
+    Dtype kv = REAL;                       // how the cache is stored
+};
+
+// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
+// bill and for the pointers.
+struct Activations {
+    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after last norm
+    real* cos_sin;                         // (C, rope_dim / 2, 2)
+    real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
+    real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
+    Rows scratch, expanded;                // chapters 7 and 8: one row a thread
+    real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
+    real *router_logits, *affinity, *choice;   // (C, E)
+    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C * K, D), (C * K, D)
+    real *mtp_in, *mtp_x, *mtp_h;          // (C, 2 D), (C, D), (C, D)
+    int *seen, *expert_idx, *slot, *slot_token;   // (C), (C, K), (C, K), (C * K)
+
+    Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
+        size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
+        size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
+        auto reals = [&](size_t n) { return arena.take<real>(n); };
+        auto rows = [&](int64_t n) { return Rows{reals(size_t(n) * size_t(threads)), n}; };
+        x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
+        cos_sin = reals(C * size_t(c.rope_dim()));
+        c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
+        kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
+        q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
+        scratch = rows(attention_scratch(o_.context, c.q_dim(), c.v_dim()));
+        bool naive = c.mla() && o_.mla == MlaForm::NAIVE;
+        expanded = rows(naive ? int64_t(o_.context) * latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv) : 0);
+        gate = reals(C * width), up = reals(C * width);
+        router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
+        gate_weight = reals(C * K), expert_in = reals(C * K * D), expert_out = reals(C * K * D);
+        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
+        mtp_h = reals(c.n_mtp ? C * D : 0);
+        seen = arena.take<int>(C), expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
+        slot_token = arena.take<int>(C * K);
+    }
+    static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
+        Arena counter;
+        Activations(counter, c, o, threads);
+        return counter.used;
+    }
+};
+
+// The cache's matrices of a layer, and their width.
+inline int cache_parts(const Config& c) { return c.mla() ? 1 : 2 * c.G; }
+inline int cache_part_width(const Config& c) { return c.cache_width() / cache_parts(c); }
+inline size_t cache_bytes(const Config& c, int context, Dtype dtype) {
+    return Cache::bytes(c.n_layers + c.n_mtp, context, cache_parts(c), cache_part_width(c), dtype);
+}
+
+// One conversation with one model. The MTP layer's part of the cache lags behind: it holds `mtp_length`
+// tokens.
+struct Session {
+    const Model& model;
+    SessionOptions options;
+    Cache cache;
+    Pages pages;
+    Arena arena;
+    Activations a;
+    Taps* taps = nullptr;
+    std::vector<int> tokens;               // the conversation; the cache holds the first `length` of them
+    int length = 0, mtp_length = 0;
+    int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
+
+    Session(const Model& m, const SessionOptions& o)
+        : model(m), options(o), cache(m.config.n_layers + m.config.n_mtp, o.context, cache_parts(m.config),
+                                      cache_part_width(m.config), o.kv),
+          pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
+          a(arena, m.config, o, n_threads()) {}
+
+    // Taps of layer l; the MTP layer's inner values have no names.
+    void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
+        if (taps && l < model.config.n_layers) taps->add(text_of("layers.%d.%s", l, name), data, T, inner);
+    }
+};
+
+// -- 11.2  bind: every tensor in its place -------------------------------------------------------
 
 // Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
 // of a model can be had from config.json alone.
@@ -2599,17 +2310,16 @@ public:
         parameters += uint64_t(rows) * uint64_t(cols);
         Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
         if (checkpoint_) {
-            const Tensor& t = find(name, {uint64_t(rows), uint64_t(cols)});
-            m.data = t.data, m.dtype = dtype_of(t, name);
-            if (m.dtype == Dtype::F8_E4M3) m.scale = scales(t, name, rows, cols);
+            m = matrix_at(name, {uint64_t(rows), uint64_t(cols)});
+            if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
         }
         return quantiser_ ? quantiser_->apply(name, m) : m;
     }
     Vector vector(const std::string& name, int n) {
         parameters += uint64_t(n);
         if (!checkpoint_) return {};
-        const Tensor& t = find(name, {uint64_t(n)});
-        Matrix m{t.data, nullptr, dtype_of(t, name), 1, n, 0};
+        Matrix m = matrix_at(name, {uint64_t(n)});
+        const Tensor& t = checkpoint_->tensors.at(name);
         if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
             fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(),
                  t.dtype.c_str());
@@ -2661,21 +2371,15 @@ private:
         used_.insert(name);
         return at->second;
     }
-    Dtype dtype_of(const Tensor& t, const std::string& name) const {
-        if (t.dtype == "F32") return Dtype::F32;
-        if (t.dtype == "BF16") return Dtype::BF16;
-        if (t.dtype == "F16") return Dtype::F16;
-        for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++)
-            if (t.dtype == format_of(Dtype(i)).name) return Dtype(i);
-        if (t.dtype != "F8_E4M3")
-            fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
-                 t.dtype.c_str());
-        if (!fp8_)
+    Matrix matrix_at(const std::string& name, const std::vector<uint64_t>& shape) {
+        const Tensor& t = find(name, shape);
+        Matrix m = matrix_of(*checkpoint_, name);
+        if (m.dtype == Dtype::F8_E4M3 && !fp8_)
             fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(),
                  name.c_str());
-        return Dtype::F8_E4M3;
+        return m;
     }
-    const std::byte* scales(const Tensor& weight, const std::string& name, int rows, int cols) {
+    void check_scales(const std::string& name, int rows, int cols) {
         auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
         const Tensor& t = find(name + "_scale_inv", {blocks(rows), blocks(cols)});
         if (t.dtype != "F32")
@@ -2684,9 +2388,8 @@ private:
         for (uint64_t i = 0; i < t.bytes; i += 4) {
             if (!std::isfinite(load<float>(t.data + i)))
                 fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(),
-                     name.c_str(), weight.file.c_str());
+                     name.c_str(), checkpoint_->tensors.at(name).file.c_str());
         }
-        return t.data;
     }
 };
 
@@ -2702,7 +2405,7 @@ inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w)
     if (b.has(k_b) && !b.has(p + "kv_b_proj.weight")) {
         Matrix k = b.matrix(k_b, c.H * c.Rkv, c.Dn), v = b.matrix(v_b, c.H * c.Dv, c.Rkv);
         for (int h = 0; h < c.H; h++) {
-            w.wk_b_t.push_back(k.view(h * c.Rkv, c.Rkv));
+            w.wk_b.push_back(k.view(h * c.Rkv, c.Rkv).transpose());
             w.wv_b.push_back(v.view(h * c.Dv, c.Dv));
         }
         return;
@@ -2798,13 +2501,6 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-// A model is a folder (chapter 3) or a GGUF file (appendix F).
-inline bool is_gguf(const fs::path& model) {
-    return model.extension() == ".gguf" || fs::is_regular_file(model);
-}
-Config gguf_config(const fs::path& file);
-Checkpoint gguf_checkpoint(const fs::path& file);
-
 inline Config read_config(const fs::path& folder) {
     fs::path file = folder / "config.json";
     if (!fs::exists(folder)) fail("%s: no such file or folder", folder.c_str());
@@ -2812,8 +2508,6 @@ inline Config read_config(const fs::path& folder) {
     if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
     return parse_config(read_json_file(file), file.string());
 }
-
-const FileType& file_type(const std::string& name);   // appendix H
 
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
 inline size_t quantised_bytes(const Config& c, const std::string& quant) {
@@ -2855,7 +2549,115 @@ inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
     return m;
 }
 
-// -- 11.2  block, forward, head ------------------------------------------------------------------
+// -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
+
+// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l. So does mla.
+inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    int d = c.head_dim, width = c.G * d;
+    real *k = a.kv, *v = a.kv + int64_t(T) * width;                        // (T, G, d) each
+    ConstRows u{a.u, c.D};
+    Product products[] = {
+        {{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
+    matmul(products);
+    if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
+    parallel_for(T, [&](int64_t t) {
+        const real* cos_sin = a.cos_sin + t * d;
+        for (int g = 0; g < c.G; g++) {
+            real* key = k + t * width + g * d;
+            rope_half(key, cos_sin, d);
+            s.cache.store(l, 2 * g, pos + int(t), key);
+            s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
+        }
+        for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
+    }, c.H * d);
+    gqa_attend(a.o, a.q, s.cache, l, c.H, {a.seen, size_t(T)}, a.scratch);
+    matmul({a.y, c.D}, {a.o, c.H * d}, w.wo, T);
+}
+
+inline void tap_mla(const Session& s, int l, int T, int pos) {
+    if (!s.taps) return;
+    const Config& c = s.model.config;
+    Matrix past = s.cache.matrix(l, 0);
+    Vector q_nope, q_rope, c_kv, k_rope, row(size_t(past.cols));
+    for (int64_t i = 0; i < int64_t(T) * c.H; i++) {
+        const real* q = s.a.q + i * c.q_dim();
+        q_nope.insert(q_nope.end(), q, q + c.Dn);
+        q_rope.insert(q_rope.end(), q + c.Dn, q + c.q_dim());
+    }
+    for (int t = 0; t < T; t++) {
+        kernels.widen(row.data(), past, pos + t);
+        c_kv.insert(c_kv.end(), row.begin(), row.begin() + c.Rkv);
+        k_rope.insert(k_rope.end(), row.begin() + c.Rkv, row.end());
+    }
+    s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
+    s.tap(l, "q_rope", q_rope.data(), T, {c.H, c.Dr});
+    s.tap(l, "c_kv", c_kv.data(), T, {c.Rkv});
+    s.tap(l, "k_rope", k_rope.data(), T, {c.Dr});
+}
+
+//   c^Q = RMSNorm(W^DQ u), [q_nope | q_rope] = W^UQ c^Q                   V3 eq. 6-9
+//   [c | k] = W^DKV u,  c^KV = RMSNorm(c),  k_rope = RoPE(k)              V3 eq. 1-3
+inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    int width = c.Rkv + c.Dr, q_dim = c.q_dim();
+    ConstRows u{a.u, c.D};
+    Rows kv{a.kv, width}, c_q{a.c_q, c.Rq}, q{a.q, c.H * q_dim};
+    Product down[] = {{kv, u, &w.wkv_a, T}, {c.Rq ? c_q : q, u, c.Rq ? &w.wq_a : &w.wq, T}};
+    matmul(down);
+    if (c.Rq) {
+        rmsnorm(c_q, c_q, w.q_norm, T, LATENT_EPS);
+        s.tap(l, "c_q", a.c_q, T, {c.Rq});
+        matmul(q, c_q, w.wq_b, T);
+    }
+    rmsnorm(kv, kv, w.kv_norm, T, LATENT_EPS);
+    parallel_for(T, [&](int64_t t) {
+        const real* cos_sin = a.cos_sin + t * c.Dr;
+        rope_interleaved(kv[t] + c.Rkv, cos_sin, c.Dr);
+        s.cache.store(l, 0, pos + int(t), kv[t]);
+        for (int h = 0; h < c.H; h++) rope_interleaved(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);
+    }, c.H * c.Dr + width);
+    tap_mla(s, l, T, pos);
+    real scale = real(s.model.rope.score_scale / std::sqrt(double(q_dim)));
+    (s.options.mla == MlaForm::NAIVE ? mla_naive : mla_absorbed)(
+        {a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)}, c.Dr, scale, a.q_absorbed, a.z,
+         a.expanded, a.scratch});
+    matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
+}
+
+// V2's published code, when told to normalise, does not scale; noaux_tc always scales.
+inline GateShape gate_shape(const Config& c) {
+    return {c.E, c.K, c.n_group, c.topk_group, c.sigmoid_affinity ? Affinity::SIGMOID : Affinity::SOFTMAX,
+            c.norm_topk, c.gate == Gate::NOAUX_TC, c.routed_scale};
+}
+
+// a.y (T, D) = experts' mixture of a.u (T, D)
+inline void moe(Session& s, const Moe& w, int l, int T) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    matmul({a.router_logits, c.E}, {a.u, c.D}, w.gate_w, T);
+    GateShape shape = gate_shape(c);
+    parallel_for(T, [&](int64_t t) {
+        Routing r{a.router_logits + t * c.E, a.affinity + t * c.E, a.choice + t * c.E, a.expert_idx + t * c.K,
+                  a.gate_weight + t * c.K};
+        switch (c.gate) {
+        case Gate::GREEDY: return gate_greedy(r, shape);
+        case Gate::GROUP_LIMITED_GREEDY: return gate_group_limited_greedy(r, shape);
+        case Gate::NOAUX_TC: return gate_noaux_tc(r, w.gate_bias.data(), shape);
+        }
+    }, 32 * c.E);
+    s.tap(l, "router_logits", a.router_logits, T, {c.E});
+    if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
+    s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
+
+    std::vector<int> first = dispatch(a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
+    run_experts({a.u, T, first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
+}
+
+// -- 11.4  block, forward, head ------------------------------------------------------------------
 
 // One layer on the residual stream x (T, D), in place.
 inline void block(Session& s, const Layer& w, real* x, int l, int T, int pos) {
@@ -2873,10 +2675,16 @@ inline void block(Session& s, const Layer& w, real* x, int l, int T, int pos) {
     rmsnorm({a.u, c.D}, {x, c.D}, w.ffn_norm, T, c.eps);
     s.tap(l, "ffn_norm", a.u, T, {c.D});
     if (c.is_moe(l)) moe(s, w.moe, l, T);
-    else swiglu(a.y, a.u, w.mlp, T, a);
+    else swiglu(a.y, a.u, w.mlp, T, a.gate, a.up);
     s.tap(l, "ffn_out", a.y, T, {c.D});
     add(x, a.y, n);
     s.tap(l, "out", x, T, {c.D});
+}
+
+// What depends on the positions pos, pos + 1, ... of T tokens alone.
+inline void place(Session& s, int T, int pos) {
+    rope_table(s.a.cos_sin, s.model.rope, T, pos);
+    for (int t = 0; t < T; t++) s.a.seen[t] = pos + t + 1;
 }
 
 // Tokens ids (T) at positions pos, pos + 1, ... whose past is in the cache. Leaves the hidden states
@@ -2888,8 +2696,8 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
     Activations& a = s.a;
     int T = int(ids.size());
     CHECK(T <= s.options.chunk && pos + T <= s.options.context, "%d tokens at %d", T, pos);
-    rope_table(a.cos_sin, m.rope, T, pos);
-    for (int t = 0; t < T; t++) kernels.widen(a.x + int64_t(t) * c.D, m.embed, ids[size_t(t)]);
+    place(s, T, pos);
+    embed({a.x, c.D}, m.embed, ids);
     if (s.taps) s.taps->add("embed", a.x, T, {c.D});
     for (int l = 0; l < c.n_layers; l++) block(s, m.layers[size_t(l)], a.x, l, T, pos);
     rmsnorm({a.h, c.D}, {a.x, c.D}, m.norm, T, c.eps);
@@ -2898,7 +2706,9 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
 }
 
 // logits (T, V) = head h (T, D)
-inline void head(const Model& m, real* logits, const real* h, int T) { matmul(logits, h, m.head, T); }
+inline void head(const Model& m, real* logits, const real* h, int T) {
+    matmul({logits, m.config.V}, {h, m.config.D}, m.head, T);
+}
 
 // Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
 inline void prefill(Session& s, std::span<const int> ids, int pos,
@@ -2911,70 +2721,56 @@ inline void prefill(Session& s, std::span<const int> ids, int pos,
     }
 }
 
-// -- 11.3  the memory plan -----------------------------------------------------------------------
+// -- 11.5  weights in the order that is fastest --------------------------------------------------
 
-// The number after `key` in a file of the system, if it says one.
-inline std::optional<uint64_t> system_number(const fs::path& file, const std::string& key = "") {
-    std::ifstream in(file);
-    for (std::string line; std::getline(in, line);) {
-        unsigned long long n = 0;
-        if (line.starts_with(key) && std::sscanf(line.c_str() + key.size(), " %llu", &n) == 1) return n;
-    }
-    return {};
-}
-
-// Bytes that a control group, of the system's first or second kind, leaves to its processes. Pages of files
-// count as free, for they are given up when others are needed.
-inline uint64_t left_in_group(const fs::path& group, bool first_kind) {
-    auto limit = system_number(group / (first_kind ? "memory.limit_in_bytes" : "memory.max"));
-    auto used = system_number(group / (first_kind ? "memory.usage_in_bytes" : "memory.current"));
-    if (!limit || !used) return UINT64_MAX;
-    for (std::string key : {"inactive_file", "active_file"}) {
-        auto pages = system_number(group / "memory.stat", (first_kind ? "total_" : "") + key);
-        *used -= std::min(*used, pages.value_or(0));
-    }
-    return *limit - std::min(*used, *limit);
-}
-
-// Bytes that the system can give this process without swapping; 0 where it does not say.
-inline uint64_t available_memory() {
-    uint64_t available = system_number("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
-    std::ifstream in("/proc/self/cgroup");             // lines NUMBER:CONTROLLERS:/PATH
-    for (std::string line; available && std::getline(in, line);) {
-        bool first_kind = line.find(":memory:/") != std::string::npos;
-        if (!first_kind && !line.starts_with("0::/")) continue;
-        fs::path root = first_kind ? "/sys/fs/cgroup/memory" : "/sys/fs/cgroup", group = root;
-        available = std::clamp<uint64_t>(left_in_group(root, first_kind), 1, available);
-        for (const fs::path& part : fs::path(line.substr(line.find(":/") + 2))) {
-            group /= part;
-            available = std::clamp<uint64_t>(left_in_group(group, first_kind), 1, available);
-        }
-    }
-    return available;
-}
-
-inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
-
-struct MemoryPlan {
-    uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
-    uint64_t needed() const { return weights + cache + activations; }
-    bool fits() const { return available == 0 || needed() <= available; }
-    // What weights may take that could stay in the files: a tenth is left to other programs.
-    uint64_t left_for_weights() const {
-        return available - std::min(available, cache + activations + available / 10);
-    }
-    void require(int context) const {                  // fails where it does not fit
-        if (fits()) return;
-        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
-             "the %.2f GB available",
-             context, weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
-             gigabytes(cache), gigabytes(activations), gigabytes(needed() - available), gigabytes(available));
+struct Fnv1a {
+    uint64_t h = 0xCBF29CE484222325u;
+    void add(const void* data, size_t n) {
+        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
     }
 };
+// Some bytes of a tensor as a number.
+inline uint64_t sample(const std::byte* data, size_t bytes) {
+    Fnv1a hash;
+    size_t n = std::min<size_t>(bytes, 256);
+    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
+    return hash.h;
+}
+// Those of which each token needs every row, and that are faster in another order.
+inline std::vector<Matrix*> to_rearrange(Model& m) {
+    std::vector<Matrix*> all;
+    auto add = [&](Matrix& w) {
+        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
+    };
+    auto add_layer = [&](Layer& l) {
+        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
+                          &l.mla.wkv_a, &l.mla.wo})
+            add(*w);
+        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
+    };
+    add(m.head);
+    for (Layer& l : m.layers) add_layer(l);
+    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
+    return all;
+}
 
-inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
-    return {weights, Cache::bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
-            available_memory()};
+// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done, in all
+inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
+    if (!kernels.integers || !kernels.rearrange) return;
+    std::vector<Matrix*> all = to_rearrange(m);
+    size_t done = 0, total = 0;
+    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
+    if (total > memory) {
+        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
+                     double(total) / 1e9, double(memory) / 1e9);
+        return;
+    }
+    for (Matrix* w : all) {
+        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
+        m.moved[w->data] = sample(w->data, bytes);
+        if (interrupted || !kernels.rearrange(*w)) return;
+        progress(done += bytes, total);
+    }
 }
 
 // =================================================================================================
@@ -2995,11 +2791,6 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
 // to the model.
 
 // -- 12.1  sampling ------------------------------------------------------------------------------
-
-struct Sampling {
-    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
-    int top_k = 0;                                       // 0: off
-};
 
 struct Candidate {
     int id;
@@ -3173,19 +2964,6 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // they were made, and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
 
-struct Fnv1a {
-    uint64_t h = 0xCBF29CE484222325u;
-    void add(const void* data, size_t n) {
-        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
-    }
-};
-// Some bytes of a tensor as a number.
-inline uint64_t sample(const std::byte* data, size_t bytes) {
-    Fnv1a hash;
-    size_t n = std::min<size_t>(bytes, 256);
-    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
-    return hash.h;
-}
 // A number that names a model's weights: names, dtypes, shapes and samples of all tensors.
 inline uint64_t fingerprint(const Model& m) {
     Fnv1a hash;
@@ -3251,43 +3029,6 @@ inline void load_cache(Session& s, const std::string& path) {
     }
 }
 
-// Those that can be interleaved and of which each token needs every row.
-inline std::vector<Matrix*> to_interleave(Model& m) {
-    std::vector<Matrix*> all;
-    auto add = [&](Matrix& w) {
-        if (w && interleaves(w.dtype) && w.rows % SIDE == 0 && w.data != m.embed.data) all.push_back(&w);
-    };
-    auto add_layer = [&](Layer& l) {
-        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
-                          &l.mla.wkv_a, &l.mla.wo})
-            add(*w);
-        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
-    };
-    add(m.head);
-    for (Layer& l : m.layers) add_layer(l);
-    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
-    return all;
-}
-
-// progress: bytes done and in all
-inline void interleave(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
-    std::vector<Matrix*> all = to_interleave(m);
-    size_t done = 0, total = 0;
-    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
-    if (!kernels.integers || !kernels.interleaved_rows || total == 0) return;
-    if (total > memory) {
-        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
-                     gigabytes(total), gigabytes(memory));
-        return;
-    }
-    for (Matrix* w : all) {
-        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
-        m.moved[w->data] = sample(w->data, bytes);
-        if (interrupted || !interleave(*w)) return;
-        progress(done += bytes, total);
-    }
-}
-
 // -- 12.4  perplexity: how surprised is the model by a text? -------------------------------------
 
 //   nll = -ln softmax(logits)[next]
@@ -3326,177 +3067,7 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
     return result;
 }
 
-// =================================================================================================
-// Chapter 13. Multi-token prediction
-// =================================================================================================
-//
-// Can a model say two tokens at once? V3 was trained with a second, small predictor on top: from the
-// hidden state of token i and the embedding of token i + 1 it predicts token i + 2 (V3 section 2.2):
-//
-//      h_i (after the final norm) ---- hnorm --+
-//                                              +-- embedding, then h -- mtp_proj -- block -- norm -- head
-//      embed(token i + 1) ------------ enorm --+
-//
-// In training it makes the hidden states plan ahead. In use it drafts: while the model forwards token i +
-// 1 it can forward the drafted token i + 2 in the same pass, nearly for free, since the weights are read
-// once for both. The model's own logits then say whether the draft stands. Nothing is lost: at
-// temperature 0 the draft must equal the argmax; otherwise it is accepted with probability min(1, p/q)
-// and else replaced by a sample of max(p - q, 0), which together is exactly p (Leviathan et al. 2023; the
-// identity is tested in tests/unit/ch13_mtp.cpp).
-
-// -- 13.1  mtp_forward ---------------------------------------------------------------------------
-
-//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]   V3 eq. 21 (h first there, second in the files)
-// h: (T, D), final hidden states at pos, pos + 1, ...; next: the tokens after those positions (T). Leaves
-// what the head needs in a.mtp_h (T, D). Writes row `pos` and on of the MTP layer's own cache.
-inline void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
-    const Model& m = s.model;
-    const Mtp& w = m.mtp[0];
-    const Config& c = m.config;
-    Activations& a = s.a;
-    int T = int(next.size());
-    for (int t = 0; t < T; t++) kernels.widen(a.mtp_in + 2 * int64_t(t) * c.D, m.embed, next[size_t(t)]);
-    rmsnorm({a.mtp_in, 2 * c.D}, {a.mtp_in, 2 * c.D}, w.enorm, T, c.eps);
-    rmsnorm({a.mtp_in + c.D, 2 * c.D}, {h, c.D}, w.hnorm, T, c.eps);
-    matmul(a.mtp_x, a.mtp_in, w.proj, T);
-    if (s.taps) s.taps->add("mtp.in", a.mtp_x, T, {c.D});
-    rope_table(a.cos_sin, m.rope, T, pos);
-    block(s, w.layer, a.mtp_x, c.n_layers, T, pos);
-    if (s.taps) s.taps->add("mtp.out", a.mtp_x, T, {c.D});
-    rmsnorm({a.mtp_h, c.D}, {a.mtp_x, c.D}, w.norm, T, c.eps);
-    s.mtp_length = pos + T;
-}
-
-// Runs the MTP layer over the positions whose hidden state is in a.h and whose next token is known.
-// Returns how many.
-inline int mtp_catch_up(Session& s) {
-    int end = std::min(s.h_pos + s.h_rows, int(s.tokens.size()) - 1), begin = s.mtp_length;
-    if (begin >= end) return 0;
-    CHECK(begin >= s.h_pos, "hidden state of position %d is gone", begin);
-    const real* h = s.a.h + int64_t(begin - s.h_pos) * s.model.config.D;
-    mtp_forward(s, h, std::span(s.tokens).subspan(size_t(begin) + 1, size_t(end - begin)), begin);
-    return end - begin;
-}
-
-// -- 13.2  draft, verify, correct ----------------------------------------------------------------
-
-// Accepts `draft`, sampled from q, with probability min(1, p/q); else samples max(p - q, 0). The result
-// is distributed as p.
-inline int verify(const Distribution& p, const Distribution& q, int draft, Rng& rng) {
-    std::unordered_map<int, double> q_of;
-    for (const Candidate& c : q) q_of[c.id] = c.p;
-    Distribution rest;
-    double p_draft = 0, sum = 0;
-    for (const Candidate& c : p) {
-        if (c.id == draft) p_draft = c.p;
-        auto at = q_of.find(c.id);
-        double excess = c.p - (at == q_of.end() ? 0 : at->second);
-        if (excess > 0) rest.push_back({c.id, excess}), sum += excess;
-    }
-    bool accepted = p_draft >= q_of[draft] || rng.uniform() * q_of[draft] < p_draft;
-    if (accepted || rest.empty()) return draft;
-    for (Candidate& c : rest) c.p /= sum;
-    return sample(rest, rng);
-}
-
-// One forward pass over the last token and a draft of its successor: one new token, or two when the draft
-// stands.
-inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
-    const Config& c = s.model.config;
-    int rows = mtp_catch_up(s);
-    if (rows == 0 || s.length + 2 > s.options.context) return plain_step(s, g);
-    Vector logits(size_t(c.V));
-    head(s.model, logits.data(), s.a.mtp_h + int64_t(rows - 1) * c.D, 1);
-    Distribution q = distribution(logits.data(), c.V, g.sampling);
-    int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
-    forward(s, pair, s.length);
-    Vector both = last_logits(s, 2);
-    int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
-    stats.drafted++;
-    if (next != draft) return {next};
-    stats.accepted++;
-    return {draft, sample(distribution(both.data() + c.V, c.V, g.sampling), g.rng)};
-}
-
-// =================================================================================================
-// Chapter C. Command line
-// =================================================================================================
-//
-//      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
-//      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
-//      deepseek chat
-//      echo '["hello"]' | deepseek tokenize --lines
-//      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
-//      deepseek perplexity -f text.txt      deepseek info      deepseek bench
-//      deepseek quantize -m M -o M.gguf --type q4_k_m
-//
-// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
-// check failed.
-
-#ifndef DEEPSEEK_NO_MAIN
-#include <CLI/CLI.hpp>
-
-// -- C.1  options --------------------------------------------------------------------------------
-
-struct Options {
-    std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32";
-    std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
-    int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
-    int bench_prompt = 512, bench_tokens = 128, repeats = 5;
-    std::optional<double> temperature, top_p, min_p;
-    std::optional<int> top_k;
-    uint64_t seed = 0;
-    bool exact = false, json = false, raw = false, mtp = false, show_prompt = false, taps = false;
-    bool add_bos = false, decode = false, chat = false, as_ids = false, lines = false;
-};
-
-constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
-
-inline fs::path shipped_model() {
-    std::error_code error;
-    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
-    for (const fs::path& folder : {here, here.parent_path()}) {
-        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
-    }
-    fail("no model: -m is missing, and there is no weights/tiny beside the program");
-}
-
-inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_model() : fs::path(o.model); }
-
-// Common checks; sets the number of threads and the kernels.
-inline void prepare(const Options& o) {
-    if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
-    set_threads(o.threads > 0 ? o.threads : processors());
-    const char* wish = std::getenv("DEEPSEEK_SIMD");
-    choose_kernels(wish ? wish : "", o.exact);
-}
-
-// -- C.2  a session for these options ------------------------------------------------------------
-
-inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
-    SessionOptions s;
-    s.context = o.context > 0 ? o.context : std::min(c.max_context, default_context);
-    s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
-    s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
-    s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
-    for (int n : {Cache::width_of(c), c.Rkv}) {          // MLA's values are the first Rkv numbers of a row
-        if (n % format_of(s.kv).values)
-            fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
-    }
-    if (s.context > c.max_context)
-        fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
-    return s;
-}
-
-// -- C.3  prompts and output ---------------------------------------------------------------------
-
-inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
-
-inline std::string json_array(std::span<const int> ids) {
-    std::string out = "[";
-    for (int id : ids) out += (out.size() > 1 ? "," : "") + std::to_string(id);
-    return out + "]";
-}
+// -- 12.5  a conversation ------------------------------------------------------------------------
 
 // The token text as it comes: characters whole, special tokens hidden, the thought dimmed on a terminal.
 class Printer {
@@ -3559,6 +3130,407 @@ private:
     double start_ = seconds();
 };
 
+inline void print_statistics(const Statistics& s, const Generation& g) {
+    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
+    std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
+    if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
+    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
+                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
+    if (g.mtp)
+        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
+                     s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
+                     s.steps ? double(s.generated - 1) / s.steps : 0.0);
+    std::fputc('\n', stderr);
+}
+
+// Prints the answer to `ids` and returns its text.
+inline std::string answer(Session& s, const Tokenizer& tokenizer, Generation& g, const std::vector<int>& ids) {
+    Thought thought(g, ids);
+    Printer printer(tokenizer, g.think_begin, g.think_end, thought.open);
+    auto progress = std::make_unique<Progress>("reading", ids.size());
+    auto emit = [&](int id) {
+        progress.reset();
+        printer.emit(id);
+    };
+    Statistics stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit);
+    progress.reset();
+    printer.finish();
+    print_statistics(stats, g);
+    return printer.text();
+}
+
+// =================================================================================================
+// Chapter 13. Multi-token prediction
+// =================================================================================================
+//
+// Can a model say two tokens at once? V3 was trained with a second, small predictor on top: from the
+// hidden state of token i and the embedding of token i + 1 it predicts token i + 2 (V3 section 2.2):
+//
+//      h_i (after the final norm) ---- hnorm --+
+//                                              +-- embedding, then h -- mtp_proj -- block -- norm -- head
+//      embed(token i + 1) ------------ enorm --+
+//
+// In training it makes the hidden states plan ahead. In use it drafts: while the model forwards token i +
+// 1 it can forward the drafted token i + 2 in the same pass, nearly for free, since the weights are read
+// once for both. The model's own logits then say whether the draft stands. Nothing is lost: at
+// temperature 0 the draft must equal the argmax; otherwise it is accepted with probability min(1, p/q)
+// and else replaced by a sample of max(p - q, 0), which together is exactly p (Leviathan et al. 2023; the
+// identity is tested in tests/unit/ch13_mtp.cpp).
+
+// -- 13.1  mtp_forward ---------------------------------------------------------------------------
+
+//   h'_i = M [RMSNorm(Emb(t_{i+1})) ; RMSNorm(h_i)]   V3 eq. 21 (h first there, second in the files)
+// h: (T, D), final hidden states at pos, pos + 1, ...; next: the tokens after those positions (T). Leaves
+// what the head needs in a.mtp_h (T, D). Writes row `pos` and on of the MTP layer's own cache.
+inline void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
+    const Model& m = s.model;
+    const Mtp& w = m.mtp[0];
+    const Config& c = m.config;
+    Activations& a = s.a;
+    int T = int(next.size());
+    embed({a.mtp_in, 2 * c.D}, m.embed, next);
+    rmsnorm({a.mtp_in, 2 * c.D}, {a.mtp_in, 2 * c.D}, w.enorm, T, c.eps);
+    rmsnorm({a.mtp_in + c.D, 2 * c.D}, {h, c.D}, w.hnorm, T, c.eps);
+    matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);
+    if (s.taps) s.taps->add("mtp.in", a.mtp_x, T, {c.D});
+    place(s, T, pos);
+    block(s, w.layer, a.mtp_x, c.n_layers, T, pos);
+    if (s.taps) s.taps->add("mtp.out", a.mtp_x, T, {c.D});
+    rmsnorm({a.mtp_h, c.D}, {a.mtp_x, c.D}, w.norm, T, c.eps);
+    s.mtp_length = pos + T;
+}
+
+// Runs the MTP layer over the positions whose hidden state is in a.h and whose next token is known.
+// Returns how many.
+inline int mtp_catch_up(Session& s) {
+    int end = std::min(s.h_pos + s.h_rows, int(s.tokens.size()) - 1), begin = s.mtp_length;
+    if (begin >= end) return 0;
+    CHECK(begin >= s.h_pos, "hidden state of position %d is gone", begin);
+    const real* h = s.a.h + int64_t(begin - s.h_pos) * s.model.config.D;
+    mtp_forward(s, h, std::span(s.tokens).subspan(size_t(begin) + 1, size_t(end - begin)), begin);
+    return end - begin;
+}
+
+// -- 13.2  draft, verify, correct ----------------------------------------------------------------
+
+// Accepts `draft`, sampled from q, with probability min(1, p/q); else samples max(p - q, 0). The result
+// is distributed as p.
+inline int verify(const Distribution& p, const Distribution& q, int draft, Rng& rng) {
+    std::unordered_map<int, double> q_of;
+    for (const Candidate& c : q) q_of[c.id] = c.p;
+    Distribution rest;
+    double p_draft = 0, sum = 0;
+    for (const Candidate& c : p) {
+        if (c.id == draft) p_draft = c.p;
+        auto at = q_of.find(c.id);
+        double excess = c.p - (at == q_of.end() ? 0 : at->second);
+        if (excess > 0) rest.push_back({c.id, excess}), sum += excess;
+    }
+    bool accepted = p_draft >= q_of[draft] || rng.uniform() * q_of[draft] < p_draft;
+    if (accepted || rest.empty()) return draft;
+    for (Candidate& c : rest) c.p /= sum;
+    return sample(rest, rng);
+}
+
+// One forward pass over the last token and a draft of its successor: one new token, or two when the draft
+// stands.
+inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
+    const Config& c = s.model.config;
+    int rows = mtp_catch_up(s);
+    if (rows == 0 || s.length + 2 > s.options.context) return plain_step(s, g);
+    Vector logits(size_t(c.V));
+    head(s.model, logits.data(), s.a.mtp_h + int64_t(rows - 1) * c.D, 1);
+    Distribution q = distribution(logits.data(), c.V, g.sampling);
+    int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
+    forward(s, pair, s.length);
+    Vector both = last_logits(s, 2);
+    int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
+    stats.drafted++;
+    if (next != draft) return {next};
+    stats.accepted++;
+    return {draft, sample(distribution(both.data() + c.V, c.V, g.sampling), g.rng)};
+}
+
+// =================================================================================================
+// Chapter 19. The bill
+// =================================================================================================
+//
+// What does a model cost, before anything is loaded? Parameters decide the size of the files, the active ones
+// the time of a token, the cache the length of a conversation. config.json alone says all three: binding a
+// model without its files (11.2) counts what it would ask for.
+
+// -- 19.1  parameters, bytes, cache --------------------------------------------------------------
+
+struct Bill {
+    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, of a token, MTP module
+    std::map<std::string, uint64_t> bytes;               // of the files, by dtype
+    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
+};
+
+// kv: how the cache is stored
+inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
+    Model counted;
+    counted.config = c;
+    counted.config.n_mtp = 0;
+    Binder main(nullptr, "", false), mtp(nullptr, "", false);
+    bind_model(main, counted);
+    if (c.n_mtp) bind_mtp(mtp, c);
+    Bill b{main.parameters, main.parameters, mtp.parameters, {}, 0, 0};
+    uint64_t biases = c.gate == Gate::NOAUX_TC ? uint64_t(c.E) : 0;   // they pick, but compute nothing
+    for (int l = 0; l < c.n_layers; l++) {
+        if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
+    }
+    if (is_gguf(folder) || has_weights(folder)) {
+        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
+        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
+    }
+    b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
+    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
+    return b;
+}
+
+// -- 19.2  what this machine gives to the process ------------------------------------------------
+
+// The number after `key` in a file of the system, if it says one.
+inline std::optional<uint64_t> system_number(const fs::path& file, const std::string& key = "") {
+    std::ifstream in(file);
+    for (std::string line; std::getline(in, line);) {
+        unsigned long long n = 0;
+        if (line.starts_with(key) && std::sscanf(line.c_str() + key.size(), " %llu", &n) == 1) return n;
+    }
+    return {};
+}
+
+// A control group of the process, of the system's first or second kind.
+struct ControlGroup {
+    fs::path path;
+    bool first_kind;
+};
+
+// Those that limit `controller` ("memory", "cpu"): its own group and all above it.
+inline std::vector<ControlGroup> control_groups(const std::string& controller) {
+    std::vector<ControlGroup> groups;
+    std::ifstream in("/proc/self/cgroup");             // lines NUMBER:CONTROLLERS:/PATH
+    for (std::string line; std::getline(in, line);) {
+        size_t names = line.find(':') + 1, path = line.find(":/", names);
+        if (names == 0 || path == line.npos) continue;
+        std::string controllers = "," + line.substr(names, path - names) + ",";
+        bool first_kind = controllers.find("," + controller + ",") != controllers.npos;
+        if (!first_kind && !line.starts_with("0::/")) continue;
+        fs::path group = first_kind ? "/sys/fs/cgroup/" + controller : "/sys/fs/cgroup";
+        groups.push_back({group, first_kind});
+        for (const fs::path& part : fs::path(line.substr(path + 2))) groups.push_back({group /= part, first_kind});
+    }
+    return groups;
+}
+
+// Bytes that a control group leaves to its processes. Pages of files count as free, for they are given up when
+// others are needed.
+inline uint64_t left_in_group(const ControlGroup& g) {
+    auto limit = system_number(g.path / (g.first_kind ? "memory.limit_in_bytes" : "memory.max"));
+    auto used = system_number(g.path / (g.first_kind ? "memory.usage_in_bytes" : "memory.current"));
+    if (!limit || !used) return UINT64_MAX;
+    for (std::string key : {"inactive_file", "active_file"}) {
+        auto pages = system_number(g.path / "memory.stat", (g.first_kind ? "total_" : "") + key);
+        *used -= std::min(*used, pages.value_or(0));
+    }
+    return *limit - std::min(*used, *limit);
+}
+
+// Bytes that the system can give this process without swapping; 0 where it does not say.
+inline uint64_t available_memory() {
+    uint64_t available = system_number("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
+    if (available == 0) return 0;
+    for (const ControlGroup& g : control_groups("memory"))
+        available = std::clamp<uint64_t>(left_in_group(g), 1, available);
+    return available;
+}
+
+// Processors whose time a control group gives, rounded down, at least one; INT_MAX where it does not say.
+inline int processors_of_group(const ControlGroup& g) {
+    std::optional<uint64_t> quota, period;
+    if (g.first_kind) {
+        quota = system_number(g.path / "cpu.cfs_quota_us"), period = system_number(g.path / "cpu.cfs_period_us");
+        if (quota && *quota > uint64_t(INT64_MAX)) quota.reset();        // -1: no limit
+    } else {                                                            // QUOTA PERIOD, or max PERIOD
+        std::ifstream in(g.path / "cpu.max");
+        uint64_t q = 0, p = 0;
+        if (in >> q >> p) quota = q, period = p;
+    }
+    if (!quota || !period || *period == 0) return std::numeric_limits<int>::max();
+    return int(std::clamp<uint64_t>(*quota / *period, 1, 1 << 20));
+}
+
+// Processors that this process may run on: by its affinity, and by the time that its control groups give.
+inline int processors() {
+    int n = omp_get_num_procs();
+    for (const ControlGroup& g : control_groups("cpu")) n = std::min(n, processors_of_group(g));
+    return std::max(n, 1);
+}
+
+// -- 19.3  the memory plan -----------------------------------------------------------------------
+
+inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
+
+struct MemoryPlan {
+    uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
+    uint64_t needed() const { return weights + cache + activations; }
+    bool fits() const { return available == 0 || needed() <= available; }
+    // What weights may take that could stay in the files: a tenth is left to other programs.
+    uint64_t left_for_weights() const {
+        return available - std::min(available, cache + activations + available / 10);
+    }
+    void require(int context) const {                  // fails where it does not fit
+        if (fits()) return;
+        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
+             "the %.2f GB available",
+             context, weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
+             gigabytes(cache), gigabytes(activations), gigabytes(needed() - available), gigabytes(available));
+    }
+};
+
+inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
+    return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
+            available_memory()};
+}
+
+// -- 19.4  the bill as text ----------------------------------------------------------------------
+
+inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
+    std::string bytes;
+    for (auto& [dtype, n] : b.bytes)
+        bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
+    std::printf(
+        "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
+        "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
+        "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
+        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
+        c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
+        (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
+        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
+        (unsigned long long)plan.activations, (unsigned long long)plan.available,
+        plan.fits() ? "true" : "false");
+}
+
+// Whether some of the files' weights will be put in another order.
+inline bool will_rearrange(const Bill& b) {
+    for (int i = 0; i < N_DTYPES && kernels.integers && kernels.rearranges; i++) {
+        Matrix any;
+        any.dtype = Dtype(i);
+        if (kernels.rearranges(any) && b.bytes.count(format_of(any.dtype).name)) return true;
+    }
+    return false;
+}
+
+inline void print_memory_plan(const Bill& b, const SessionOptions& s, const MemoryPlan& plan,
+                              const std::string& quant) {
+    uint64_t files = 0;
+    for (auto& [dtype, n] : b.bytes) files += n;
+    std::string made = plan.weights ? text_of("--quant %s: weights %.3f GB + ", quant.c_str(),
+                                              gigabytes(plan.weights)) : "";
+    std::printf(
+        "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
+        s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
+        gigabytes(plan.available));
+    std::printf("               weights are mapped from the files and need no memory of their own%s\n",
+                plan.fits() && plan.needed() + files > plan.available && plan.available
+                    ? ", but they exceed what is available: each token will read from the disk" : "");
+    if (will_rearrange(b))
+        std::printf("               K formats but for experts are rearranged in memory where that is free\n");
+    if (plan.fits()) std::printf("               fits\n");
+    else
+        std::printf("               does not fit: %.3f GB too much\n",
+                    gigabytes(plan.needed() - plan.available));
+}
+
+inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
+    uint64_t files = 0;
+    for (auto& [dtype, n] : b.bytes) files += n;
+    std::printf("model          %s\n", folder.c_str());
+    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n",
+                c.model_type.c_str(), c.n_layers, c.D, c.H,
+                c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
+    if (c.E) std::printf("experts        %d routed, %d a token, %d shared\n", c.E, c.K, c.n_shared);
+    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
+                double(b.active) / 1e6);
+    if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
+    std::printf("\nweights        %s",
+                b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(files)).c_str());
+    for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
+    std::printf(
+        "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
+        (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
+}
+
+// =================================================================================================
+// Chapter 21. Command line
+// =================================================================================================
+//
+//      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
+//      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
+//      deepseek chat
+//      echo '["hello"]' | deepseek tokenize --lines
+//      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
+//      deepseek perplexity -f text.txt      deepseek info      deepseek bench
+//      deepseek quantize -m M -o M.gguf --type q4_k_m
+//
+// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
+// check failed.
+
+#ifndef DEEPSEEK_NO_MAIN
+#include <CLI/CLI.hpp>
+
+// -- 21.1  options -------------------------------------------------------------------------------
+
+struct Options {
+    std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32";
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
+    int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
+    int bench_prompt = 512, bench_tokens = 128, repeats = 5;
+    std::optional<double> temperature, top_p, min_p;
+    std::optional<int> top_k;
+    uint64_t seed = 0;
+    bool exact = false, json = false, raw = false, mtp = false, show_prompt = false, taps = false;
+    TokenizeOptions tokenize;
+};
+
+constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
+
+inline fs::path shipped_model() {
+    std::error_code error;
+    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
+    for (const fs::path& folder : {here, here.parent_path()}) {
+        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
+    }
+    fail("no model: -m is missing, and there is no weights/tiny beside the program");
+}
+
+inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_model() : fs::path(o.model); }
+
+// Common checks; sets the number of threads and the kernels.
+inline void prepare(const Options& o) {
+    if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
+    int unasked = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : processors();
+    set_threads(o.threads > 0 ? o.threads : unasked);
+    const char* wish = std::getenv("DEEPSEEK_SIMD");
+    choose_kernels(wish ? wish : "", o.exact);
+}
+
+inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
+    SessionOptions s;
+    s.context = o.context > 0 ? o.context : std::min(c.max_context, default_context);
+    s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
+    s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
+    s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
+    for (int n : {cache_part_width(c), c.Rkv}) {         // MLA's values are the first Rkv numbers of a row
+        if (n % format_of(s.kv).values)
+            fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
+    }
+    if (s.context > c.max_context)
+        fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
+    return s;
+}
+
 // A model, ready to run with these options.
 inline Model load_with_progress(const Options& o, const fs::path& folder, const Config& c,
                                 const SessionOptions& s) {
@@ -3573,57 +3545,13 @@ inline Model load_with_progress(const Options& o, const fs::path& folder, const 
     };
     Model model = load_model(folder, {o.quant, shown(text_of("quantising to %s, bytes", o.quant.c_str()))});
     progress.reset();
-    interleave(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
     return model;
-}
-
-inline void print_statistics(const Statistics& s, const Generation& g) {
-    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
-    std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
-    if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
-    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
-                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
-    if (g.mtp)
-        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
-                     s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
-                     s.steps ? double(s.generated - 1) / s.steps : 0.0);
-    std::fputc('\n', stderr);
-}
-
-// -- C.4  run, chat ------------------------------------------------------------------------------
-
-Tokenizer gguf_tokenizer(const fs::path& file);   // appendix G
-Sampling gguf_sampling(const fs::path& file);
-
-inline Tokenizer load_tokenizer(const fs::path& model) {
-    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
-}
-
-struct GenerationConfig {
-    Sampling sampling;
-    std::vector<int> eos;
-};
-
-// generation_config.json, from its text. `do_sample` false means greedy.
-inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
-    Document document(json, file);
-    Fields f(document.root, file);
-    GenerationConfig g;
-    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
-    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
-    g.sampling.min_p = f.number("min_p", 0, 1, 0);
-    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
-    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
-    g.eos = parse_ids(f, "eos_token_id", V);
-    return g;
 }
 
 inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
                                   const Tokenizer& t) {
-    fs::path file = folder / "generation_config.json";
-    GenerationConfig defaults;
-    if (is_gguf(folder)) defaults.sampling = gguf_sampling(folder);
-    else if (fs::exists(file)) defaults = parse_generation_config(read_json_file(file), file.string(), c.V);
+    GenerationConfig defaults = read_generation_config(folder, c.V);
     Generation g;
     g.sampling.temperature = o.temperature.value_or(defaults.sampling.temperature);
     g.sampling.top_p = o.top_p.value_or(defaults.sampling.top_p);
@@ -3641,6 +3569,8 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     g.rng.state = o.seed;
     return g;
 }
+
+// -- 21.2  run, chat -----------------------------------------------------------------------------
 
 // Model, tokenizer and session of run and chat.
 struct Talk {
@@ -3663,35 +3593,19 @@ struct Talk {
         session = std::make_unique<Session>(model, options);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
     }
-    std::vector<int> encode(const std::string& text, bool add_bos, const Options& o) const {
-        std::vector<int> ids = tokenizer.encode(text);
-        if (add_bos && tokenizer.bos >= 0 && (ids.empty() || ids[0] != tokenizer.bos))
-            ids.insert(ids.begin(), tokenizer.bos);
-        if (o.show_prompt)
-            std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
+    // Prints the answer to a prompt and returns its text.
+    std::string reply(const std::string& text, bool add_bos, bool show) {
+        std::vector<int> ids = encode_prompt(tokenizer, text, add_bos);
+        if (show) std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
         if (ids.empty()) fail("the prompt is empty");
         if (int(ids.size()) >= options.context)
             fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(),
                  options.context);
-        return ids;
-    }
-    // Prints the answer to `ids` and returns its text.
-    std::string answer(const std::vector<int>& ids) {
-        Thought thought(generation, ids);
-        Printer printer(tokenizer, generation.think_begin, generation.think_end, thought.open);
-        auto progress = std::make_unique<Progress>("reading", ids.size());
-        Statistics stats = generate(
-            *session, ids, generation, [&](int n) { progress->at(size_t(n)); },
-            [&](int id) {
-                progress.reset();
-                printer.emit(id);
-            });
-        progress.reset();
-        printer.finish();
-        print_statistics(stats, generation);
-        return printer.text();
+        return answer(*session, tokenizer, generation, ids);
     }
 };
+
+inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
 
 inline std::string prompt_of(const Options& o) {
     bool dash = o.dash == "-";
@@ -3712,8 +3626,20 @@ inline void command_run(const Options& o) {
     if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     messages.push_back({"user", prompt, {}});
     std::string text = o.raw ? prompt : talk.tokenizer.render(messages, true);
-    talk.answer(talk.encode(text, o.raw && talk.tokenizer.add_bos, o));
+    talk.reply(text, o.raw && talk.tokenizer.add_bos, o.show_prompt);
     if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
+}
+
+// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
+// at `interrupted` and a read that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
 }
 
 inline void command_chat(const Options& o) {
@@ -3728,267 +3654,33 @@ inline void command_chat(const Options& o) {
         if (line.empty()) continue;
         messages.push_back({"user", line, {}});
         std::string text = talk.tokenizer.render(messages, true);
-        messages.push_back({"assistant", talk.answer(talk.encode(text, false, o)), {}});
+        messages.push_back({"assistant", talk.reply(text, false, o.show_prompt), {}});
         if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
     }
     if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
 }
 
-// -- C.5  main -----------------------------------------------------------------------------------
+// -- 21.3  tokenize, logits, perplexity, quantize ------------------------------------------------
 
-// An empty path is a shell variable that was not set; it must not mean the default.
-inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
-
-// Appendix D.
-void command_tokenize(const Options& o);
-void command_logits(const Options& o);
-void command_perplexity(const Options& o);
-void command_info(const Options& o);
-void command_bench(const Options& o);
-void command_quantize(const Options& o);
-
-inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
-                             Options& o) {
-    CLI::App* sub = app.add_subcommand(name, what);
-    sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model,
-                    "Hugging Face folder or GGUF file (default: the model in weights/)")
-        ->check(check_path);
-    sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
-    sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-    sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
-        ->check(CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}));
-    sub->add_option("--kv", o.kv, "store keys and values as f32, bf16 or q8_0")
-        ->check(CLI::IsMember({"f32", "bf16", "q8_0"}));
-    sub->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
-    sub->add_flag("--json", o.json, "machine-readable result");
-    return sub;
-}
-
-// CLI::Range lets "nan" through, and a seed of -1 or of 30 digits would become another one.
-inline std::string check_number(const std::string& text) {
-    return text.find_first_of("nN") == text.npos ? "" : "not a number: " + text;
-}
-inline std::string check_seed(const std::string& text) {
-    bool natural = !text.empty() && text.size() < 20 && text.find_first_not_of("0123456789") == text.npos;
-    return natural ? "" : "not a natural number below 10^19: " + text;
-}
-
-inline void add_generation_options(CLI::App* sub, Options& o) {
-    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")
-        ->check(CLI::Range(0, MOST));
-    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")
-        ->check(CLI::Range(0.0, 100.0))
-        ->check(check_number);
-    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
-        ->check(CLI::Range(1e-9, 1.0))
-        ->check(check_number);
-    sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(CLI::Range(0, MOST));
-    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
-        ->check(CLI::Range(0.0, 1.0))
-        ->check(check_number);
-    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)")->check(check_seed);
-    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
-        ->check(CLI::Range(1, MOST));
-    sub->add_option("--system", o.system, "system message");
-    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")
-        ->check(CLI::Range(0, MOST));
-    sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")
-        ->check(CLI::Range(1, 65536));
-    sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
-    sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
-    sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
-    sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
-}
-
-inline void add_talking_commands(CLI::App& app, Options& o) {
-    CLI::App* run = add_command(app, "run", "generate and stream",
-                                "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o);
-    run->add_option("-p,--prompt", o.prompt, "the prompt");
-    run->add_option("-f,--file", o.file, "a file that holds the prompt");
-    run->add_option("stdin", o.dash, "-: read the prompt from stdin");
-    run->add_flag("--raw", o.raw, "no chat template: continue the text");
-    add_generation_options(run, o);
-    run->callback([&o] { prepare(o), command_run(o); });
-
-    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn",
-                                 "deepseek chat --system \"Be brief.\"", o);
-    add_generation_options(chat, o);
-    chat->callback([&o] { prepare(o), command_chat(o); });
-
-    CLI::App* tokenize =
-        add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o);
-    tokenize->add_flag("--add-bos", o.add_bos, "begin with BOS");
-    tokenize->add_flag("--decode", o.decode, "stdin: a JSON array of ids; stdout: text");
-    tokenize->add_flag("--chat", o.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
-    tokenize->add_flag("--ids", o.as_ids, "with --chat: the prompt's ids");
-    tokenize->add_flag("--lines", o.lines, "one JSON value a line, in and out");
-    tokenize->callback([&o] { prepare(o), command_tokenize(o); });
-}
-
-inline void add_measuring_commands(CLI::App& app, Options& o) {
-    CLI::App* logits = add_command(app, "logits", "logits of every position, and every intermediate",
-                                   "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o);
-    logits->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
-    logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
-    logits->add_flag("--taps", o.taps, "every named intermediate too");
-    logits->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    logits->add_option("--chunk", o.chunk, "prefill in chunks of N tokens (default: 512)")
-        ->check(CLI::Range(1, 65536));
-    logits->callback([&o] { prepare(o), command_logits(o); });
-
-    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text",
-                                 "deepseek perplexity -f README.md", o);
-    text->add_option("-f,--file", o.file, "the text")->required();
-    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")
-        ->check(CLI::Range(2, MOST));
-    text->callback([&o] { prepare(o), command_perplexity(o); });
-
-    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan",
-                                 "deepseek info --ctx 4096", o);
-    info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
-    info->callback([&o] { prepare(o), command_info(o); });
-
-    CLI::App* quantize = add_command(app, "quantize", "write the model as one GGUF file",
-                                     "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o);
-    quantize->add_option("-o,--out", o.out, "the file to write")->required();
-    quantize->add_option("--type", o.type, "format of the weights")
-        ->required()
-        ->check(CLI::IsMember(
-            {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
-    quantize->callback([&o] { prepare(o), command_quantize(o); });
-
-    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
-                                  "deepseek bench -p 128 -n 32 -r 3", o);
-    bench->add_option("-p", o.bench_prompt, "tokens to prefill (default: 512)")->check(CLI::Range(0, MOST));
-    bench->add_option("-n", o.bench_tokens, "tokens to decode (default: 128)")->check(CLI::Range(0, MOST));
-    bench->add_option("-r", o.repeats, "runs (default: 5)")->check(CLI::Range(1, 1000));
-    bench->callback([&o] { prepare(o), command_bench(o); });
-}
-
-// One line on stderr, whatever bytes a file or an argument brought into the message.
-inline int complain(std::string message) {
-    message.resize(std::min(message.size(), size_t(1000)));
-    for (char& c : message) if (uint8_t(c) < 32 || c == 127) c = ' ';
-    std::fflush(stdout);
-    std::fprintf(stderr, "deepseek: %s\n", message.c_str());
-    return 1;
-}
-
-// A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
-inline void on_bus_error(int) {
-    constexpr std::string_view LINE = "deepseek: a weight file was cut short, or cannot be read any more\n";
-    _exit(write(STDERR_FILENO, LINE.data(), LINE.size()) > 0 ? 1 : 3);
-}
-
-inline void set_signals() {
-    struct sigaction action {};
-    action.sa_handler = [](int) { interrupted = 1; };    // no SA_RESTART: a waiting read ends too
-    sigaction(SIGINT, &action, nullptr);
-    action.sa_handler = on_bus_error;
-    sigaction(SIGBUS, &action, nullptr);
-}
-
-int main(int argc, char** argv) {
-    set_signals();
-    Options o;
-    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
-    app.name("deepseek")
-        ->require_subcommand(0, 1)
-        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
-    add_talking_commands(app, o);
-    add_measuring_commands(app, o);
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::Success& e) {                    // --help
-        return app.exit(e);
-    } catch (const std::bad_alloc&) {
-        return complain("out of memory");
-    } catch (const std::length_error&) {                 // an array beyond the address space
-        return complain("out of memory");
-    } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
-        return complain(e.what());
-    }
-    if (app.get_subcommands().empty()) return complain("which command? (deepseek --help lists them)");
-    std::cout.flush();
-    bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
-    return written ? 0 : complain("stdout cannot be written");
-}
-#endif
-
-// =================================================================================================
-// Appendix D. Tools
-// =================================================================================================
-//
-// What else can be done with a model than to talk to it? See its token ids; write down every intermediate
-// of a forward pass; measure how well it predicts a text, how large it is and how fast; give it fewer
-// bits.
-
-#ifndef DEEPSEEK_NO_MAIN
-
-// -- D.1  tokenize -------------------------------------------------------------------------------
-
-inline std::vector<int> parse_id_array(Json json) {
-    simdjson::dom::array list;
-    std::vector<int> ids;
-    if (json.get(list)) fail("tokenize --decode: not a JSON array of ids");
-    for (Json item : list) {
-        int64_t id = -1;
-        if (item.get(id) || id < 0 || id > std::numeric_limits<int>::max())
-            fail("tokenize --decode: not a JSON array of ids");
-        ids.push_back(int(id));
-    }
-    return ids;
-}
-
-inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
-    std::vector<int> ids = t.encode(text);
-    if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
-    if (add_bos) ids.insert(ids.begin(), t.bos);
-    return json_array(ids);
-}
-
-// The answer to one input: with `quoted`, input and output are JSON values (--lines).
-inline std::string tokenize_one(const Options& o, const Tokenizer& t, const std::string& input, bool quoted) {
-    if (o.decode) {
-        Document document(input, "stdin");
-        std::string text = t.decode(parse_id_array(document.root));
-        return quoted ? json_quote(text) : text;
-    }
-    if (o.chat) {
-        Chat chat = quoted ? parse_chat(input) : Chat{parse_messages(input), true};
-        std::string text = t.render(chat.messages, chat.add_generation_prompt);
-        return o.as_ids ? tokens_json(t, text, false) : quoted ? json_quote(text) : text;
-    }
-    if (!quoted) return tokens_json(t, input, o.add_bos);
-    Document document(input, "stdin");
-    std::string_view text;
-    if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
-    return tokens_json(t, text, o.add_bos);
-}
-
-void command_tokenize(const Options& o) {
-    if (o.decode && o.chat) fail("tokenize: --decode and --chat exclude each other");
-    if (o.as_ids && !o.chat) fail("tokenize: --ids goes with --chat");
+inline void command_tokenize(const Options& o) {
+    if (o.tokenize.decode && o.tokenize.chat) fail("tokenize: --decode and --chat exclude each other");
+    if (o.tokenize.as_ids && !o.tokenize.chat) fail("tokenize: --ids goes with --chat");
     Tokenizer tokenizer = load_tokenizer(model_path(o));
-    if (!o.lines) {
-        std::string out = tokenize_one(o, tokenizer, read_stdin(), false);
-        bool text = o.decode || (o.chat && !o.as_ids);   // exactly the text, without a newline of ours
-        std::cout << out << (text ? "" : "\n") << std::flush;
+    if (!o.tokenize.lines) {
+        std::string out = tokenize(tokenizer, read_stdin(), o.tokenize);
+        bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
+        std::cout << out << (text ? "" : "\n") << std::flush;   // exactly the text, without a newline of ours
         return;
     }
     size_t number = 1;
     for (std::string line; std::getline(std::cin, line); number++) {
         try {
-            std::cout << tokenize_one(o, tokenizer, line, true) << '\n' << std::flush;
+            std::cout << tokenize(tokenizer, line, o.tokenize) << '\n' << std::flush;
         } catch (const std::runtime_error& e) {
             fail("line %zu: %s", number, e.what());
         }
     }
 }
-
-// -- D.2  logits, perplexity ---------------------------------------------------------------------
 
 inline std::vector<int> parse_id_list(const std::string& text, int V) {
     std::vector<int> ids;
@@ -4003,7 +3695,7 @@ inline std::vector<int> parse_id_list(const std::string& text, int V) {
     return ids;
 }
 
-void command_logits(const Options& o) {
+inline void command_logits(const Options& o) {
     Options unlimited = o;
     fs::path folder = model_path(o);
     Config c = read_config(folder);
@@ -4046,7 +3738,7 @@ void command_logits(const Options& o) {
     write_safetensors(file, out);
 }
 
-void command_perplexity(const Options& o) {
+inline void command_perplexity(const Options& o) {
     std::string text = read_file(o.file);
     Talk talk(o);
     if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
@@ -4062,93 +3754,27 @@ void command_perplexity(const Options& o) {
     std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
 }
 
-// -- D.3  info, bench ----------------------------------------------------------------------------
-
-struct Bill {
-    uint64_t total = 0, active = 0, mtp = 0;             // parameters: main model, of a token, MTP module
-    std::map<std::string, uint64_t> bytes;               // of the files, by dtype
-    uint64_t kv = 0, full_kv = 0;                        // bytes a token, main layers: ours, full attention
-};
-
-inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
-    Model counted;
-    counted.config = c;
-    counted.config.n_mtp = 0;
-    Binder main(nullptr, "", false), mtp(nullptr, "", false);
-    bind_model(main, counted);
-    if (c.n_mtp) bind_mtp(mtp, c);
-    Bill b{main.parameters, main.parameters, mtp.parameters, {}, 0, 0};
-    uint64_t biases = c.gate == Gate::NOAUX_TC ? uint64_t(c.E) : 0;   // they pick, but compute nothing
-    for (int l = 0; l < c.n_layers; l++) {
-        if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
-    }
-    if (is_gguf(folder) || has_weights(folder)) {
-        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
-        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
-    }
-    b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
-    b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
-    return b;
+inline void command_quantize(const Options& o) {
+    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
+    fs::path source = model_path(o);
+    Model model = load_model(source);                    // finds what is wrong with it
+    Progress progress("writing", 100);
+    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), [&](uint64_t done, uint64_t total) {
+        progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
+    });
 }
 
-inline void print_info_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
-    std::string bytes;
-    for (auto& [dtype, n] : b.bytes)
-        bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
-    std::printf(
-        "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
-        "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
-        "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
-        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
-        c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
-        (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
-        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
-        (unsigned long long)plan.activations, (unsigned long long)plan.available,
-        plan.fits() ? "true" : "false");
-}
+// -- 21.4  info, bench ---------------------------------------------------------------------------
 
-void command_info(const Options& o) {
+inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
     Bill b = make_bill(c, folder, s.kv);
     MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
-    if (o.json) return print_info_json(c, b, s, plan);
-    uint64_t weights = 0;
-    for (auto& [dtype, n] : b.bytes) weights += n;
-    std::printf("model          %s\n", folder.c_str());
-    std::printf("architecture   %s: %d layers, hidden size %d, %d heads, %s, vocabulary %d, context %d\n",
-                c.model_type.c_str(), c.n_layers, c.D, c.H,
-                c.mla() ? "MLA" : text_of("%d kv heads", c.G).c_str(), c.V, c.max_context);
-    if (c.E) std::printf("experts        %d routed, %d a token, %d shared\n", c.E, c.K, c.n_shared);
-    std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
-                double(b.active) / 1e6);
-    if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
-    std::printf("\nweights        %s",
-                b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(weights)).c_str());
-    for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
-    std::printf(
-        "\ncache          %llu bytes a token; full multi-head attention would need %llu (%.1f times)\n",
-        (unsigned long long)b.kv, (unsigned long long)b.full_kv, double(b.full_kv) / double(b.kv));
-    std::string made =
-        plan.weights ? text_of("--quant %s: weights %.3f GB + ", o.quant.c_str(), gigabytes(plan.weights))
-                     : "";
-    std::printf(
-        "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
-        s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
-        gigabytes(plan.available));
-    std::printf("               weights are mapped from the files and need no memory of their own%s\n",
-                plan.fits() && plan.needed() + weights > plan.available && plan.available
-                    ? ", but they exceed what is available: each token will read from the disk" : "");
-    bool moved = false;
-    for (int i = 0; i < N_DTYPES; i++)
-        moved |= interleaves(Dtype(i)) && b.bytes.count(format_of(Dtype(i)).name);
-    if (moved && kernels.integers && kernels.interleaved_rows)
-        std::printf("               K formats but for experts are rearranged in memory where that is free\n");
-    if (plan.fits()) std::printf("               fits\n");
-    else
-        std::printf("               does not fit: %.3f GB too much\n",
-                    gigabytes(plan.needed() - plan.available));
+    if (o.json) return print_bill_json(c, b, s, plan);
+    print_bill(c, b, folder);
+    print_memory_plan(b, s, plan, o.quant);
 }
 
 // Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
@@ -4164,17 +3790,7 @@ inline double time_tokens(Session& s, int n, bool one_by_one) {
     return seconds() - start;
 }
 
-inline std::string joined(const std::vector<double>& values, const char* format) {
-    std::string out;
-    for (double v : values) {
-        char number[40];
-        std::snprintf(number, sizeof number, format, v);
-        out += (out.empty() ? "" : ", ") + std::string(number);
-    }
-    return out;
-}
-
-void command_bench(const Options& o) {
+inline void command_bench(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     int longest = std::max(o.bench_prompt, o.bench_tokens);
@@ -4188,1516 +3804,196 @@ void command_bench(const Options& o) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
         if (n == 0) continue;
         time_tokens(s, std::min(n, 8), decode);          // warm up: page in the weights
-        std::vector<double> speed;
-        for (int r = 0; r < o.repeats && !interrupted; r++) speed.push_back(n / time_tokens(s, n, decode));
+        std::string speed;
+        for (int r = 0; r < o.repeats && !interrupted; r++)
+            speed += text_of("%s%.2f", r ? ", " : "", n / time_tokens(s, n, decode));
         if (interrupted) return;
         std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
                     "\"kernels\":\"%s\"}\n",
-                    decode ? "decode" : "prefill", n, joined(speed, "%.2f").c_str(), n_threads(),
-                    o.quant.c_str(), kernels.name);
+                    decode ? "decode" : "prefill", n, speed.c_str(), n_threads(), o.quant.c_str(),
+                    kernels.name);
         std::fflush(stdout);
     }
 }
 
-// -- D.4  quantize -------------------------------------------------------------------------------
+// -- 21.5  main ----------------------------------------------------------------------------------
 
-void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
-                const std::function<void(uint64_t, uint64_t)>& progress);   // appendix I
+// An empty path is a shell variable that was not set; it must not mean the default.
+inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
 
-void command_quantize(const Options& o) {
-    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
-    fs::path source = model_path(o);
-    Model model = load_model(source);
-    Progress progress("writing", 100);
-    write_gguf(model, source, o.out, file_type(o.type), [&](uint64_t done, uint64_t total) {
-        progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
+// CLI::Range lets "nan" through, and a seed of -1 or of 30 digits would become another one.
+inline std::string check_number(const std::string& text) {
+    return text.find_first_of("nN") == text.npos ? "" : "not a number: " + text;
+}
+inline std::string check_seed(const std::string& text) {
+    bool natural = !text.empty() && text.size() < 20 && text.find_first_not_of("0123456789") == text.npos;
+    return natural ? "" : "not a natural number below 10^19: " + text;
+}
+
+// A command and the options that all commands have.
+inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
+                             Options& o, void (*command)(const Options&)) {
+    CLI::App* sub = app.add_subcommand(name, what);
+    sub->footer(std::string("Example:\n  ") + example);
+    sub->add_option("-m,--model", o.model,
+                    "Hugging Face folder or GGUF file (default: the model in weights/)")
+        ->check(check_path);
+    sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
+    sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+    sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
+        ->check(CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}));
+    sub->add_option("--kv", o.kv, "store keys and values as f32, bf16 or q8_0")
+        ->check(CLI::IsMember({"f32", "bf16", "q8_0"}));
+    sub->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
+    sub->add_flag("--json", o.json, "machine-readable result");
+    sub->callback([&o, command] {
+        prepare(o);
+        with_team([&] { command(o); });
     });
+    return sub;
+}
+
+inline void add_pass_options(CLI::App* sub, Options& o) {
+    sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
+    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")->check(CLI::Range(1, 65536));
+}
+
+inline void add_generation_options(CLI::App* sub, Options& o) {
+    const CLI::Range count(0, MOST);
+    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")->check(count);
+    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")
+        ->check(CLI::Range(0.0, 100.0))->check(check_number);
+    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
+        ->check(CLI::Range(1e-9, 1.0))->check(check_number);
+    sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(count);
+    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
+        ->check(CLI::Range(0.0, 1.0))->check(check_number);
+    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)")->check(check_seed);
+    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
+        ->check(CLI::Range(1, MOST));
+    sub->add_option("--system", o.system, "system message");
+    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")->check(count);
+    add_pass_options(sub, o);
+    sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
+    sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
+    sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
+    sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
+}
+
+inline void add_talking_commands(CLI::App& app, Options& o) {
+    CLI::App* run = add_command(app, "run", "generate and stream",
+                                "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
+    run->add_option("-p,--prompt", o.prompt, "the prompt");
+    run->add_option("-f,--file", o.file, "a file that holds the prompt");
+    run->add_option("stdin", o.dash, "-: read the prompt from stdin");
+    run->add_flag("--raw", o.raw, "no chat template: continue the text");
+    add_generation_options(run, o);
+
+    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn",
+                                 "deepseek chat --system \"Be brief.\"", o, command_chat);
+    add_generation_options(chat, o);
+
+    CLI::App* tokens = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize",
+                                   o, command_tokenize);
+    tokens->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
+    tokens->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
+    tokens->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
+    tokens->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
+    tokens->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
+}
+
+inline void add_measuring_commands(CLI::App& app, Options& o) {
+    CLI::App* logits =
+        add_command(app, "logits", "logits of every position, and every intermediate",
+                    "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o, command_logits);
+    logits->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
+    logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
+    logits->add_flag("--taps", o.taps, "every named intermediate too");
+    add_pass_options(logits, o);
+
+    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text",
+                                 "deepseek perplexity -f README.md", o, command_perplexity);
+    text->add_option("-f,--file", o.file, "the text")->required();
+    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")
+        ->check(CLI::Range(2, MOST));
+
+    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan",
+                                 "deepseek info --ctx 4096", o, command_info);
+    info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
+
+    CLI::App* quantize =
+        add_command(app, "quantize", "write the model as one GGUF file",
+                    "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o, command_quantize);
+    quantize->add_option("-o,--out", o.out, "the file to write")->required();
+    quantize->add_option("--type", o.type, "format of the weights")
+        ->required()
+        ->check(CLI::IsMember(
+            {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
+
+    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
+                                  "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
+    bench->add_option("-p", o.bench_prompt, "tokens to prefill (default: 512)")->check(CLI::Range(0, MOST));
+    bench->add_option("-n", o.bench_tokens, "tokens to decode (default: 128)")->check(CLI::Range(0, MOST));
+    bench->add_option("-r", o.repeats, "runs (default: 5)")->check(CLI::Range(1, 1000));
+}
+
+// One line on stderr, whatever bytes a file or an argument brought into the message.
+inline int complain(std::string message) {
+    message.resize(std::min(message.size(), size_t(1000)));
+    for (char& c : message) if (uint8_t(c) < 32 || c == 127) c = ' ';
+    std::fflush(stdout);
+    std::fprintf(stderr, "deepseek: %s\n", message.c_str());
+    return 1;
+}
+
+// A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
+inline void on_bus_error(int) {
+    constexpr std::string_view LINE = "deepseek: a weight file was cut short, or cannot be read any more\n";
+    _exit(write(STDERR_FILENO, LINE.data(), LINE.size()) > 0 ? 1 : 3);
+}
+
+inline void set_signals() {
+    struct sigaction action {};
+    action.sa_handler = [](int) { interrupted = 1; };    // no SA_RESTART: a waiting read ends too
+    sigaction(SIGINT, &action, nullptr);
+    action.sa_handler = on_bus_error;
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+// How long a thread that waits for the next loop stays awake: some ten microseconds. The default of OpenMP's
+// run times is a thousand times that, and takes the time of other programs; they read it before main begins.
+inline void set_patience(char** argv) {
+    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
+        if (std::getenv(chosen)) return;
+    setenv("GOMP_SPINCOUNT", "2000", 1);
+    setenv("KMP_BLOCKTIME", "0", 1);
+    execv("/proc/self/exe", argv);                       // where that is refused, it works all the same
+}
+
+int main(int argc, char** argv) {
+    set_patience(argv);
+    set_signals();
+    Options o;
+    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
+    app.name("deepseek")
+        ->require_subcommand(0, 1)
+        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
+    add_talking_commands(app, o);
+    add_measuring_commands(app, o);
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& e) {                    // --help
+        return app.exit(e);
+    } catch (const std::bad_alloc&) {
+        return complain("out of memory");
+    } catch (const std::length_error&) {                 // an array beyond the address space
+        return complain("out of memory");
+    } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
+        return complain(e.what());
+    }
+    if (app.get_subcommands().empty()) return complain("which command? (deepseek --help lists them)");
+    std::cout.flush();
+    bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
+    return written ? 0 : complain("stdout cannot be written");
 }
 #endif
-
-// =================================================================================================
-// Appendix F. GGUF files
-// =================================================================================================
-//
-// What if the model is one file, made for llama.cpp? Then everything is in it: the shape of the network, the
-// vocabulary, the chat template, and the weights, most of them in blocks of small integers (2.3).
-//
-//      "GGUF" | u32 version | u64 tensors | u64 keys
-//      keys      name, u32 type, value                             deepseek2.block_count = 61
-//      tensors   name, u32 axes, axes, u32 format, u64 offset      blk.0.attn_q_a.weight, fastest axis first
-//      data      each tensor begins at a multiple of general.alignment
-//
-// The forward pass does not want to know. So a GGUF file is read into what chapter 3 reads a folder into: a
-// Config, and a Checkpoint whose tensors bear the names of Hugging Face, with the stacks of experts cut into
-// experts. Some things are undone on the way:
-//
-//      numbers   Keys hold f32, so that 1e-6 reads 9.99999997e-7. The shortest decimal that rounds to
-//                the same f32 is what config.json said.
-//      Llama     The rows of W^Q and W^K are in interleaved order, for the other RoPE. They stay where they
-//                are; 6.2 puts q and k in order. Of its scaling only the divisors of frequencies are kept.
-//      MLA       Newer files hold each head's W^UK transposed, as the absorbed form of chapter 8 wants it.
-//
-// A model may be split over files NAME-00001-of-00003.gguf. Each of them stands for all.
-
-// -- F.1  the container: every length is checked before it is believed ---------------------------
-
-enum class GgufType : uint32_t { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 };
-constexpr uint64_t GGUF_WIDTH[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // bytes; 0: it says itself
-
-// Takes bytes off the front of a file. `what` is what they should be, for messages.
-struct GgufCursor {
-    std::span<const std::byte> bytes;
-    std::string file;
-    uint64_t at = 0;
-
-    const std::byte* take(uint64_t n, const std::string& what) {
-        if (n > bytes.size() - at) fail("%s: cut off in %s", file.c_str(), what.c_str());
-        at += n;
-        return bytes.data() + (at - n);
-    }
-    template <class T> T number(const std::string& what) { return load<T>(take(sizeof(T), what)); }
-    std::string_view text(const std::string& what) {
-        uint64_t n = number<uint64_t>(what);
-        return {reinterpret_cast<const char*>(take(n, what)), size_t(n)};
-    }
-    std::string name(size_t longest, const std::string& what) {
-        std::string_view out = text(what);
-        if (out.empty() || out.size() > longest || out.find('\0') != out.npos)
-            fail("%s: %s has a name of %zu bytes, or one with a NUL", file.c_str(), what.c_str(), out.size());
-        return std::string(out);
-    }
-    GgufType type(const std::string& what) {
-        uint32_t t = number<uint32_t>(what);
-        if (t >= std::size(GGUF_WIDTH)) fail("%s: %s has the unknown type %u", file.c_str(), what.c_str(), t);
-        return GgufType(t);
-    }
-};
-
-// A value where it lies; a single one is an array of one.
-struct GgufValue {
-    GgufType type = GgufType::U8;
-    bool array = false;
-    uint64_t count = 1;
-    std::span<const std::byte> bytes;
-};
-
-GgufValue take_gguf_value(GgufCursor& in, const std::string& what) {
-    GgufValue v{in.type(what), false, 1, {}};
-    if (v.type == GgufType::ARRAY) v = {in.type(what), true, in.number<uint64_t>(what), {}};
-    if (v.type == GgufType::ARRAY) fail("%s: %s is an array of arrays", in.file.c_str(), what.c_str());
-    uint64_t begin = in.at, width = GGUF_WIDTH[size_t(v.type)];
-    if (width && v.count > in.bytes.size() / width) fail("%s: cut off in %s", in.file.c_str(), what.c_str());
-    if (width) in.take(v.count * width, what);
-    else for (uint64_t i = 0; i < v.count; i++) in.text(what);
-    v.bytes = in.bytes.subspan(begin, in.at - begin);
-    if (v.type != GgufType::BOOL) return v;
-    for (std::byte b : v.bytes)
-        if (b > std::byte{1}) fail("%s: %s is neither true nor false", in.file.c_str(), what.c_str());
-    return v;
-}
-
-// Element i of whole numbers; nothing when it is something else or beyond int64.
-inline std::optional<int64_t> gguf_integer(const GgufValue& v, uint64_t i) {
-    const std::byte* p = v.bytes.data() + i * GGUF_WIDTH[size_t(v.type)];
-    switch (v.type) {
-    case GgufType::U8: return load<uint8_t>(p);
-    case GgufType::I8: return load<int8_t>(p);
-    case GgufType::U16: return load<uint16_t>(p);
-    case GgufType::I16: return load<int16_t>(p);
-    case GgufType::U32: return load<uint32_t>(p);
-    case GgufType::I32: return load<int32_t>(p);
-    case GgufType::I64: return load<int64_t>(p);
-    case GgufType::U64: return load<int64_t>(p) < 0 ? std::nullopt : std::optional(load<int64_t>(p));
-    default: return {};
-    }
-}
-
-inline double shortest_decimal(float f) {
-    char text[32] = {};
-    std::to_chars(text, text + sizeof text - 1, f);
-    return std::strtod(text, nullptr);
-}
-
-// The keys of a file, with the getters of `Fields`. A key that begins with a dot is one of the architecture.
-class GgufKeys {
-public:
-    std::string file, architecture;
-    std::map<std::string, GgufValue> values;
-
-    bool has(const std::string& key) const { return values.count(full(key)); }
-    const GgufValue& get(const std::string& key, bool array = false) const {
-        auto at = values.find(full(key));
-        if (at == values.end()) fail("%s: no key '%s'", file.c_str(), full(key).c_str());
-        if (at->second.array && !array) fail("%s: '%s' is an array", file.c_str(), full(key).c_str());
-        return at->second;
-    }
-    // An array is a value for each layer. Here all layers are alike.
-    int64_t integer(const std::string& key, int64_t low, int64_t high,
-                    std::optional<int64_t> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        std::vector<int64_t> all = integers(key, low, high);
-        if (all.empty() || std::count(all.begin(), all.end(), all[0]) != int64_t(all.size()))
-            fail("%s: '%s' is not the same for all layers", file.c_str(), full(key).c_str());
-        return all[0];
-    }
-    std::vector<int64_t> integers(const std::string& key, int64_t low, int64_t high) const {
-        const GgufValue& v = get(key, true);
-        std::vector<int64_t> out;
-        for (uint64_t i = 0; i < v.count; i++) {
-            std::optional<int64_t> n = gguf_integer(v, i);
-            if (!n) fail("%s: '%s' is not an integer", file.c_str(), full(key).c_str());
-            if (*n < low || *n > high)
-                fail("%s: '%s' is %lld, outside %lld to %lld", file.c_str(), full(key).c_str(), (long long)*n,
-                     (long long)low, (long long)high);
-            out.push_back(*n);
-        }
-        return out;
-    }
-    double number(const std::string& key, double low, double high, std::optional<double> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        const GgufValue& v = get(key);
-        bool single = v.type == GgufType::F32;
-        if (!single && v.type != GgufType::F64) return double(integer(key, int64_t(low), int64_t(high)));
-        double n = single ? shortest_decimal(load<float>(v.bytes.data())) : load<double>(v.bytes.data());
-        if (!(n >= low && n <= high))
-            fail("%s: '%s' is %g, outside %g to %g", file.c_str(), full(key).c_str(), n, low, high);
-        return n;
-    }
-    bool boolean(const std::string& key, bool absent) const {
-        if (!has(key)) return absent;
-        if (get(key).type != GgufType::BOOL) fail("%s: '%s' is no bool", file.c_str(), full(key).c_str());
-        return get(key).bytes[0] == std::byte{1};
-    }
-    std::vector<std::string_view> texts(const std::string& key) const {
-        const GgufValue& v = get(key, true);
-        if (v.type != GgufType::STRING) fail("%s: '%s' is no text", file.c_str(), full(key).c_str());
-        GgufCursor in{v.bytes, file};
-        std::vector<std::string_view> out;
-        for (uint64_t i = 0; i < v.count; i++) {
-            out.push_back(in.text(key));
-            if (!simdjson::validate_utf8(out.back().data(), out.back().size()))
-                fail("%s: '%s' is not valid UTF-8", file.c_str(), full(key).c_str());
-        }
-        return out;
-    }
-    std::string text(const std::string& key, std::optional<std::string> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        get(key);
-        return std::string(texts(key)[0]);
-    }
-
-private:
-    std::string full(const std::string& key) const {
-        return Fields::printable(key[0] == '.' ? architecture + key : key);
-    }
-};
-
-struct Gguf {
-    std::vector<Mapping> files;
-    GgufKeys keys;
-    std::map<std::string, Tensor> tensors;      // by their names in the file; shapes slowest axis first
-};
-
-inline std::string ggml_type_name(uint32_t type) {
-    static constexpr const char* OTHERS[] = {
-        "Q8_1",   "",      "",      "",       "",   "",    "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S",
-        "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32",  "I64",     "F64",    "IQ1_M"};
-    bool known = type >= 9 && type < 9 + std::size(OTHERS);
-    return text_of("%u %s", type, known ? OTHERS[type - 9] : "");
-}
-
-// Bytes of a tensor of `shape`; 0 when there is no such tensor.
-inline uint64_t gguf_bytes(Dtype dtype, const std::vector<uint64_t>& shape) {
-    const Format& f = format_of(dtype);
-    uint64_t bytes = uint64_t(f.bytes);
-    if (shape.back() % uint64_t(f.values)) return 0;
-    for (size_t i = 0; i < shape.size(); i++) {
-        uint64_t n = i + 1 < shape.size() ? shape[i] : shape[i] / uint64_t(f.values);
-        if (__builtin_mul_overflow(bytes, n, &bytes)) return 0;
-    }
-    return bytes;
-}
-
-// One line of the table of tensors. `offset` counts from the start of the data.
-Tensor take_gguf_tensor(GgufCursor& in, const std::string& name, uint64_t& offset) {
-    std::string what = "tensor '" + Fields::printable(name) + "'";
-    const char *file = in.file.c_str(), *tensor = what.c_str();
-    uint32_t axes = in.number<uint32_t>(what);
-    if (axes < 1 || axes > 4) fail("%s: %s has %u axes, 1 to 4 are possible", file, tensor, axes);
-    Tensor t{in.file, "", std::vector<uint64_t>(axes), nullptr, 0};
-    for (uint32_t i = axes; i-- > 0;) t.shape[i] = in.number<uint64_t>(what);
-    uint32_t type = in.number<uint32_t>(what);
-    for (int i = 0; i < N_DTYPES; i++) {
-        if (format_of(Dtype(i)).ggml_type != int64_t(type)) continue;
-        t.dtype = format_of(Dtype(i)).name, t.bytes = gguf_bytes(Dtype(i), t.shape);
-    }
-    if (t.dtype.empty())
-        fail("%s: %s is of type %s, which is not supported", file, tensor, ggml_type_name(type).c_str());
-    if (t.bytes == 0) fail("%s: %s: its axes are impossible for %s", file, tensor, t.dtype.c_str());
-    offset = in.number<uint64_t>(what);
-    return t;
-}
-
-using GgufPlaces = std::vector<std::pair<uint64_t, std::pair<const std::string, Tensor>*>>;
-
-// Gives each tensor its data. Sorted by offset they must lie one after the other, up to the alignment.
-void place_gguf_tensors(GgufPlaces places, std::span<const std::byte> data, uint64_t alignment) {
-    std::sort(places.begin(), places.end());
-    uint64_t at = 0;
-    for (auto& [offset, entry] : places) {
-        Tensor& t = entry->second;
-        std::string name = Fields::printable(entry->first);
-        if (offset != at)
-            fail("%s: tensor '%s' %s", t.file.c_str(), name.c_str(),
-                 offset < at ? "overlaps another one" : "leaves a gap before it");
-        if (offset > data.size() || t.bytes > data.size() - offset)
-            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(),
-                 name.c_str());
-        t.data = data.data() + offset;
-        at = (offset + t.bytes + alignment - 1) / alignment * alignment;
-    }
-}
-
-// Adds the file, and returns its keys.
-GgufKeys parse_gguf(Gguf& g, std::span<const std::byte> bytes, const std::string& file) {
-    GgufCursor in{bytes, file};
-    if (bytes.size() < 24 || std::memcmp(in.take(4, ""), "GGUF", 4) != 0)
-        fail("%s: not a GGUF file", file.c_str());
-    if (uint32_t version = in.number<uint32_t>("version"); version != 3)
-        fail("%s: GGUF version %u, only 3 is supported", file.c_str(), version);
-    uint64_t n_tensors = in.number<uint64_t>("header"), n_keys = in.number<uint64_t>("header");
-    GgufKeys keys{file, "", {}};
-    for (uint64_t i = 0; i < n_keys; i++) {
-        std::string key = in.name(65535, text_of("key %llu", (unsigned long long)i));
-        std::string what = "key '" + Fields::printable(key) + "'";
-        if (!keys.values.emplace(key, take_gguf_value(in, what)).second)
-            fail("%s: %s is there twice", file.c_str(), what.c_str());
-    }
-    uint64_t alignment = uint64_t(keys.integer("general.alignment", 1, 1 << 20, 32));
-    if (!std::has_single_bit(alignment)) fail("%s: 'general.alignment' is no power of two", file.c_str());
-    GgufPlaces places;
-    for (uint64_t i = 0; i < n_tensors; i++) {
-        std::string name = in.name(64, text_of("tensor %llu", (unsigned long long)i));
-        uint64_t offset = 0;
-        auto [at, is_new] = g.tensors.emplace(name, take_gguf_tensor(in, name, offset));
-        if (!is_new) fail("%s: tensor '%s' is there twice", file.c_str(), Fields::printable(name).c_str());
-        places.emplace_back(offset, &*at);
-    }
-    uint64_t begin = std::min((in.at + alignment - 1) / alignment * alignment, uint64_t(bytes.size()));
-    place_gguf_tensors(std::move(places), bytes.subspan(begin), alignment);
-    return keys;
-}
-
-// The files that one of them stands for: itself, or NAME-00001-of-0000N.gguf to NAME-0000N-of-0000N.gguf.
-std::vector<fs::path> gguf_files(const fs::path& path) {
-    Gguf one;
-    Mapping mapping(path);
-    GgufKeys keys = parse_gguf(one, {mapping.data(), mapping.size()}, path.string());
-    int n = int(keys.integer("split.count", 0, 99999, 1));
-    if (n <= 1) return {path};
-    std::string name = path.filename().string(), tail = text_of("-of-%05d.gguf", n);
-    if (name.size() < tail.size() + 5 || !name.ends_with(tail))
-        fail("%s: one of %d parts, and not called NAME-00001%s", path.c_str(), n, tail.c_str());
-    name.resize(name.size() - tail.size() - 5);
-    std::vector<fs::path> all;
-    for (int i = 1; i <= n; i++)
-        all.push_back(path.parent_path() / text_of("%s%05d%s", name.c_str(), i, tail.c_str()));
-    return all;
-}
-
-Gguf open_gguf(const fs::path& path) {
-    Gguf g;
-    std::vector<fs::path> files = gguf_files(path);
-    for (size_t i = 0; i < files.size(); i++) {
-        const Mapping& m = g.files.emplace_back(files[i]);
-        GgufKeys keys = parse_gguf(g, {m.data(), m.size()}, files[i].string());
-        if (files.size() > 1 && (keys.integer("split.no", 0, 99999) != int64_t(i) ||
-                                 keys.integer("split.count", 0, 99999) != int64_t(files.size())))
-            fail("%s: not part %zu of %zu, by what it says", files[i].c_str(), i + 1, files.size());
-        if (i == 0) g.keys = keys;
-    }
-    int64_t n = int64_t(g.tensors.size());
-    if (g.keys.integer("split.tensors.count", 0, 1 << 24, n) != n)
-        fail("%s: not as many tensors as 'split.tensors.count' says", path.c_str());
-    g.keys.architecture = g.keys.text("general.architecture");
-    return g;
-}
-
-// -- F.2  names ----------------------------------------------------------------------------------
-
-struct TensorName {
-    const char *gguf, *ours;             // after "blk.N." and "model.layers.N."
-};
-constexpr TensorName MODEL_NAMES[] = {{"token_embd.weight", "model.embed_tokens.weight"},
-                                      {"output_norm.weight", "model.norm.weight"},
-                                      {"output.weight", "lm_head.weight"}};
-constexpr TensorName LAYER_NAMES[] = {
-    {"attn_norm.weight", "input_layernorm.weight"},
-    {"ffn_norm.weight", "post_attention_layernorm.weight"},
-    {"attn_q.weight", "self_attn.q_proj.weight"},
-    {"attn_k.weight", "self_attn.k_proj.weight"},
-    {"attn_v.weight", "self_attn.v_proj.weight"},
-    {"attn_q.bias", "self_attn.q_proj.bias"},
-    {"attn_k.bias", "self_attn.k_proj.bias"},
-    {"attn_v.bias", "self_attn.v_proj.bias"},
-    {"attn_output.weight", "self_attn.o_proj.weight"},
-    {"attn_q_a.weight", "self_attn.q_a_proj.weight"},
-    {"attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"},
-    {"attn_q_b.weight", "self_attn.q_b_proj.weight"},
-    {"attn_kv_a_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight"},
-    {"attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight"},
-    {"attn_kv_b.weight", "self_attn.kv_b_proj.weight"},
-    {"attn_k_b.weight", "self_attn.k_b_proj.weight"},     // (H * Rkv, Dn), not in Hugging Face's files
-    {"attn_v_b.weight", "self_attn.v_b_proj.weight"},     // (H * Dv, Rkv), nor this
-    {"ffn_gate.weight", "mlp.gate_proj.weight"},
-    {"ffn_up.weight", "mlp.up_proj.weight"},
-    {"ffn_down.weight", "mlp.down_proj.weight"},
-    {"ffn_gate_inp.weight", "mlp.gate.weight"},
-    {"exp_probs_b.bias", "mlp.gate.e_score_correction_bias"},
-    {"ffn_gate_exps.weight", "mlp.experts.*.gate_proj.weight"},   // (E, F, D): one tensor for all experts
-    {"ffn_up_exps.weight", "mlp.experts.*.up_proj.weight"},
-    {"ffn_down_exps.weight", "mlp.experts.*.down_proj.weight"},
-    {"ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"},
-    {"ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"},
-    {"ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"},
-    {"nextn.eh_proj.weight", "eh_proj.weight"},
-    {"nextn.embed_tokens.weight", "embed_tokens.weight"},
-    {"nextn.enorm.weight", "enorm.weight"},
-    {"nextn.hnorm.weight", "hnorm.weight"},
-    {"nextn.shared_head_norm.weight", "shared_head.norm.weight"},
-    {"nextn.shared_head_head.weight", "shared_head.head.weight"},
-};
-
-// "blk.7.attn_q.weight" -> 7, "attn_q.weight"; -1 where there is no such prefix.
-inline std::pair<int, std::string> split_layer(const std::string& name, const std::string& prefix) {
-    int layer = -1;
-    if (name.starts_with(prefix))
-        std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
-    std::string head = prefix + std::to_string(layer) + ".";     // one spelling for each number
-    if (layer < 0 || !name.starts_with(head)) return {-1, name};
-    return {layer, name.substr(head.size())};
-}
-
-// The name in Hugging Face's files; empty where the tables do not have it.
-inline std::string name_from_gguf(const std::string& name) {
-    auto [layer, rest] = split_layer(name, "blk.");
-    for (const TensorName& n : MODEL_NAMES) if (name == n.gguf) return n.ours;
-    for (const TensorName& n : LAYER_NAMES)
-        if (layer >= 0 && rest == n.gguf) return text_of("model.layers.%d.%s", layer, n.ours);
-    return "";
-}
-
-std::string name_in_gguf(const std::string& name) {
-    auto [layer, rest] = split_layer(name, "model.layers.");
-    auto [expert, projection] = split_layer(rest, "mlp.experts.");
-    if (expert >= 0) rest = "mlp.experts.*." + projection;
-    for (const TensorName& n : MODEL_NAMES) if (name == n.ours) return n.gguf;
-    for (const TensorName& n : LAYER_NAMES)
-        if (layer >= 0 && rest == n.ours) return text_of("blk.%d.%s", layer, n.gguf);
-    return name;
-}
-
-// =================================================================================================
-// Appendix G. GGUF models
-// =================================================================================================
-//
-// What does a GGUF file say about the network and its text? The same as config.json and the tokenizer
-// files, in other words. So its metadata becomes a Config, its tensors get the names that chapter 11 asks
-// for, and its vocabulary the text of a tokenizer.json.
-
-// -- G.1  Config and Checkpoint ------------------------------------------------------------------
-
-// Keys of these kinds change what is computed, so one that is not read here must not be passed over.
-inline void refuse_unknown_keys(const GgufKeys& k) {
-    static const std::set<std::string> KNOWN = {
-        "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-        "attention.key_length", "attention.value_length", "attention.key_length_mla",
-        "attention.value_length_mla", "attention.q_lora_rank", "attention.kv_lora_rank", "expert_count",
-        "expert_used_count", "expert_shared_count", "expert_feed_forward_length", "expert_weights_scale",
-        "expert_weights_norm", "expert_gating_func", "expert_group_count", "expert_group_used_count",
-        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-        "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
-        "rope.scaling.attn_factor"};
-    std::string prefix = k.architecture + ".";
-    for (auto& [key, value] : k.values) {
-        if (!key.starts_with(prefix)) continue;
-        std::string rest = key.substr(prefix.size());
-        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") ||
-                       rest.starts_with("rope.scaling.");
-        if (matters && !KNOWN.count(rest))
-            fail("%s: unknown key '%s'", k.file.c_str(), Fields::printable(key).c_str());
-    }
-}
-
-// YaRN is told by 0.1 mscale_all_dim; mscale is taken to be the same, as it is in every published model.
-inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
-    RopeConfig rope;
-    rope.theta = k.number(".rope.freq_base", 1, 1e12, 10000);
-    for (const char* key : {"yarn_ext_factor", "yarn_attn_factor", "attn_factor"})
-        k.number(std::string(".rope.scaling.") + key, 1, 1, 1);
-    std::string type = k.text(".rope.scaling.type", "none");
-    if (type == "none") return rope;
-    if (type != "yarn" || !mla)
-        fail("%s: '%s.rope.scaling.type' \"%s\" is not used by this architecture", k.file.c_str(),
-             k.architecture.c_str(), Fields::printable(type).c_str());
-    rope.scaling = Scaling::YARN;
-    rope.factor = k.number(".rope.scaling.factor", 1, 1e6);
-    rope.original_context = double(k.integer(".rope.scaling.original_context_length", 1, MOST));
-    rope.beta_fast = k.number(".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
-    rope.beta_slow = k.number(".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
-    double multiplier = k.number(".rope.scaling.yarn_log_multiplier", 0, 10);
-    rope.mscale = rope.mscale_all_dim = std::round(multiplier * 1e10) / 1e9;   // 0.0707 is 0.707
-    return rope;
-}
-
-// Llama 3.1's rule (6.1), found again from the divisors d of the frequencies. The largest is `factor`;
-// one that is between it and 1 tells how often its pair turns over the original context. The published
-// parameters of the other two are 1 and 4. Whatever this rule does not give back is not Llama 3.1's and
-// is refused.
-inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
-    Vector d(size_t(dim / 2));
-    if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{d.size()})
-        fail("%s: tensor 'rope_freqs.weight' is not %d F32", t.file.c_str(), dim / 2);
-    widen_into(d.data(), F32Row{t.data}, dim / 2);
-    constexpr double TWO_PI = 6.28318530717958647692;
-    Rope plain = make_rope(rope, dim);
-    rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4,
-    rope.original_context = 1;
-    rope.factor = double(*std::max_element(d.begin(), d.end()));
-    for (size_t i = 0; i < d.size(); i++) {
-        double blend = (1 / double(d[i]) - 1 / rope.factor) / (1 - 1 / rope.factor);
-        double context = (1 + 3 * blend) * TWO_PI / plain.frequency[i];
-        if (blend > 0) rope.original_context = blend < 1 ? std::round(context) : std::ceil(context);
-    }
-    Rope scaled = make_rope(rope, dim);
-    for (size_t i = 0; i < d.size(); i++) {
-        // The writer's f32: a few roundings of a number up to 4, divided by 3, times the factor.
-        double error = std::abs(plain.frequency[i] / scaled.frequency[i] / double(d[i]) - 1);
-        if (!(error < 16 * rope.factor * 0x1p-24))
-            fail("%s: tensor 'rope_freqs.weight' is not Llama 3.1's scaling", t.file.c_str());
-    }
-    return rope;
-}
-
-inline void gguf_mla(Config& c, const GgufKeys& k) {
-    c.Rq = int(k.integer(".attention.q_lora_rank", 0, MOST, 0));
-    c.Rkv = int(k.integer(".attention.kv_lora_rank", 1, MOST));
-    c.Dr = int(k.integer(".rope.dimension_count", 2, MOST));
-    const char* mla =
-        k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
-    c.Dn = int(k.integer(std::string(".attention.key_length") + mla, c.Dr + 1, MOST)) - c.Dr;
-    c.Dv = int(k.integer(std::string(".attention.value_length") + mla, 1, MOST));
-}
-
-inline void gguf_gqa(Config& c, const GgufKeys& k) {
-    c.G = int(k.integer(".attention.head_count_kv", 1, MOST, c.H));
-    if (c.H % c.G) fail("%s: %d key heads do not divide %d heads", c.file.c_str(), c.G, c.H);
-    c.head_dim = int(k.integer(".attention.key_length", 2, MOST, c.D / c.H));
-    for (const char* key : {".attention.value_length", ".rope.dimension_count"})
-        k.integer(key, c.head_dim, c.head_dim, c.head_dim);
-    c.qkv_bias = c.model_type == "qwen2", c.pair_order = c.model_type == "llama";
-}
-
-// Older files do not say how the experts are grouped. The two models that came with groups are known by
-// their numbers of experts; without groups such a file would be another model than DeepSeek's.
-inline void gguf_groups(Config& c, const GgufKeys& k) {
-    bool v3 = c.E == 256 && c.K == 8 && c.sigmoid_affinity, v2 = c.E == 160 && c.K == 6;
-    c.n_group = int(k.integer(".expert_group_count", 0, c.E, v3 || v2 ? 8 : 1));
-    c.n_group = std::max(c.n_group, 1);
-    c.topk_group = int(k.integer(".expert_group_used_count", 1, c.n_group, v3 ? 4 : v2 ? 3 : c.n_group));
-}
-
-inline void gguf_moe(Config& c, const GgufKeys& k, bool biased) {
-    c.E = int(k.integer(".expert_count", 0, MOST_EXPERTS, 0));
-    if (c.E == 0) return;
-    c.K = int(k.integer(".expert_used_count", 1, c.E));
-    c.F = int(k.integer(".expert_feed_forward_length", 1, MOST));
-    c.n_shared = int(k.integer(".expert_shared_count", 0, 1024, 0));
-    c.first_dense = int(k.integer(".leading_dense_block_count", 0, c.n_layers, 0));
-    c.sigmoid_affinity = k.integer(".expert_gating_func", 1, 2, 1) == 2;
-    c.norm_topk = k.boolean(".expert_weights_norm", false);
-    c.routed_scale = k.number(".expert_weights_scale", 1e-6, 1e6, 1);
-    gguf_groups(c, k);
-    c.gate = biased ? Gate::NOAUX_TC : c.n_group > 1 ? Gate::GROUP_LIMITED_GREEDY : Gate::GREEDY;
-    check_moe(c);
-}
-
-Config parse_gguf_config(const Gguf& g) {
-    const GgufKeys& k = g.keys;
-    Config c;
-    c.file = k.file, c.model_type = k.architecture;
-    if (!std::set<std::string>{"deepseek2", "qwen2", "llama"}.count(c.model_type))
-        fail("%s: 'general.architecture' is \"%s\", which this program does not know", c.file.c_str(),
-             Fields::printable(c.model_type).c_str());
-    refuse_unknown_keys(k);
-    auto tensor = [&](const std::string& name) {
-        auto at = g.tensors.find(name);
-        return at == g.tensors.end() ? nullptr : &at->second;
-    };
-    const Tensor *embed = tensor("token_embd.weight"), *divisors = tensor("rope_freqs.weight");
-    if (!embed || embed->shape.size() != 2 || embed->shape[0] > MOST)
-        fail("%s: no tensor 'token_embd.weight' with two axes", c.file.c_str());
-    bool mla = c.model_type == "deepseek2";
-    c.V = int(embed->shape[0]), c.D = int(k.integer(".embedding_length", 1, MOST_WIDTH));
-    int blocks = int(k.integer(".block_count", 1, MOST_LAYERS));
-    int n_mtp = int(k.integer(".nextn_predict_layers", 0, mla && blocks > 1 ? 1 : 0, 0));
-    c.n_layers = blocks - n_mtp;
-    c.n_mtp = tensor(text_of("blk.%d.nextn.eh_proj.weight", c.n_layers)) ? n_mtp : 0;   // may be left out
-    c.H = int(k.integer(".attention.head_count", 1, 1 << 16));
-    c.ffn_width = int(k.integer(".feed_forward_length", 1, MOST));
-    c.max_context = int(k.integer(".context_length", 1, MOST));
-    c.eps = k.number(".attention.layer_norm_rms_epsilon", 0, 1);
-    c.tied = !tensor("output.weight");
-    if (mla) gguf_mla(c, k), gguf_moe(c, k, tensor(text_of("blk.%d.exp_probs_b.bias", c.n_layers - 1)));
-    else gguf_gqa(c, k), k.integer(".expert_count", 0, 0, 0);
-    c.rope = gguf_rope(k, mla);
-    check_heads(c);
-    if (divisors) c.rope = gguf_llama3(c.rope, *divisors, c.rope_dim());
-    return c;
-}
-
-// One tensor under our names: stacks of experts cut, stacks of heads as one tall matrix.
-inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Tensor t) {
-    std::string ours = name_from_gguf(name);
-    if (ours.empty())
-        fail("%s: tensor '%s' has no place in this model", t.file.c_str(), Fields::printable(name).c_str());
-    size_t star = ours.find('*');
-    if (star == std::string::npos || t.shape.size() != 3 || t.shape[0] > 1 << 16) {
-        bool heads = ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
-        if (heads && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-        checkpoint.tensors.emplace(ours, t);
-        return;
-    }
-    uint64_t n = t.shape[0];
-    t.bytes /= n, t.shape.erase(t.shape.begin());
-    for (uint64_t e = 0; e < n; e++, t.data += t.bytes)
-        checkpoint.tensors.emplace(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1), t);
-}
-
-// rope_freqs.weight has become part of the Config.
-Checkpoint make_gguf_checkpoint(Gguf g) {
-    Checkpoint checkpoint;
-    checkpoint.gguf = true;
-    for (auto& [name, tensor] : g.tensors)
-        if (name != "rope_freqs.weight") add_gguf_tensor(checkpoint, name, tensor);
-    checkpoint.files = std::move(g.files);
-    return checkpoint;
-}
-
-Config gguf_config(const fs::path& file) { return parse_gguf_config(open_gguf(file)); }
-Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_checkpoint(open_gguf(file)); }
-
-// -- G.2  the vocabulary -------------------------------------------------------------------------
-
-struct Vocabulary {
-    std::vector<std::string> tokens, merges;     // as tokenizer.json spells them; "left right"
-    std::vector<int64_t> types;                  // of tokens
-    std::string pre, chat_template;
-    int bos = -1, eos = -1, padding = -1;
-    bool add_bos = false;
-};
-enum TokenType : int64_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
-
-// tokenizer.ggml.pre is a name for what tokenizer.json says: regexes, composed characters, whole words first.
-struct PreTokenizer {
-    const char* name;
-    bool nfc, ignore_merges;
-    std::vector<std::string> regexes;
-};
-
-inline const std::vector<PreTokenizer>& pre_tokenizers() {
-    static const std::string
-        LETTERS =   // cased letters, as Unicode had them
-        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-"
-        "Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-"
-        "ﬗ"
-        "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
-        CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+",
-        WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-                "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|",
-        REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        V3 = "[!\"#$%&'()*+,\\-./"
-             ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
-             " ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        PUNCTUATION = "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+";
-    static const std::vector<PreTokenizer> ALL = {
-        {"deepseek-v3", false, false, {"\\p{N}{1,3}", "[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+", V3}},
-        {"deepseek-llm", false, false,
-         {"[\\r\\n]", "\\s?[" + LETTERS + "]+", PUNCTUATION, "\\s+$", CJK, "\\p{N}"}},
-        {"deepseek-coder", false, false, {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", CJK, "\\p{N}"}},
-        {"deepseek-r1-qwen", true, false, {WORDS + "\\p{N}" + REST}},
-        {"qwen2", true, false, {WORDS + "\\p{N}" + REST}},
-        {"llama-bpe", false, true, {WORDS + "\\p{N}{1,3}" + REST}}};
-    return ALL;
-}
-
-inline const PreTokenizer& pre_tokenizer(const std::string& name, const std::string& file) {
-    for (const PreTokenizer& p : pre_tokenizers()) if (name == p.name) return p;
-    fail("%s: 'tokenizer.ggml.pre' is \"%s\", which this program does not know", file.c_str(),
-         Fields::printable(name).c_str());
-}
-
-Vocabulary gguf_vocabulary(const GgufKeys& k) {
-    Vocabulary v;
-    if (k.text("tokenizer.ggml.model") != "gpt2")
-        fail("%s: 'tokenizer.ggml.model' is not \"gpt2\", a byte-level BPE", k.file.c_str());
-    for (std::string_view token : k.texts("tokenizer.ggml.tokens")) v.tokens.emplace_back(token);
-    for (std::string_view merge : k.texts("tokenizer.ggml.merges")) v.merges.emplace_back(merge);
-    v.types = k.integers("tokenizer.ggml.token_type", NORMAL, UNUSED);
-    if (v.types.size() != v.tokens.size())
-        fail("%s: %zu tokens and %zu types of tokens", k.file.c_str(), v.tokens.size(), v.types.size());
-    v.pre = k.text("tokenizer.ggml.pre");
-    int last = int(std::min<size_t>(v.tokens.size(), MOST)) - 1;
-    v.bos = int(k.integer("tokenizer.ggml.bos_token_id", 0, last, -1));
-    v.eos = int(k.integer("tokenizer.ggml.eos_token_id", 0, last, -1));
-    v.add_bos = k.boolean("tokenizer.ggml.add_bos_token", v.pre == "llama-bpe");
-    v.chat_template = k.text("tokenizer.chat_template", "");
-    return v;
-}
-
-// The text of a tokenizer.json that says the same.
-std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
-    std::string vocab, added, merges, splits;
-    auto append = [](std::string& list, const std::string& item) {
-        list += (list.empty() ? "" : ",") + item;
-    };
-    for (size_t id = 0; id < v.tokens.size(); id++) {
-        std::string content = json_quote(v.tokens[id]), number = std::to_string(id);
-        if (v.types[id] == NORMAL || v.types[id] == UNKNOWN) append(vocab, content + ":" + number);
-        else if (v.types[id] != UNUSED)
-            append(added, "{\"id\":" + number + ",\"content\":" + content +
-                              ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,"
-                              "\"special\":" + (v.types[id] == CONTROL ? "true}" : "false}"));
-    }
-    for (const std::string& merge : v.merges) append(merges, json_quote(merge));
-    for (const std::string& regex : pre.regexes)
-        append(splits, "{\"type\":\"Split\",\"pattern\":{\"Regex\":" + json_quote(regex) +
-                           "},\"behavior\":\"Isolated\",\"invert\":false}");
-    return "{\"added_tokens\":[" + added + "],\"normalizer\":" + (pre.nfc ? "{\"type\":\"NFC\"}" : "null") +
-           ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
-           ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-           "\"decoder\":{\"type\":\"ByteLevel\"},"
-           "\"model\":{\"type\":\"BPE\",\"byte_fallback\":false,\"ignore_merges\":" +
-           (pre.ignore_merges ? "true" : "false") +
-           ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
-}
-
-Tokenizer make_tokenizer(const Vocabulary& v, const std::string& file) {
-    std::string config = std::string("{\"add_bos_token\":") + (v.add_bos ? "true" : "false");
-    if (v.bos >= 0) config += ",\"bos_token\":" + json_quote(v.tokens[size_t(v.bos)]);
-    if (v.eos >= 0) config += ",\"eos_token\":" + json_quote(v.tokens[size_t(v.eos)]);
-    if (!v.chat_template.empty()) config += ",\"chat_template\":" + json_quote(v.chat_template);
-    return Tokenizer::parse(tokenizer_json(v, pre_tokenizer(v.pre, file)), config + "}", file);
-}
-
-Tokenizer gguf_tokenizer(const fs::path& file) {
-    return make_tokenizer(gguf_vocabulary(open_gguf(file).keys), file.string());
-}
-
-// What generation_config.json says elsewhere.
-Sampling gguf_sampling(const fs::path& file) {
-    Gguf g = open_gguf(file);
-    Sampling s;
-    s.temperature = g.keys.number("general.sampling.temp", 0, 100, s.temperature);
-    s.top_p = g.keys.number("general.sampling.top_p", 1e-9, 1, s.top_p);
-    s.min_p = g.keys.number("general.sampling.min_p", 0, 1, s.min_p);
-    s.top_k = int(g.keys.integer("general.sampling.top_k", 0, MOST, s.top_k));
-    return s;
-}
-
-// =================================================================================================
-// Appendix H. Quantising
-// =================================================================================================
-//
-// How few bits can hold a weight? A model of 8 billion weights in bf16 does not fit into 8 GB and reads 16 GB
-// for each token it says; with 4.5 bits a weight it does and reads 4.5. What is lost is the distance of each
-// weight to the nearest of the values that its block can say (2.3):
-//
-//      x ~ d scale_g q - m minimum_g       q: 4 bits;  scale, minimum: 6 bits for 32 weights;  d, m: f16
-//
-// So a block is chosen by least squares: the least sum of (x - value)^2. For given integers q the best
-// scale and minimum are a formula; for a given scale and minimum the best q is the nearest. Doing one
-// after the other never increases the error, and ends in a minimum that depends on where it began. Hence
-// the three steps: for each group a few beginnings, from a range that holds all of its weights to
-// narrower ones that clip the outermost; then integers for scale and minimum, and their neighbours, for
-// the d and m they lead to; then the best d and m for these integers.
-//
-// Not all matrices suffer alike. The usual mixture of the 4-bit formats gives six bits to the head, and, in
-// half of the layers, to what is added to the residual stream in the end: W^V and W_down.
-
-// -- H.1  e4m3: the nearest value, ties to even --------------------------------------------------
-
-// |f| beyond 448 becomes 448.
-inline uint8_t float_to_e4m3(float f) {
-    uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
-    bits &= 0x7FFFFFFF;
-    if (std::isnan(f)) return uint8_t(sign | 127);
-    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));   // below 2^-6
-    uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
-    return uint8_t(sign | std::min(rounded, 126u));
-}
-
-// -- H.2  fit: what a group of weights is worth --------------------------------------------------
-
-struct Scheme {
-    int group, low, high;                // values that share scale and minimum; range of q
-    int scale_low, scale_high;           // range of the integer scales; 0: there are none
-};
-inline Scheme scheme_of(Dtype dtype) {
-    switch (dtype) {
-    case Dtype::Q4_0: return {32, -8, 7, 0, 0};
-    case Dtype::Q4_1: return {32, 0, 15, 0, 0};
-    case Dtype::Q5_0: return {32, -16, 15, 0, 0};
-    case Dtype::Q5_1: return {32, 0, 31, 0, 0};
-    case Dtype::Q8_0: return {32, -127, 127, 0, 0};
-    case Dtype::Q4_K: return {32, 0, 15, 0, 63};
-    case Dtype::Q5_K: return {32, 0, 31, 0, 63};
-    case Dtype::Q6_K: return {16, -32, 31, -128, 127};
-    default: CHECK(false, "%s cannot be written", format_of(dtype).name);
-    }
-}
-
-// x ~ scale q - minimum
-struct Fit {
-    float scale = 0, minimum = 0, error = std::numeric_limits<float>::infinity();
-};
-
-constexpr float TINY = std::numeric_limits<float>::min();
-
-// a . b over N numbers in eight lanes, each a chain of its own: one order, whatever the compiler does.
-template <int N> float dot_group(const float* a, const float* b) {
-    float lane[8] = {};
-    for (int i = 0; i < N; i += 8)
-#pragma omp simd
-        for (int j = 0; j < 8; j++) lane[j] += a[i + j] * b[i + j];
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
-// The sum of (x - value)^2 with the nearest q, which are left in q.
-template <int N> float round_group(float* q, const float* x, float scale, float minimum, const Scheme& s) {
-    constexpr float TO_INTEGER = 0x1.8p23f;                              // adding it rounds, ties to even
-    float inverse = std::abs(scale) < TINY ? 0 : 1 / scale, low = float(s.low), high = float(s.high), e[N];
-#pragma omp simd
-    for (int i = 0; i < N; i++) {
-        float v = (x[i] + minimum) * inverse;
-        v = v < low ? low : v;
-        v = v > high ? high : v;
-        q[i] = (v + TO_INTEGER) - TO_INTEGER;
-        e[i] = x[i] - (scale * q[i] - minimum);
-    }
-    return dot_group<N>(e, e);
-}
-
-// The best scale and minimum for given q, of which the minimum may have to be positive.
-template <int N> Fit solve_group(const float* q, const float* x, bool minimums, bool positive) {
-    float ones[N], qq = dot_group<N>(q, q), xq = dot_group<N>(x, q);
-    Fit f;
-    f.scale = qq > 0 ? xq / qq : 0;
-    if (!minimums) return f;
-    std::fill_n(ones, N, 1.0f);
-    float q1 = dot_group<N>(q, ones), x1 = dot_group<N>(x, ones), determinant = N * qq - q1 * q1;
-    if (!(determinant > 0)) return f;
-    float scale = (N * xq - x1 * q1) / determinant, minimum = (scale * q1 - x1) / N;
-    if (minimum >= 0 || !positive) f.scale = scale, f.minimum = minimum;
-    return f;
-}
-
-constexpr int BEGINNINGS = 6, ROUNDS = 3;
-
-template <int N> Fit fit_group(const float* x, const Scheme& s, bool minimums) {
-    bool positive = minimums && s.scale_high > 0;
-    float top = *std::max_element(x, x + N), bottom = *std::min_element(x, x + N), q[N];
-    if (!minimums || positive) top = std::max(top, 0.0f), bottom = std::min(bottom, 0.0f);
-    float extreme = top > -bottom ? top : bottom;
-    Fit best;
-    for (int k = 0; k < BEGINNINGS; k++) {
-        float narrow = 1 - 0.025f * float(k);
-        Fit f{extreme * narrow / float(s.low), 0, 0};
-        if (minimums) f = {(top - bottom) * narrow / float(s.high), -bottom * narrow, 0};
-        for (int round = 0; round < ROUNDS; round++) {
-            f.error = round_group<N>(q, x, f.scale, f.minimum, s);
-            if (f.error < best.error) best = f;
-            f = solve_group<N>(q, x, minimums, positive);
-        }
-    }
-    return best;
-}
-
-// -- H.3  blocks ---------------------------------------------------------------------------------
-
-// A block as it is being chosen: its values as float, and how far they are from x.
-struct Draft {
-    float q[256] = {};
-    Block b{};                                   // d, m and the integer scales
-    double error = 0;
-};
-
-inline float f16_value(float f) { return f16_to_float(float_to_f16(f)); }
-
-// 32 weights with one scale.
-inline Draft draft_plain(const float* x, const Scheme& s, bool minimums) {
-    Draft z;
-    Fit f = fit_group<32>(x, s, minimums);
-    z.b.d = f16_value(f.scale), z.b.m = f16_value(-f.minimum);
-    std::fill_n(z.b.scale, 2, int16_t(1)), std::fill_n(z.b.minimum, 2, int16_t(minimums ? -1 : 0));
-    z.error = double(round_group<32>(z.q, x, z.b.d, -z.b.m, s));
-    return z;
-}
-
-// For given d and m: in each group the best of the integers next to what was fitted.
-template <int N> Draft draft_groups(const float* x, const Scheme& s, const Fit* fits, float d, float m) {
-    Draft z;
-    z.b.d = d, z.b.m = m;
-    auto near = [](float value, float unit) {
-        return unit == 0 ? 0 : int(std::nearbyint(std::clamp(value / unit, -1000.0f, 1000.0f)));
-    };
-    for (int g = 0; g < 256 / N; g++) {
-        float best = std::numeric_limits<float>::infinity(), q[N];
-        int tries = m == 0 ? 3 : 9;
-        for (int k = 0; k < tries; k++) {
-            int scale = std::clamp(near(fits[g].scale, d) + k % 3 - 1, s.scale_low, s.scale_high);
-            int minimum = m == 0 ? 0 : std::clamp(near(fits[g].minimum, m) + k / 3 - 1, 0, s.scale_high);
-            float error = round_group<N>(q, x + g * N, d * float(scale), m * float(minimum), s);
-            if (!(error < best)) continue;
-            best = error;
-            std::copy_n(q, N, z.q + g * N);
-            std::fill_n(z.b.scale + g * N / 16, N / 16, int16_t(scale));
-            std::fill_n(z.b.minimum + g * N / 16, N / 16, int16_t(minimum));
-        }
-        z.error += double(best);
-    }
-    return z;
-}
-
-// The best d and m for the integers of a block.
-inline Fit solve_block(const Draft& z, const float* x) {
-    double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
-    for (int i = 0; i < 256; i++) {
-        double a = double(z.b.scale[i / 16]) * double(z.q[i]), b = -double(z.b.minimum[i / 16]),
-               v = double(x[i]);
-        aa += a * a, ab += a * b, bb += b * b, xa += v * a, xb += v * b;
-    }
-    double determinant = aa * bb - ab * ab;
-    Fit f;
-    f.scale = aa > 0 ? float(xa / aa) : 0;
-    if (!(determinant > 0)) return f;
-    double d = (xa * bb - xb * ab) / determinant, m = (xb * aa - xa * ab) / determinant;
-    if (m >= 0) f.scale = float(d), f.minimum = float(m);
-    return f;
-}
-
-template <int N> Draft draft_super(const float* x, const Scheme& s, bool minimums) {
-    Fit fits[256 / N], most;
-    for (int g = 0; g < 256 / N; g++) {
-        fits[g] = fit_group<N>(x + g * N, s, minimums);
-        if (std::abs(fits[g].scale) > std::abs(most.scale)) most.scale = fits[g].scale;
-        most.minimum = std::max(most.minimum, fits[g].minimum);
-    }
-    int widest = s.scale_low < 0 ? s.scale_low : s.scale_high;
-    Draft best = draft_groups<N>(x, s, fits, f16_value(most.scale / float(widest)),
-                                 f16_value(most.minimum / float(s.scale_high)));
-    for (int round = 0; round < 2; round++) {
-        Fit f = solve_block(best, x);
-        Draft next = draft_groups<N>(x, s, fits, f16_value(f.scale), f16_value(f.minimum));
-        if (!(next.error < best.error)) break;
-        best = next;
-    }
-    return best;
-}
-
-// The inverse of `unpack` in 2.3.
-inline void pack_plain(uint8_t* p, const Block& b, Dtype dtype) {
-    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimums = format_of(dtype).minimums;
-    int zero = minimums ? 0 : five ? 16 : 8;
-    uint16_t d = float_to_f16(b.d), m = float_to_f16(b.m);
-    uint32_t high = 0;
-    std::memcpy(p, &d, 2), p += 2;
-    if (dtype == Dtype::Q8_0) return void(std::memcpy(p, b.q, 32));
-    if (minimums) std::memcpy(p, &m, 2), p += 2;
-    for (int i = 0; i < 32; i++) high |= uint32_t((b.q[i] + zero) >> 4 & 1) << i;
-    if (five) std::memcpy(p, &high, 4), p += 4;
-    for (int i = 0; i < 16; i++) p[i] = uint8_t(((b.q[i] + zero) & 15) | ((b.q[i + 16] + zero) & 15) << 4);
-}
-
-inline void pack_q4_q5_k(uint8_t* p, const Block& b, bool five) {
-    uint16_t d[2] = {float_to_f16(b.d), float_to_f16(b.m)};
-    uint8_t *s = p + 4, *high = p + 16, *low = five ? p + 48 : p + 16;
-    std::memcpy(p, d, 4);
-    for (int j = 0; j < 4; j++) {
-        int scale = b.scale[2 * j], minimum = b.minimum[2 * j], scale4 = b.scale[2 * j + 8],
-            minimum4 = b.minimum[2 * j + 8];
-        s[j] = uint8_t(scale | (scale4 >> 4) << 6), s[j + 4] = uint8_t(minimum | (minimum4 >> 4) << 6);
-        s[j + 8] = uint8_t((scale4 & 15) | (minimum4 & 15) << 4);
-    }
-    if (five) std::fill_n(high, 32, uint8_t(0));
-    for (int i = 0; i < 256; i++) {
-        uint8_t& byte = low[i / 64 * 32 + i % 32];
-        byte = uint8_t(i % 64 < 32 ? b.q[i] & 15 : byte | (b.q[i] & 15) << 4);
-        if (five) high[i % 32] = uint8_t(high[i % 32] | (b.q[i] >> 4 & 1) << (i / 32));
-    }
-}
-
-inline void pack_q6_k(uint8_t* p, const Block& b) {
-    uint16_t d = float_to_f16(b.d);
-    std::fill_n(p, 192, uint8_t(0));
-    for (int i = 0; i < 256; i++) {
-        int q = b.q[i] + 32;
-        uint8_t &low = p[i / 128 * 64 + i % 64], &high = p[128 + i / 128 * 32 + i % 32];
-        low = uint8_t(low | (q & 15) << (i % 128 / 64 * 4)),
-        high = uint8_t(high | (q >> 4) << (i % 128 / 32 * 2));
-    }
-    for (int g = 0; g < 16; g++) p[192 + g] = uint8_t(b.scale[g]);
-    std::memcpy(p + 208, &d, 2);
-}
-
-// One block of x in a quantised dtype; false when that cannot say it. (No format reaches 1e9.)
-inline bool quantise_block(std::byte* out, const float* x, Dtype dtype) {
-    Scheme s = scheme_of(dtype);
-    int n = format_of(dtype).values;
-    bool minimums = format_of(dtype).minimums;
-    if (!std::all_of(x, x + n, [](float v) { return std::abs(v) < 1e9f; })) return false;
-    Draft z = s.scale_high == 0 ? draft_plain(x, s, minimums)
-              : s.group == 16   ? draft_super<16>(x, s, minimums) : draft_super<32>(x, s, minimums);
-    std::transform(z.q, z.q + n, z.b.q, [](float q) { return int8_t(q); });
-    uint8_t* p = reinterpret_cast<uint8_t*>(out);
-    if (s.scale_high == 0) pack_plain(p, z.b, dtype);
-    else if (dtype == Dtype::Q6_K) pack_q6_k(p, z.b);
-    else pack_q4_q5_k(p, z.b, dtype == Dtype::Q5_K);
-    return std::isfinite(z.b.d) && std::isfinite(z.b.m);
-}
-
-// -- H.4  matrices -------------------------------------------------------------------------------
-
-// x (n) in another dtype; false when that cannot say it.
-inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
-    const Format& f = format_of(dtype);
-    bool good = true;
-    for (int i = 0; i < n; i += f.values, out += f.bytes) {
-        if (quantised(dtype)) {
-            good &= quantise_block(out, x + i, dtype);
-            continue;
-        }
-        uint16_t half = dtype == Dtype::F32   ? 0
-                        : dtype == Dtype::F16 ? float_to_f16(x[i])
-                                              : float_to_bf16(x[i]);
-        std::memcpy(out, dtype == Dtype::F32 ? static_cast<const void*>(x + i) : &half, size_t(f.bytes));
-        good &= std::isfinite(dtype == Dtype::F16 ? f16_to_float(half) : x[i]);
-    }
-    return good;
-}
-
-// Rows begin, begin + 1, ... of W as float.   out: (count, w.cols)
-inline std::vector<float> float_rows(const Matrix& w, int begin, int count) {
-    std::vector<float> out(size_t(count) * size_t(w.cols));
-    parallel_for(count, [&](int64_t i) {
-        Vector row(size_t(w.cols));
-        kernels.widen(row.data(), w, begin + int(i));
-        std::copy(row.begin(), row.end(), out.begin() + i * w.cols);
-    });
-    return out;
-}
-
-// out: the rows of x in `dtype`, on all cores.   x: (rows, cols)
-inline void narrow_rows(std::byte* out, const std::vector<float>& x, int cols, Dtype dtype,
-                        const std::string& name) {
-    size_t bytes = row_bytes(dtype, cols);
-    parallel_for(int64_t(x.size()) / cols, [&](int64_t r) {
-        if (!narrow_row(out + size_t(r) * bytes, x.data() + r * cols, cols, dtype))
-            fail("tensor '%s' holds values that %s cannot say", name.c_str(), format_of(dtype).name);
-    });
-}
-
-// One row of blocks of 128 x 128, each with the scale that makes its largest weight 448.   x: (128, cols)
-inline void narrow_e4m3(std::byte* out, std::byte* scale, const std::vector<float>& x, int cols) {
-    int rows = int(x.size() / size_t(cols));
-    parallel_for((cols + SCALE_BLOCK - 1) / SCALE_BLOCK, [&](int64_t block) {
-        int begin = int(block) * SCALE_BLOCK, end = std::min(cols, begin + SCALE_BLOCK);
-        auto at = [&](int r, int i) { return size_t(r) * size_t(cols) + size_t(i); };
-        float most = 0;
-        for (int r = 0; r < rows; r++)
-            for (int i = begin; i < end; i++) most = std::max(most, std::abs(x[at(r, i)]));
-        float s = most > 0 ? most / 448 : 1;
-        std::memcpy(scale + 4 * block, &s, 4);
-        for (int r = 0; r < rows; r++)
-            for (int i = begin; i < end; i++) out[at(r, i)] = std::byte(float_to_e4m3(x[at(r, i)] / s));
-    });
-}
-
-// -- H.5  which format for which matrix ----------------------------------------------------------
-
-struct FileType {
-    const char* name;
-    int number;                          // general.file_type; -1: not for GGUF files
-    Dtype dtype;
-    bool mixed;                          // six bits where it matters
-};
-inline constexpr FileType FILE_TYPES[] = {
-    {"f32", 0, Dtype::F32, false},     {"f16", 1, Dtype::F16, false},    {"bf16", 32, Dtype::BF16, false},
-    {"q8_0", 7, Dtype::Q8_0, false},   {"q6_k", 18, Dtype::Q6_K, false}, {"q5_k_m", 17, Dtype::Q5_K, true},
-    {"q4_k_m", 15, Dtype::Q4_K, true}, {"q5_1", 9, Dtype::Q5_1, false},  {"q5_0", 8, Dtype::Q5_0, false},
-    {"q4_1", 3, Dtype::Q4_1, false},   {"q4_0", 2, Dtype::Q4_0, false},  {"q4_k", -1, Dtype::Q4_K, true},
-    {"fp8", -1, Dtype::F8_E4M3, false}};
-
-const FileType& file_type(const std::string& name) {
-    for (const FileType& t : FILE_TYPES) if (name == t.name) return t;
-    fail("'%s' is no type of weights", Fields::printable(name).c_str());
-}
-
-// Layers at both ends, and every third between them.
-inline bool matters(int layer, int n) {
-    return layer < n / 8 || layer >= 7 * n / 8 || (layer - n / 8) % 3 == 2;
-}
-
-// `name` as in GGUF. Nothing for matrices that stay as they are: a gate decides by small differences.
-inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& name, int cols,
-                                         const Config& c) {
-    auto [layer, rest] = split_layer(name, "blk.");
-    bool embedding = name == "token_embd.weight", head = name == "output.weight" || (c.tied && embedding);
-    if (rest == "ffn_gate_inp.weight") return {};
-    if (t.dtype == Dtype::F8_E4M3 && (embedding || head || rest == "nextn.eh_proj.weight")) return {};
-    bool last = rest == "attn_v.weight" || rest == "attn_kv_b.weight" || rest.starts_with("ffn_down");
-    bool six =
-        head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
-    Dtype d = six ? Dtype::Q6_K : t.dtype;
-    auto fits = [&] { return cols % format_of(d).values == 0; };
-    if (!fits()) d = d == Dtype::Q4_K ? Dtype::Q5_0 : d == Dtype::Q5_K ? Dtype::Q5_1 : Dtype::Q8_0;
-    return fits() ? d : Dtype::F32;
-}
-
-// The file's pages of a matrix that is not needed again.
-inline void forget_pages(const Matrix& w) {
-    uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(w.data);
-    uintptr_t end = (begin + size_t(w.rows) * row_bytes(w.dtype, w.cols)) / page * page;
-    begin = (begin + page - 1) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-}
-
-// W in the format that suits it. Without memory it only counts.
-Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
-    std::string name = name_in_gguf(ours);
-    std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
-    if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
-    size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * size_t((w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK);
-    size_t scale_rows = *dtype == Dtype::F8_E4M3 ? size_t((w.rows + SCALE_BLOCK - 1) / SCALE_BLOCK) : 0;
-    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes),
-              *scale = arena.take<std::byte>(scale_rows * scales);
-    for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
-        Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
-        std::vector<float> x = float_rows(part, 0, part.rows);
-        std::byte* out = data + size_t(r) * bytes;
-        if (scale_rows) narrow_e4m3(out, scale + size_t(r / SCALE_BLOCK) * scales, x, w.cols);
-        else narrow_rows(out, x, w.cols, *dtype, name);
-        forget_pages(part);
-    }
-    if (data) progress(arena.used);
-    return {data, scale_rows ? scale : nullptr, *dtype, w.rows, w.cols, 0};
-}
-
-// =================================================================================================
-// Appendix I. GGUF: writing
-// =================================================================================================
-//
-// How does a model become a file that llama.cpp reads too? By the names and layouts of its own converter:
-// metadata first, then the tensors, each in the format that the mixture of chapter H gives it, written as
-// they are made.
-
-// -- I.1  a GGUF file from any model -------------------------------------------------------------
-
-// The keys of a file as they are written.
-struct GgufHead {
-    std::string bytes;
-    uint64_t count = 0;
-
-    template <class T> void raw(T value) {
-        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
-    }
-    void string(std::string_view text) { raw(uint64_t(text.size())), bytes += text; }
-    void key(const std::string& name, GgufType type) { string(name), raw(type), count++; }
-    void u32(const std::string& name, int64_t v) { key(name, GgufType::U32), raw(uint32_t(v)); }
-    void f32(const std::string& name, double v) { key(name, GgufType::F32), raw(float(v)); }
-    void boolean(const std::string& name, bool v) { key(name, GgufType::BOOL), raw(uint8_t(v)); }
-    void text(const std::string& name, std::string_view v) { key(name, GgufType::STRING), string(v); }
-    void array(const std::string& name, GgufType type, size_t n) {
-        key(name, GgufType::ARRAY), raw(type), raw(uint64_t(n));
-    }
-    void texts(const std::string& name, const std::vector<std::string>& list) {
-        array(name, GgufType::STRING, list.size());
-        for (const std::string& item : list) string(item);
-    }
-};
-
-// What the keys cannot say must not be lost on the way.
-inline void require_tellable(const Config& c) {
-    const RopeConfig& r = c.rope;
-    if (c.moe_freq != 1) fail("%s: 'moe_layer_freq' has no place in a GGUF file", c.file.c_str());
-    if (r.scaling == Scaling::YARN && r.mscale != r.mscale_all_dim)
-        fail("%s: 'mscale' that is not 'mscale_all_dim' has no place in a GGUF file", c.file.c_str());
-    if (r.scaling == Scaling::LLAMA3 && (r.low_freq_factor != 1 || r.high_freq_factor != 4))
-        fail("%s: only Llama 3.1's 'low_freq_factor' 1 and 'high_freq_factor' 4 are supported in a GGUF file",
-             c.file.c_str());
-}
-
-inline void put_rope_keys(GgufHead& h, const std::string& p, const RopeConfig& r) {
-    h.f32(p + "rope.freq_base", r.theta);
-    if (r.scaling != Scaling::YARN) return;
-    h.text(p + "rope.scaling.type", "yarn");
-    h.f32(p + "rope.scaling.factor", r.factor);
-    h.u32(p + "rope.scaling.original_context_length", int64_t(r.original_context));
-    h.f32(p + "rope.scaling.yarn_beta_fast", r.beta_fast);
-    h.f32(p + "rope.scaling.yarn_beta_slow", r.beta_slow);
-    h.f32(p + "rope.scaling.yarn_log_multiplier", 0.1 * r.mscale_all_dim);
-}
-
-// The MLA keys speak of the absorbed form: one key head, as wide as a row of the cache.
-inline void put_mla_keys(GgufHead& h, const std::string& p, const Config& c) {
-    if (c.Rq) h.u32(p + "attention.q_lora_rank", c.Rq);
-    h.u32(p + "attention.kv_lora_rank", c.Rkv);
-    h.u32(p + "attention.head_count_kv", 1);
-    h.u32(p + "attention.key_length", c.Rkv + c.Dr);
-    h.u32(p + "attention.value_length", c.Rkv);
-    h.u32(p + "attention.key_length_mla", c.Dn + c.Dr);
-    h.u32(p + "attention.value_length_mla", c.Dv);
-    h.u32(p + "rope.dimension_count", c.Dr);
-    h.u32(p + "leading_dense_block_count", c.E ? c.first_dense : c.n_layers);
-    h.u32(p + "expert_feed_forward_length", c.E ? c.F : c.ffn_width);
-    h.u32(p + "expert_shared_count", c.n_shared);
-    if (c.E == 0) return;
-    bool grouped = c.gate != Gate::GREEDY && c.topk_group < c.n_group;   // else all groups are the best ones
-    h.u32(p + "expert_count", c.E);
-    h.u32(p + "expert_used_count", c.K);
-    h.u32(p + "expert_gating_func", c.sigmoid_affinity ? 2 : 1);
-    h.f32(p + "expert_weights_scale", c.routed_scale);
-    h.boolean(p + "expert_weights_norm", c.norm_topk);
-    h.u32(p + "expert_group_count", grouped ? c.n_group : 1);
-    h.u32(p + "expert_group_used_count", grouped ? c.topk_group : 1);
-}
-
-inline std::string gguf_architecture(const Config& c) {
-    return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama";
-}
-
-inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) {
-    std::string arch = gguf_architecture(c), p = arch + ".";
-    h.text("general.architecture", arch);
-    h.text("general.type", "model");
-    h.u32("general.file_type", type.number);
-    h.u32("general.quantization_version", 2);
-    h.u32(p + "block_count", c.n_layers + c.n_mtp);
-    if (c.n_mtp) h.u32(p + "nextn_predict_layers", c.n_mtp);
-    h.u32(p + "context_length", c.max_context);
-    h.u32(p + "embedding_length", c.D);
-    h.u32(p + "feed_forward_length", c.ffn_width);
-    h.u32(p + "vocab_size", c.V);
-    h.u32(p + "attention.head_count", c.H);
-    h.f32(p + "attention.layer_norm_rms_epsilon", c.eps);
-    put_rope_keys(h, p, c.rope);
-    if (c.mla()) return put_mla_keys(h, p, c);
-    h.u32(p + "attention.head_count_kv", c.G);
-    h.u32(p + "attention.key_length", c.head_dim);
-    h.u32(p + "attention.value_length", c.head_dim);
-    h.u32(p + "rope.dimension_count", c.head_dim);
-}
-
-// -- I.2  the vocabulary of a folder -------------------------------------------------------------
-
-// A regex without the backslashes that change nothing, so that two spellings of it compare equal.
-inline std::string plain_regex(std::string_view regex) {
-    std::string out;
-    for (size_t i = 0; i < regex.size(); i++) {
-        char c = regex[i], next = i + 1 < regex.size() ? regex[i + 1] : 'x';
-        if (c != '\\') out += c;
-        else if (next == 'r' || next == 'n') out += next == 'r' ? '\r' : '\n', i++;
-        else if (!std::ispunct(uint8_t(next))) out += c;
-    }
-    return out;
-}
-
-inline void collect_regexes(const Fields& step, std::vector<std::string>& out) {
-    std::string type = step.text("type");
-    simdjson::dom::array steps;
-    if (type == "Split") out.push_back(plain_regex(Fields(step.get("pattern"), step.where()).text("Regex")));
-    if (type == "Digits") out.push_back("\\p{N}");
-    if (type != "Sequence") return;
-    if (step.get("pretokenizers").get(steps)) fail("%s: 'pretokenizers' is not a list", step.where().c_str());
-    for (Json s : steps) collect_regexes(Fields(s, step.where()), out);
-}
-
-// The name under which llama.cpp knows what tokenizer.json asks for.
-inline std::string name_pre_tokenizer(const Fields& root, bool ignore_merges) {
-    std::vector<std::string> found, known;
-    collect_regexes(Fields(root.get("pre_tokenizer"), root.where() + ": pre_tokenizer"), found);
-    bool nfc = root.has("normalizer") &&
-               simdjson::minify(root.get("normalizer")).find("\"NFC\"") != std::string::npos;
-    for (const PreTokenizer& p : pre_tokenizers()) {
-        known.clear();
-        for (const std::string& regex : p.regexes) known.push_back(plain_regex(regex));
-        if (found == known && nfc == p.nfc && ignore_merges == p.ignore_merges) return p.name;
-    }
-    fail("%s: its pre_tokenizer has no name in GGUF files", root.where().c_str());
-}
-
-inline void put_added_tokens(Vocabulary& v, const Fields& root) {
-    simdjson::dom::array added;
-    if (!root.has("added_tokens")) return;
-    if (root.get("added_tokens").get(added)) fail("%s: 'added_tokens' is not a list", root.where().c_str());
-    for (Json item : added) {
-        Fields f(item, root.where() + ": added_tokens");
-        std::string token = f.text("content");
-        bool mark = (token.starts_with("<｜") && token.ends_with("｜>")) ||
-                    (token.starts_with("<|") && token.ends_with("|>"));
-        size_t id = size_t(f.integer("id", 0, int64_t(v.tokens.size()) - 1));
-        v.tokens[id] = token, v.types[id] = mark || f.boolean("special", false) ? CONTROL : USER_DEFINED;
-    }
-}
-
-inline void put_merges(Vocabulary& v, const Fields& model) {
-    simdjson::dom::array merges, pair;
-    if (model.get("merges").get(merges)) fail("%s: 'merges' is not a list", model.where().c_str());
-    for (Json item : merges) {
-        std::string_view left, right;
-        if (!item.get(left)) v.merges.emplace_back(left);              // "left right"
-        else if (!item.get(pair) && pair.size() == 2 && !pair.at(0).get(left) && !pair.at(1).get(right))
-            v.merges.push_back(std::string(left) + " " + std::string(right));
-        else fail("%s: 'merges' holds something that is no pair", model.where().c_str());
-    }
-}
-
-inline std::string folder_template(const fs::path& folder) {
-    fs::path jinja = folder / "chat_template.jinja", config = folder / "tokenizer_config.json";
-    if (fs::exists(jinja)) return read_file(jinja);
-    if (!fs::exists(config)) return "";
-    tokenizer_detail::Document document(read_file(config), config.string());   // knows odd numbers
-    Fields f(document.root.value, config.string());
-    return f.has("chat_template") && f.get("chat_template").is_string() ? f.text("chat_template") : "";
-}
-
-Vocabulary folder_vocabulary(const fs::path& folder, int V) {
-    std::string file = (folder / "tokenizer.json").string();
-    Document document(read_json_file(file), file);
-    Fields root(document.root, file), model(root.get("model"), file + ": model");
-    Fields vocab(model.get("vocab"), file + ": vocab");
-    Tokenizer tokenizer = Tokenizer::load(folder.string());
-    Vocabulary v;
-    v.types.assign(size_t(V), UNUSED);
-    for (int id = 0; id < V; id++) v.tokens.push_back("[PAD" + std::to_string(id) + "]");
-    for (auto& [token, value] : vocab.all()) {
-        size_t id = size_t(vocab.integer(token.c_str(), 0, V - 1));
-        v.tokens[id] = token, v.types[id] = NORMAL;
-    }
-    put_added_tokens(v, root);
-    put_merges(v, model);
-    v.pre = name_pre_tokenizer(root, model.boolean("ignore_merges", false));
-    v.bos = tokenizer.bos, v.eos = tokenizer.eos, v.add_bos = tokenizer.add_bos;
-    v.chat_template = folder_template(folder);
-    return v;
-}
-
-// A folder without a tokenizer gives a file without one.
-inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
-    if (!is_gguf(model) && !fs::exists(model / "tokenizer.json"))
-        return h.text("tokenizer.ggml.model", "none");
-    Vocabulary v = is_gguf(model) ? gguf_vocabulary(open_gguf(model).keys) : folder_vocabulary(model, V);
-    h.text("tokenizer.ggml.model", "gpt2");
-    h.text("tokenizer.ggml.pre", v.pre);
-    h.texts("tokenizer.ggml.tokens", v.tokens);
-    h.array("tokenizer.ggml.token_type", GgufType::I32, v.types.size());
-    for (int64_t type : v.types) h.raw(int32_t(type));
-    h.texts("tokenizer.ggml.merges", v.merges);
-    if (v.bos >= 0) h.u32("tokenizer.ggml.bos_token_id", v.bos);
-    if (v.eos >= 0) h.u32("tokenizer.ggml.eos_token_id", v.eos);
-    h.boolean("tokenizer.ggml.add_bos_token", v.add_bos);
-    if (!v.chat_template.empty()) h.text("tokenizer.chat_template", v.chat_template);
-}
-
-// -- I.3  the tensors of a model -----------------------------------------------------------------
-
-enum class Order : uint8_t { PLAIN, PAIRS, TRANSPOSED };
-
-// One tensor of the file: a vector, a matrix, or a stack of matrices (experts, heads).
-struct GgufTensor {
-    std::string name;
-    Dtype dtype;
-    std::vector<Matrix> parts;
-    int axes;                            // 1: a vector, 2: a matrix, 3: a stack
-    Order order = Order::PLAIN;
-    int head = 0;                        // PAIRS: rows of a head
-
-    int rows() const { return order == Order::TRANSPOSED ? parts[0].cols : parts[0].rows; }
-    int cols() const { return order == Order::TRANSPOSED ? parts[0].rows : parts[0].cols; }
-    uint64_t bytes() const { return uint64_t(parts.size()) * uint64_t(rows()) * row_bytes(dtype, cols()); }
-};
-
-class GgufTensors {
-public:
-    GgufTensors(const Model& m, const FileType& type) : m_(m), c_(m.config), type_(type) {
-        matrix("token_embd.weight", m.embed);
-        vector("output_norm.weight", m.norm);
-        if (!c_.tied) matrix("output.weight", m.head);
-        if (c_.rope.scaling == Scaling::LLAMA3) divisors();
-        for (int l = 0; l < c_.n_layers; l++) layer(l, m.layers[size_t(l)]);
-        if (c_.n_mtp) mtp(m.mtp[0]);
-    }
-    std::vector<GgufTensor> list;
-
-private:
-    const Model& m_;
-    const Config& c_;
-    const FileType& type_;
-    Vector divisors_;
-
-    void stack(const std::string& name, std::vector<Matrix> parts, Order order, int head = 0) {
-        GgufTensor t{name, Dtype::F32, std::move(parts), 3, order, head};
-        t.dtype = target_dtype(type_, name, t.cols(), c_).value_or(Dtype::F32);
-        list.push_back(std::move(t));
-    }
-    void matrix(const std::string& name, const Matrix& w, Order order = Order::PLAIN, int head = 0) {
-        stack(name, {w}, order, head);
-        list.back().axes = 2;
-    }
-    void vector(const std::string& name, const Vector& v) {
-        list.push_back({name, Dtype::F32, {real_matrix(v.data(), 1, int(v.size()))}, 1});
-    }
-    // Of Llama 3.1's scaling only its effect is kept: by what to divide each frequency.
-    void divisors() {
-        RopeConfig plain = c_.rope;
-        plain.scaling = Scaling::NONE;
-        Rope without = make_rope(plain, c_.rope_dim());
-        for (size_t i = 0; i < without.frequency.size(); i++)
-            divisors_.push_back(real(without.frequency[i] / m_.rope.frequency[i]));
-        vector("rope_freqs.weight", divisors_);
-    }
-    void mlp(const std::string& p, const char* suffix, const Mlp& w) {
-        matrix(p + "ffn_gate" + suffix, w.w_gate);
-        matrix(p + "ffn_up" + suffix, w.w_up);
-        matrix(p + "ffn_down" + suffix, w.w_down);
-    }
-    void gqa(const std::string& p, const Gqa& w) {
-        Order order = c_.qkv_bias || c_.pair_order ? Order::PLAIN : Order::PAIRS;
-        matrix(p + "attn_q.weight", w.wq, order, c_.head_dim);
-        matrix(p + "attn_k.weight", w.wk, order, c_.head_dim);
-        matrix(p + "attn_v.weight", w.wv);
-        matrix(p + "attn_output.weight", w.wo);
-        if (!c_.qkv_bias) return;
-        vector(p + "attn_q.bias", w.bq), vector(p + "attn_k.bias", w.bk), vector(p + "attn_v.bias", w.bv);
-    }
-    void mla(const std::string& p, const Mla& w) {
-        if (c_.Rq) {
-            matrix(p + "attn_q_a.weight", w.wq_a);
-            vector(p + "attn_q_a_norm.weight", w.q_norm);
-            matrix(p + "attn_q_b.weight", w.wq_b);
-        } else {
-            matrix(p + "attn_q.weight", w.wq);
-        }
-        matrix(p + "attn_kv_a_mqa.weight", w.wkv_a);
-        vector(p + "attn_kv_a_norm.weight", w.kv_norm);
-        bool flip = w.wk_b_t.empty();
-        stack(p + "attn_k_b.weight", flip ? w.wk_b : w.wk_b_t, flip ? Order::TRANSPOSED : Order::PLAIN);
-        stack(p + "attn_v_b.weight", w.wv_b, Order::PLAIN);
-        matrix(p + "attn_output.weight", w.wo);
-    }
-    void moe(const std::string& p, const Moe& w) {
-        std::vector<Matrix> gate, up, down;
-        for (const Mlp& e : w.experts)
-            gate.push_back(e.w_gate), up.push_back(e.w_up), down.push_back(e.w_down);
-        matrix(p + "ffn_gate_inp.weight", w.gate_w);
-        if (!w.gate_bias.empty()) vector(p + "exp_probs_b.bias", w.gate_bias);
-        stack(p + "ffn_gate_exps.weight", gate, Order::PLAIN);
-        stack(p + "ffn_up_exps.weight", up, Order::PLAIN);
-        stack(p + "ffn_down_exps.weight", down, Order::PLAIN);
-        if (c_.n_shared) mlp(p, "_shexp.weight", w.shared);
-    }
-    void layer(int l, const Layer& w) {
-        std::string p = text_of("blk.%d.", l);
-        vector(p + "attn_norm.weight", w.attn_norm);
-        if (c_.mla()) mla(p, w.mla);
-        else gqa(p, w.gqa);
-        vector(p + "ffn_norm.weight", w.ffn_norm);
-        if (c_.is_moe(l)) moe(p, w.moe);
-        else mlp(p, ".weight", w.mlp);
-    }
-    void mtp(const Mtp& w) {
-        std::string p = text_of("blk.%d.nextn.", c_.n_layers);
-        layer(c_.n_layers, w.layer);
-        vector(p + "enorm.weight", w.enorm), vector(p + "hnorm.weight", w.hnorm);
-        vector(p + "shared_head_norm.weight", w.norm);
-        matrix(p + "eh_proj.weight", w.proj);
-    }
-};
-
-// -- I.4  write_gguf -----------------------------------------------------------------------------
-
-// Rows begin, begin + 1, ... of a part, in the order of the file. PAIRS: whole heads.
-inline std::vector<float> ordered_rows(const GgufTensor& t, const Matrix& part, int begin, int count) {
-    size_t cols = size_t(t.cols());
-    if (t.order == Order::PLAIN) return float_rows(part, begin, count);
-    std::vector<float> x = float_rows(part, t.order == Order::PAIRS ? begin : 0,
-                                      t.order == Order::PAIRS ? count : part.rows);
-    std::vector<float> out(size_t(count) * cols);
-    parallel_for(count, [&](int64_t r) {
-        int64_t i = r % std::max(t.head, 1), from = r - i + i % 2 * (t.head / 2) + i / 2;   // x0 x_d/2 x1 ...
-        for (size_t c = 0; c < cols; c++)
-            out[size_t(r) * cols + c] = t.order == Order::PAIRS
-                                            ? x[size_t(from) * cols + c]
-                                            : x[c * size_t(part.cols) + size_t(begin + r)];
-    });
-    return out;
-}
-
-inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part) {
-    constexpr int AT_ONCE = 1024;
-    int step = t.order == Order::PLAIN ? AT_ONCE : t.order == Order::PAIRS ? t.head : t.rows();
-    for (int begin = 0; begin < t.rows() && !interrupted; begin += step) {
-        int count = std::min(step, t.rows() - begin);
-        std::vector<std::byte> out(size_t(count) * row_bytes(t.dtype, t.cols()));
-        if (part.dtype == t.dtype && t.order == Order::PLAIN && !part.stride)
-            std::memcpy(out.data(), part.row(begin), out.size());   // what is there is not rounded again
-        else narrow_rows(out.data(), ordered_rows(t, part, begin, count), t.cols(), t.dtype, t.name);
-        file.write(out.data(), out.size());
-        if (t.order == Order::PLAIN && t.axes > 1) forget_pages(part.view(begin, count));
-    }
-}
-
-constexpr uint64_t GGUF_ALIGNMENT = 32;
-
-inline std::string gguf_padding(uint64_t bytes) { return std::string(size_t(-bytes % GGUF_ALIGNMENT), '\0'); }
-
-// Everything before the data. Returns the bytes of the data.
-inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
-                                const std::vector<GgufTensor>& tensors) {
-    GgufHead h;
-    uint64_t total = 0;
-    h.bytes = "GGUF", h.raw(uint32_t(3)), h.raw(uint64_t(tensors.size())), h.raw(keys.count);
-    h.bytes += keys.bytes;
-    for (const GgufTensor& t : tensors) {
-        uint64_t axes[] = {uint64_t(t.cols()), uint64_t(t.rows()), uint64_t(t.parts.size())};
-        h.string(t.name), h.raw(uint32_t(t.axes));
-        for (int i = 0; i < t.axes; i++) h.raw(axes[i]);
-        h.raw(uint32_t(format_of(t.dtype).ggml_type)), h.raw(total);
-        total += t.bytes() + gguf_padding(t.bytes()).size();
-    }
-    h.bytes += gguf_padding(h.bytes.size());
-    file.write(h.bytes.data(), h.bytes.size());
-    return total;
-}
-
-// `source` is where the model came from, for its vocabulary.
-void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
-                const std::function<void(uint64_t, uint64_t)>& progress) {
-    require_tellable(m.config);
-    AtomicFile file(out);
-    GgufHead keys;
-    put_config_keys(keys, m.config, type);
-    put_vocabulary_keys(keys, source, m.config.V);
-    GgufTensors tensors(m, type);
-    uint64_t total = write_gguf_head(file, keys, tensors.list), done = 0;
-    for (const GgufTensor& t : tensors.list) {
-        for (const Matrix& part : t.parts) write_part(file, t, part);
-        std::string padding = gguf_padding(t.bytes());
-        file.write(padding.data(), padding.size());
-        if (interrupted) fail("interrupted; %s not written", out.c_str());
-        progress(done += t.bytes(), total);
-    }
-    file.commit();
-}

@@ -1,5 +1,70 @@
 // simd.h: the operations of chapter 5 again, as fast as this processor can. Included once, by deepseek.cpp;
-// needs chapters 1, 2 and 5.
+// needs chapters 1 to 7.
+
+// -- Inputs in small integers --------------------------------------------------------------------
+
+constexpr int GROUP_VECTORS = 64;
+constexpr int MANY_ROWS = 192;             // that a thread takes at once, of MANY_TOKENS and more
+constexpr int MANY_TOKENS = 4;             // for which a kernel unpacks a block of rows once
+
+// T vectors of n numbers in small integers. Block b of vector t has x_i ~ d q_i. Blocks of a vector lie one
+// after the other; those of up to GROUP_VECTORS vectors, which the same weights meet, side by side.
+struct IntRows {
+    int n = 0, block = 0;
+    int together = 1;                          // vectors of a group
+    int64_t next_vector = 0;                   // in blocks
+    int8_t* q = nullptr;                       // (block) each
+    int16_t* sums = nullptr;                   // (block / GROUP) each: of 16 q
+    float* d = nullptr;                        // 1 each
+
+    IntRows() = default;
+    IntRows(int n, int block, int T) : n(n), block(block) {
+        if (T >= MANY_TOKENS) together = std::min(GROUP_VECTORS, (T + 15) / 16 * 16);
+        next_vector = together > 1 ? 1 : n / block;
+    }
+    // Blocks of T vectors, and of those that no one asked for in the last group: appendix N reads 16 at once.
+    int64_t blocks(int T) const { return int64_t(T + together - 1) / together * together * (n / block); }
+
+    [[gnu::always_inline]] IntRows skip(int64_t blocks) const {
+        IntRows r = *this;
+        r.q += blocks * block, r.sums += blocks * (block / GROUP), r.d += blocks;
+        return r;
+    }
+    // Block b of vector t of this group. Kernels ask for each block, which a call would slow.
+    [[gnu::always_inline]] IntRows at(int t, int b = 0) const {
+        return skip(t * next_vector + int64_t(b) * together);
+    }
+    // Vector t, whatever group it is in.
+    IntRows vector(int t) const {
+        return skip(int64_t(t / together) * together * (n / block)).at(t % together);
+    }
+};
+
+constexpr int ARRANGE_FROM = 32, ARRANGED_TOKENS = 8;
+
+// Numbers of 8 arranged vectors of n: (LANES, n / LANES, 8), the lanes a little apart.
+inline size_t arranged_lane(int n) { return size_t(n + LANES - 1) / LANES * ARRANGED_TOKENS + 16; }
+inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
+
+
+
+// The kernels of an instruction set. Rows begin .. end of W, T vectors.
+struct Target {
+    const char* name;
+    void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
+    void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n);
+    void (*widen)(real* out, const Matrix& w, int r);
+    real (*dot_real)(const real* a, const real* b, int n);
+    void (*softmax)(real* z, real scale, int n);
+    void (*silu_times)(real* gate, const real* up, int n);
+    void (*quantise)(const IntRows& out, const real* x);
+    void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
+    // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
+    void (*arrange)(real* out, ConstRows x, int T, int n);
+    void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end);
+    // `int_rows` for interleaved W, or none.
+    void (*interleaved_rows)(Rows, const IntRows& x, const Matrix& w, int T, int begin, int end);
+};
 
 // =================================================================================================
 // Appendix A. Fast CPU
@@ -2619,7 +2684,7 @@ inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, in
     for (int r = begin; r < end; r += SIDE)
         reorder<false>(dense.data() + size_t(r - begin) * bytes, w.row(r), w.dtype, w.cols);
     Matrix rows{dense.data(), nullptr, w.dtype, end - begin, w.cols};
-    kernels.int_rows({out[0] + begin, out.stride}, x, rows, T, 0, end - begin);
+    kernels.target->int_rows({out[0] + begin, out.stride}, x, rows, T, 0, end - begin);
 }
 
 // body.operator()<D, T>() for this dtype and T < MANY_TOKENS
@@ -2636,9 +2701,11 @@ template <class Body> void for_interleaved(Dtype dtype, int T, const Body& body)
 
 // -- O.2  which matrices -------------------------------------------------------------------------
 
+inline bool can_interleave(const Matrix& w) { return interleaves(w.dtype) && w.rows % SIDE == 0; }
+
 // Interleaves W where it is. Pages of a mapped file that are written become memory of our own: all of a part
 // at once, which takes a quarter of the time of one by one. False where the system refuses.
-inline bool interleave(Matrix& w) {
+inline bool interleave_rows(Matrix& w) {
     constexpr int PART = 16 * SIDE;                    // rows
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     auto pages = [&](int begin, int end, auto call) {  // of these rows
@@ -2942,35 +3009,208 @@ inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T,
 #endif
 #endif
 
-// -- A.6  choose_kernels: once, at start ---------------------------------------------------------
+// x as its product wants it: in small integers, or arranged, or as it is.
+struct Input {
+    IntRows ints;
+    real* arranged = nullptr;
+};
 
-inline std::vector<Kernels> available_kernels() {   // tests/unit/chA_fast_cpu.cpp compares their bits
-    std::vector<Kernels> all = {Kernels{}};
+// Rows of W, and vectors x, that a thread takes at once: few enough for all threads to have work and for
+// arranged vectors to stay in a cache, many enough to be worth it.
+struct Parts {
+    int rows, tokens, of_rows;
+    int count = 0;                         // of parts; those with the same vectors follow each other
+
+    Parts(const Product& p, const Input& x, int threads) : tokens(std::max(p.T, 1)) {
+        constexpr int CACHED = 5 << 19;    // numbers
+        if (x.arranged) tokens = std::max(CACHED / p.w->cols / 64 * 64, 64);
+        if (p.T >= MANY_TOKENS) rows = std::clamp(p.w->rows / (4 * threads) / 96 * 96, 96, MANY_ROWS);
+        else rows = std::clamp(p.w->rows / (8 * threads) / 16 * 16, 16, 256);
+        of_rows = (p.w->rows + rows - 1) / rows;
+        count = of_rows * ((p.T + tokens - 1) / tokens);
+    }
+};
+
+// Part i of a product.
+inline void multiply(const Product& p, const Input& x, const Parts& part, int i) {
+    int t = i / part.of_rows * part.tokens, T = std::min(part.tokens, p.T - t);
+    int begin = i % part.of_rows * part.rows, end = std::min(p.w->rows, begin + part.rows);
+    Rows out{p.out[t], p.out.stride};
+    if (p.w->interleaved) return kernels.target->interleaved_rows(out, x.ints, *p.w, T, begin, end);
+    if (in_integers(*p.w)) return kernels.target->int_rows(out, x.ints, *p.w, T, begin, end);
+    if (!x.arranged) return kernels.target->rows(out, p.x, *p.w, T, begin, end);
+    const real* arranged = x.arranged + size_t(t / ARRANGED_TOKENS) * arranged_size(p.w->cols);
+    kernels.target->arranged_rows(out, arranged, *p.w, T, begin, end);
+}
+
+// The inputs of some products; equal ones once.
+class Inputs {
+public:
+    const Input& add(const Product& p) {
+        static const Input NONE;
+        if (p.T == 0) return NONE;
+        int block = in_integers(*p.w) ? format_of(p.w->dtype).values : 0;
+        for (const Entry& e : entries_) {
+            bool same_rows = e.x.data == p.x.data && e.x.stride == p.x.stride && e.T == p.T;
+            if (same_rows && e.block == block && e.n == p.w->cols) return e.input;
+        }
+        entries_.push_back({p.x, p.T, p.w->cols, block, {}});
+        Input& input = entries_.back().input;
+        if (block > 0) quantise(input.ints, p, block);
+        else if (kernels.target->arrange && p.T >= ARRANGE_FROM) arrange(input.arranged, p);
+        return input;
+    }
+    void clear() { entries_.clear(); }
+
+private:
+    using Buffer = std::vector<std::byte>;
+    struct Entry {
+        ConstRows x;
+        int T, n, block;
+        Input input;
+    };
+    std::deque<Entry> entries_;            // references to its elements stay good
+    std::vector<Buffer> memory_;           // grows to what the largest call needed
+
+    void quantise(IntRows& rows, const Product& p, int block) {
+        rows = {p.w->cols, block, p.T};
+        size_t blocks = size_t(rows.blocks(p.T)), n = blocks * size_t(block);
+        take_from(memory(), [&](Arena& arena) {
+            rows.q = arena.take<int8_t>(n), rows.sums = arena.take<int16_t>(n / GROUP);
+            rows.d = arena.take<float>(blocks);
+        });
+        parallel_for(p.T, [&](int64_t t) { kernels.target->quantise(rows.vector(int(t)), p.x[t]); }, rows.n);
+    }
+    void arrange(real*& out, const Product& p) {
+        int n = p.w->cols, groups = (p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
+        take_from(memory(), [&](Arena& arena) { out = arena.take<real>(size_t(groups) * arranged_size(n)); });
+        parallel_for(groups, [&](int64_t g) {
+            int t = int(g) * ARRANGED_TOKENS;
+            kernels.target->arrange(out + size_t(g) * arranged_size(n), {p.x[t], p.x.stride},
+                            std::min(ARRANGED_TOKENS, p.T - t), n);
+        }, int64_t(n) * ARRANGED_TOKENS);
+    }
+    Buffer& memory() {                     // of the last entry
+        if (memory_.size() < entries_.size()) memory_.resize(entries_.size());
+        return memory_[entries_.size() - 1];
+    }
+};
+
+// Products on one thread, or in a loop of another one.
+inline void matmul_alone(const Product& p) {
+    thread_local Inputs inputs;
+    inputs.clear();
+    const Input& input = inputs.add(p);
+    Parts part(p, input, 1);
+    for (int i = 0; i < part.count; i++) multiply(p, input, part, i);
+}
+
+// Equal inputs are made once; all parts of all products are shared out together.
+inline void fast_matmul(std::span<const Product> products) {
+    if (in_loop) return void(std::for_each(products.begin(), products.end(), matmul_alone));
+    thread_local Inputs inputs;
+    inputs.clear();
+    std::vector<const Input*> x;
+    std::vector<Parts> parts;
+    std::vector<int64_t> first = {0};                     // index of each product's first part
+    int64_t work = 0;
+    for (const Product& p : products) {
+        x.push_back(&inputs.add(p));
+        parts.emplace_back(p, *x.back(), n_threads());
+        work += int64_t(p.w->rows) * p.w->cols * p.T;
+        first.push_back(first.back() + parts.back().count);
+    }
+    parallel_for(first.back(), [&](int64_t part) {
+        size_t i = size_t(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
+        multiply(products[i], *x[i], parts[i], int(part - first[i]));
+    }, work / std::max<int64_t>(first.back(), 1));
+}
+
+// -- attend: tiles of queries --------------------------------------------------------------------
+
+// Queries `first` to first + Q of a key head, Q <= QUERY_TILE, on this thread: keys and values are read once
+// for all of them.   scratch: attention_scratch numbers
+inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
+    const int dk = a.k.cols, dv = a.v.cols;
+    auto token = [&](int i) { return (first + i) / a.heads; };
+    auto head = [&](int i) { return (first + i) % a.heads; };
+    auto seen = [&](int i) { return a.n[size_t(token(i))]; };
+    Rows scores{scratch, score_stride(seen(Q - 1))};
+    Rows queries{scores[QUERY_TILE], dk}, outputs{queries[QUERY_TILE], dv};
+    ConstRows q = queries;
+    Rows out = outputs;
+    const bool dense = a.q.stride == int64_t(a.heads) * dk;
+    if (dense) q = {a.q[0] + int64_t(first) * dk, dk}, out = {a.out[0] + int64_t(first) * dv, dv};
+    for (int i = 0; !dense && i < Q; i++)
+        std::copy_n(a.q[token(i)] + int64_t(head(i)) * dk, dk, queries[i]);
+    Matrix k = a.k, later = a.v.view(seen(0), seen(Q - 1) - seen(0));
+    k.rows = seen(Q - 1);
+    matmul_alone({scores, q, &k, Q});
+    for (int i = 0; i < Q; i++) {
+        kernels.softmax(scores[i], a.scale, seen(i));
+        std::fill_n(out[i], dv, real(0));
+    }
+    kernels.weigh(out, scores, a.v, Q, seen(0));
+    for (int i = 1; i < Q; i++)            // what only the later queries see
+        kernels.weigh({out[i], 0}, {scores[i] + seen(0), 0}, later, 1, seen(i) - seen(0));
+    for (int i = 0; !dense && i < Q; i++)
+        std::copy_n(outputs[i], dv, a.out[token(i)] + int64_t(head(i)) * dv);
+}
+
+inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
+    const int queries = int(heads[0].n.size()) * heads[0].heads, all = queries * int(heads.size());
+    const int tile = std::min({QUERY_TILE, queries, (all + n_threads() - 1) / n_threads()});
+    const int tiles = (queries + tile - 1) / tile;
+    const Attention& one = heads[0];
+    parallel_for(int64_t(tiles) * int64_t(heads.size()), [&](int64_t i) {
+        int first = int(i % tiles) * tile;
+        attend_tile(heads[size_t(i / tiles)], scratch[thread_index()], first, std::min(tile, queries - first));
+    }, int64_t(tile) * one.n.back() * (one.k.cols + one.v.cols) / 2);
+}
+
+// -- choose_kernels: once, at start --------------------------------------------------------------
+
+// Those that this processor has, the fastest last.
+inline std::vector<Target> make_targets() {
+    std::vector<Target> targets;
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        all.push_back({"avx2", true, avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
-                       avx2::softmax, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
-                       avx2::arranged_rows, avx2::interleaved_rows});
+        targets.push_back({"avx2", avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
+                           avx2::softmax, avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
+                           avx2::arranged_rows, avx2::interleaved_rows});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
-        Kernels k = all.back();
-        k.name = "avx512", k.rows = avx512::rows, k.weigh = avx512::weigh, k.softmax = avx512::softmax;
-        k.silu_times = avx512::silu_times, k.arranged_rows = avx512::arranged_rows;
-        k.int_rows = avx512::int_rows, k.interleaved_rows = avx512::interleaved_rows;
-        all.push_back(k);
-        k.name = "amx", k.int_rows = amx::int_rows;
-        if (amx::available()) all.push_back(k);
+        Target t = targets.back();
+        t.name = "avx512", t.rows = avx512::rows, t.weigh = avx512::weigh, t.softmax = avx512::softmax;
+        t.silu_times = avx512::silu_times, t.arranged_rows = avx512::arranged_rows;
+        t.int_rows = avx512::int_rows, t.interleaved_rows = avx512::interleaved_rows;
+        targets.push_back(t);
+        t.name = "amx", t.int_rows = amx::int_rows;
+        if (amx::available()) targets.push_back(t);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
-    all.push_back({"neon", true, neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
-                   neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr, nullptr});
+    targets.push_back({"neon", neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
+                       neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr, nullptr});
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        Kernels k = all.back();
-        k.name = "dotprod", k.int_rows = neon::int_rows<true>;
-        all.push_back(k);
+        Target t = targets.back();
+        t.name = "dotprod", t.int_rows = neon::int_rows<true>;
+        targets.push_back(t);
     }
 #endif
+    return targets;
+}
+
+// The plain ones first.
+inline std::vector<Kernels> available_kernels() {   // tests/unit/simd_kernels.cpp compares their bits
+    static const std::vector<Target> TARGETS = make_targets();
+    std::vector<Kernels> all = {Kernels{}};
+    for (const Target& t : TARGETS) {
+        bool interleave = t.interleaved_rows != nullptr;
+        all.push_back({t.name, true, t.weigh, t.widen, t.dot_real, t.softmax, t.silu_times, fast_matmul,
+                       fast_attend, interleave ? interleave_rows : nullptr,
+                       interleave ? can_interleave : nullptr, &t});
+    }
     return all;
 }
 
