@@ -9,7 +9,7 @@
 CXX      ?= g++
 CLANGXX  ?= clang++
 CXXFLAGS ?= -O2
-STRICT   := -std=c++20 -ffp-contract=off -fopenmp-simd -pthread -Wall -Wextra -Wpedantic -Werror
+STRICT   := -std=c++20 -ffp-contract=off -fopenmp -pthread -Wall -Wextra -Wpedantic -Werror
 # The small loops over registers of the integer kernels must be unrolled: clang does it at -O2, g++ with this.
 TUNE      = $(if $(findstring clang,$(1)),,-fpeel-loops)
 LIBS     := -lsimdjson -lpcre2-8 -lutf8proc

@@ -1254,7 +1254,8 @@ inline std::vector<int> encode_prompt(const Tokenizer& t, const std::string& tex
 inline GenerationConfig read_generation_config(const fs::path& model, int V) {
     fs::path file = model / "generation_config.json";
     if (is_gguf(model)) return {gguf_sampling(model), {}};
-    return fs::exists(file) ? parse_generation_config(read_json_file(file), file.string(), V) : GenerationConfig{};
+    if (!fs::exists(file)) return {};
+    return parse_generation_config(read_json_file(file), file.string(), V);
 }
 
 // -- 4.2  tokenize: text to ids and back, as JSON ------------------------------------------------
@@ -1392,10 +1393,11 @@ inline real dot_row_plain(const Matrix& w, int r, const real* x) {
 
 // -- 5.2  dot in small integers ------------------------------------------------------------------
 //
-// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine adds, and
-// whatever width its registers have, the sum is the same. So activations are made integers too: qx = x / dx,
-// rounded to 8 bits, with one dx for as many numbers as share a block of the weights, 32 or 256. Eight bits
-// because processors multiply bytes the fastest; the error is about that of 8-bit weights. For each block b
+// Quantised weights are small integers, and integer arithmetic is exact: in whatever order a machine adds,
+// and whatever width its registers have, the sum is the same. So activations are made integers too: qx = x /
+// dx, rounded to 8 bits, with one dx for as many numbers as share a block of the weights, 32 or 256. Eight
+// bits because processors multiply bytes the fastest; the error is about that of 8-bit weights. For each
+// block b
 //
 //      I_b = sum_i scale_g q_i qx_i        M_b = sum_g minimum_g (sum of qx in g)          exact, in 32 bits
 //      lane[b mod 8] += (d_b dx_b) I_b  -  (m_b dx_b) M_b                                  two fma
@@ -1545,7 +1547,7 @@ struct Kernels {
     // Puts W, where it is, in the order that is fastest if each token needs all of it; false where it cannot.
     bool (*rearrange)(Matrix& w) = nullptr;
     bool (*rearranges)(const Matrix& w) = nullptr;
-    const struct Target* target = nullptr;   // what simd.h made these of
+    const struct SimdTarget* target = nullptr;   // what simd.h made these of
 };
 inline Kernels kernels;
 
@@ -1553,11 +1555,15 @@ inline Kernels kernels;
 
 inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
 
+// W[r] . x in the arithmetic that was asked for
+inline real times_row(const Matrix& w, int r, const real* x) {
+    return in_integers(w) ? int_dot_plain(w, r, x) : dot_row_plain(w, r, x);
+}
+
 inline void matmul_plain(const Product& p) {
     const Matrix& w = *p.w;
     parallel_for(w.rows, [&](int64_t r) {
-        for (int t = 0; t < p.T; t++)
-            p.out[t][r] = in_integers(w) ? int_dot_plain(w, int(r), p.x[t]) : dot_row_plain(w, int(r), p.x[t]);
+        for (int t = 0; t < p.T; t++) p.out[t][r] = times_row(w, int(r), p.x[t]);
     }, int64_t(w.cols) * p.T);
 }
 
@@ -1759,8 +1765,7 @@ inline void attend_plain(const Attention& a, Rows scratch) {
         const int n = a.n[size_t(t)];                  // causal: later keys are masked by not being visited
         const real* q = a.q[t] + h * dk;
         real *out = a.out[t] + h * dv, *p = scratch[thread_index()];
-        for (int j = 0; j < n; j++)
-            p[j] = in_integers(a.k) ? int_dot_plain(a.k, j, q) : dot_row_plain(a.k, j, q);
+        for (int j = 0; j < n; j++) p[j] = times_row(a.k, j, q);
         softmax_plain(p, a.scale, n);
         std::fill_n(out, dv, real(0));
         weigh_plain({out, 0}, {p, 0}, a.v, 1, n);      // out += p[j] v[j]
@@ -2551,7 +2556,7 @@ inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
 
 // -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
 
-// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l. So does mla.
+// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l. mla too.
 inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
     const Config& c = s.model.config;
     Activations& a = s.a;
@@ -2597,6 +2602,19 @@ inline void tap_mla(const Session& s, int l, int T, int pos) {
     s.tap(l, "k_rope", k_rope.data(), T, {c.Dr});
 }
 
+inline real mla_scale(const Model& m) {
+    return real(m.rope.score_scale / std::sqrt(double(m.config.Dn + m.config.Dr)));
+}
+
+// a.o (T, H, Dv) from a.q and layer l of the cache
+inline void attend_latent(Session& s, const Mla& w, int l, int T) {
+    Activations& a = s.a;
+    LatentAttention core{a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)},
+                         s.model.config.Dr, mla_scale(s.model), a.q_absorbed, a.z, a.expanded, a.scratch};
+    if (s.options.mla == MlaForm::NAIVE) mla_naive(core);
+    else mla_absorbed(core);
+}
+
 //   c^Q = RMSNorm(W^DQ u), [q_nope | q_rope] = W^UQ c^Q                   V3 eq. 6-9
 //   [c | k] = W^DKV u,  c^KV = RMSNorm(c),  k_rope = RoPE(k)              V3 eq. 1-3
 inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
@@ -2620,10 +2638,7 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
         for (int h = 0; h < c.H; h++) rope_interleaved(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);
     }, c.H * c.Dr + width);
     tap_mla(s, l, T, pos);
-    real scale = real(s.model.rope.score_scale / std::sqrt(double(q_dim)));
-    (s.options.mla == MlaForm::NAIVE ? mla_naive : mla_absorbed)(
-        {a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)}, c.Dr, scale, a.q_absorbed, a.z,
-         a.expanded, a.scratch});
+    attend_latent(s, w, l, T);
     matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
 }
 
@@ -2754,7 +2769,8 @@ inline std::vector<Matrix*> to_rearrange(Model& m) {
     return all;
 }
 
-// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done, in all
+// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done and
+// in all
 inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
     if (!kernels.integers || !kernels.rearrange) return;
     std::vector<Matrix*> all = to_rearrange(m);
@@ -3144,9 +3160,9 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
 }
 
 // Prints the answer to `ids` and returns its text.
-inline std::string answer(Session& s, const Tokenizer& tokenizer, Generation& g, const std::vector<int>& ids) {
+inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const std::vector<int>& ids) {
     Thought thought(g, ids);
-    Printer printer(tokenizer, g.think_begin, g.think_end, thought.open);
+    Printer printer(t, g.think_begin, g.think_end, thought.open);
     auto progress = std::make_unique<Progress>("reading", ids.size());
     auto emit = [&](int id) {
         progress.reset();
@@ -3319,13 +3335,14 @@ inline std::vector<ControlGroup> control_groups(const std::string& controller) {
         if (!first_kind && !line.starts_with("0::/")) continue;
         fs::path group = first_kind ? "/sys/fs/cgroup/" + controller : "/sys/fs/cgroup";
         groups.push_back({group, first_kind});
-        for (const fs::path& part : fs::path(line.substr(path + 2))) groups.push_back({group /= part, first_kind});
+        for (const fs::path& part : fs::path(line.substr(path + 2)))
+            groups.push_back({group /= part, first_kind});
     }
     return groups;
 }
 
-// Bytes that a control group leaves to its processes. Pages of files count as free, for they are given up when
-// others are needed.
+// Bytes that a control group leaves to its processes. Pages of files count as free, for they are given up
+// when others are needed.
 inline uint64_t left_in_group(const ControlGroup& g) {
     auto limit = system_number(g.path / (g.first_kind ? "memory.limit_in_bytes" : "memory.max"));
     auto used = system_number(g.path / (g.first_kind ? "memory.usage_in_bytes" : "memory.current"));
@@ -3350,7 +3367,8 @@ inline uint64_t available_memory() {
 inline int processors_of_group(const ControlGroup& g) {
     std::optional<uint64_t> quota, period;
     if (g.first_kind) {
-        quota = system_number(g.path / "cpu.cfs_quota_us"), period = system_number(g.path / "cpu.cfs_period_us");
+        quota = system_number(g.path / "cpu.cfs_quota_us");
+        period = system_number(g.path / "cpu.cfs_period_us");
         if (quota && *quota > uint64_t(INT64_MAX)) quota.reset();        // -1: no limit
     } else {                                                            // QUOTA PERIOD, or max PERIOD
         std::ifstream in(g.path / "cpu.max");
@@ -3759,9 +3777,10 @@ inline void command_quantize(const Options& o) {
     fs::path source = model_path(o);
     Model model = load_model(source);                    // finds what is wrong with it
     Progress progress("writing", 100);
-    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), [&](uint64_t done, uint64_t total) {
+    auto at = [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
-    });
+    };
+    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), at);
 }
 
 // -- 21.4  info, bench ---------------------------------------------------------------------------
@@ -3855,7 +3874,8 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
 
 inline void add_pass_options(CLI::App* sub, Options& o) {
     sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")->check(CLI::Range(1, 65536));
+    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")
+        ->check(CLI::Range(1, 65536));
 }
 
 inline void add_generation_options(CLI::App* sub, Options& o) {
@@ -3893,11 +3913,12 @@ inline void add_talking_commands(CLI::App& app, Options& o) {
                                  "deepseek chat --system \"Be brief.\"", o, command_chat);
     add_generation_options(chat, o);
 
-    CLI::App* tokens = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize",
-                                   o, command_tokenize);
+    CLI::App* tokens = add_command(app, "tokenize", "text to ids and back",
+                                   "echo -n hello | deepseek tokenize", o, command_tokenize);
     tokens->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
     tokens->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
-    tokens->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
+    tokens->add_flag("--chat", o.tokenize.chat,
+                     "stdin: a JSON list of messages; stdout: the rendered prompt");
     tokens->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
     tokens->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
 }

@@ -49,7 +49,7 @@ inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
 
 
 // The kernels of an instruction set. Rows begin .. end of W, T vectors.
-struct Target {
+struct SimdTarget {
     const char* name;
     void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
     void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n);
@@ -3131,18 +3131,19 @@ inline void fast_matmul(std::span<const Product> products) {
 // Queries `first` to first + Q of a key head, Q <= QUERY_TILE, on this thread: keys and values are read once
 // for all of them.   scratch: attention_scratch numbers
 inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
-    const int dk = a.k.cols, dv = a.v.cols;
+    const int64_t dk = a.k.cols, dv = a.v.cols;
     auto token = [&](int i) { return (first + i) / a.heads; };
     auto head = [&](int i) { return (first + i) % a.heads; };
     auto seen = [&](int i) { return a.n[size_t(token(i))]; };
     Rows scores{scratch, score_stride(seen(Q - 1))};
-    Rows queries{scores[QUERY_TILE], dk}, outputs{queries[QUERY_TILE], dv};
+    Rows queries{scores[QUERY_TILE], dk}, out{queries[QUERY_TILE], dv};
     ConstRows q = queries;
-    Rows out = outputs;
-    const bool dense = a.q.stride == int64_t(a.heads) * dk;
-    if (dense) q = {a.q[0] + int64_t(first) * dk, dk}, out = {a.out[0] + int64_t(first) * dv, dv};
-    for (int i = 0; !dense && i < Q; i++)
-        std::copy_n(a.q[token(i)] + int64_t(head(i)) * dk, dk, queries[i]);
+    const bool even = a.heads == 1 || (a.q.stride == a.heads * dk && a.out.stride == a.heads * dv);
+    if (even) {                            // from query to query
+        q = {a.q[token(0)] + head(0) * dk, a.heads == 1 ? a.q.stride : dk};
+        out = {a.out[token(0)] + head(0) * dv, a.heads == 1 ? a.out.stride : dv};
+    }
+    for (int i = 0; !even && i < Q; i++) std::copy_n(a.q[token(i)] + head(i) * dk, dk, queries[i]);
     Matrix k = a.k, later = a.v.view(seen(0), seen(Q - 1) - seen(0));
     k.rows = seen(Q - 1);
     matmul_alone({scores, q, &k, Q});
@@ -3153,8 +3154,7 @@ inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
     kernels.weigh(out, scores, a.v, Q, seen(0));
     for (int i = 1; i < Q; i++)            // what only the later queries see
         kernels.weigh({out[i], 0}, {scores[i] + seen(0), 0}, later, 1, seen(i) - seen(0));
-    for (int i = 0; !dense && i < Q; i++)
-        std::copy_n(outputs[i], dv, a.out[token(i)] + int64_t(head(i)) * dv);
+    for (int i = 0; !even && i < Q; i++) std::copy_n(out[i], dv, a.out[token(i)] + head(i) * dv);
 }
 
 inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
@@ -3171,8 +3171,8 @@ inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
 // -- choose_kernels: once, at start --------------------------------------------------------------
 
 // Those that this processor has, the fastest last.
-inline std::vector<Target> make_targets() {
-    std::vector<Target> targets;
+inline std::vector<SimdTarget> make_targets() {
+    std::vector<SimdTarget> targets;
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         targets.push_back({"avx2", avx2::rows, avx2::weigh<avx2::Weigh8>, avx2::widen, avx2::dot_real,
@@ -3181,7 +3181,7 @@ inline std::vector<Target> make_targets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
-        Target t = targets.back();
+        SimdTarget t = targets.back();
         t.name = "avx512", t.rows = avx512::rows, t.weigh = avx512::weigh, t.softmax = avx512::softmax;
         t.silu_times = avx512::silu_times, t.arranged_rows = avx512::arranged_rows;
         t.int_rows = avx512::int_rows, t.interleaved_rows = avx512::interleaved_rows;
@@ -3193,7 +3193,7 @@ inline std::vector<Target> make_targets() {
     targets.push_back({"neon", neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
                        neon::silu_times, neon::quantise, neon::int_rows<false>, nullptr, nullptr, nullptr});
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        Target t = targets.back();
+        SimdTarget t = targets.back();
         t.name = "dotprod", t.int_rows = neon::int_rows<true>;
         targets.push_back(t);
     }
@@ -3203,9 +3203,9 @@ inline std::vector<Target> make_targets() {
 
 // The plain ones first.
 inline std::vector<Kernels> available_kernels() {   // tests/unit/simd_kernels.cpp compares their bits
-    static const std::vector<Target> TARGETS = make_targets();
+    static const std::vector<SimdTarget> TARGETS = make_targets();
     std::vector<Kernels> all = {Kernels{}};
-    for (const Target& t : TARGETS) {
+    for (const SimdTarget& t : TARGETS) {
         bool interleave = t.interleaved_rows != nullptr;
         all.push_back({t.name, true, t.weigh, t.widen, t.dot_real, t.softmax, t.silu_times, fast_matmul,
                        fast_attend, interleave ? interleave_rows : nullptr,

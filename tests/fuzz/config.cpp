@@ -11,7 +11,7 @@ inline void check_plan(const Config& c, const SessionOptions& s, int threads) {
     wide chunk = s.chunk, scores = wide(threads) * QUERY_TILE * s.context;
     wide part = std::max({chunk * c.H * c.q_dim(), chunk * c.ffn_width, chunk * c.K * c.D,
                           chunk * c.n_shared * c.F, scores, naive});
-    FUZZ_CHECK(wide(Cache::bytes(c, s.context, s.kv)) == cache);
+    FUZZ_CHECK(wide(cache_bytes(c, s.context, s.kv)) == cache);
     FUZZ_CHECK(wide(Activations::bytes(c, s, threads)) >= part * sizeof(real));
     FUZZ_CHECK(cache + wide(Activations::bytes(c, s, threads)) < 0x1p64L);
 }
@@ -38,7 +38,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
             check_plan(c, {c.max_context, 65536, form, REAL}, 4096);
             check_plan(c, {c.max_context, 65536, form, Dtype::BF16}, 4096);
-            if (Cache::width_of(c) % 32 == 0) check_plan(c, {c.max_context, 65536, form, Dtype::Q8_0}, 4096);
+            if (cache_part_width(c) % 32 == 0) check_plan(c, {c.max_context, 65536, form, Dtype::Q8_0}, 4096);
         }
     });
 }

@@ -104,35 +104,29 @@ TEST(ParallelFor, NumbersItsThreadsBelowTheLimit) {
         ScopedThreads scoped(threads);
         std::atomic<int> most = 0, least = 0;
         parallel_for(100, [&](int64_t) {
-            int here = Team::index;
+            int here = thread_index();
             for (int seen = most; here > seen && !most.compare_exchange_weak(seen, here);) {}
             for (int seen = least; here < seen && !least.compare_exchange_weak(seen, here);) {}
         });
         EXPECT_LT(most, threads);
         EXPECT_EQ(least, 0);
-        EXPECT_EQ(Team::index, 0);                 // of the thread that asks
+        EXPECT_EQ(thread_index(), 0);                 // of the thread that asks
     }
 }
 
-// Neighbours read neighbouring memory: a share's indices are taken in order, and one's own first.
-TEST(ParallelFor, TakesEachShareInOrder) {
+// Neighbours read neighbouring memory: a thread takes runs of indices, each in its order.
+TEST(ParallelFor, TakesRunsInOrder) {
     for (int threads : {2, 3, 8}) {
         ScopedThreads scoped(threads);
         std::vector<std::vector<int64_t>> taken(static_cast<size_t>(threads));
-        parallel_for(100, [&](int64_t i) { taken[size_t(Team::index)].push_back(i); });
-        auto share_of = [&](int64_t i) {
-            int64_t t = 0;
-            while (i >= 100 * (t + 1) / threads) t++;
-            return t;
-        };
-        for (int64_t t = 0; t < threads; t++) {
-            const std::vector<int64_t>& mine = taken[size_t(t)];
-            for (size_t k = 1; k < mine.size(); k++) {
-                int64_t before = share_of(mine[k - 1]), now = share_of(mine[k]);
-                bool in_order = now == before ? mine[k] > mine[k - 1] : now != t;
-                EXPECT_TRUE(in_order) << mine[k - 1] << ", " << mine[k];
-            }
+        parallel_for(1000, [&](int64_t i) { taken[size_t(thread_index())].push_back(i); });
+        size_t runs = 0, indices = 0;
+        for (const std::vector<int64_t>& mine : taken) {
+            for (size_t k = 0; k < mine.size(); k++) runs += k == 0 || mine[k] != mine[k - 1] + 1;
+            indices += mine.size();
         }
+        EXPECT_EQ(indices, 1000u);
+        EXPECT_LE(runs, size_t(8 * threads));
     }
 }
 
@@ -148,7 +142,7 @@ static bool shares(int64_t n, int64_t cost) {
         std::unique_lock lock(mutex);
         arrived++;
         arrival.notify_all();
-        if (Team::busy) met = arrival.wait_for(lock, std::chrono::minutes(1), [&] { return arrived == 2; });
+        if (in_loop) met = arrival.wait_for(lock, std::chrono::minutes(1), [&] { return arrived == 2; });
     }, cost);
     return met;
 }
@@ -227,7 +221,7 @@ TEST(ParallelFor, HandsOutAnException) {
         std::atomic<int> visits = 0;
         parallel_for(100, [&](int64_t) { visits++; });
         EXPECT_EQ(visits, 100);                    // the team is none the worse for it
-        EXPECT_FALSE(Team::busy);
+        EXPECT_FALSE(in_loop);
     }
 }
 TEST(ParallelFor, WithFarMoreThreadsThanCores) {
@@ -248,7 +242,34 @@ TEST(ParallelFor, SumsTheSameForEveryTeam) {
         EXPECT_EQ(std::accumulate(squares.begin(), squares.end(), int64_t(0)), 332833500);
     }
 }
-TEST(Processors, AreOneOrMore) { EXPECT_GE(processors(), 1); }
+TEST(WithTeam, RunsItsBodyOnceOnTheCallersThread) {
+    for (int threads : {1, 3}) {
+        ScopedThreads scoped(threads);
+        int runs = 0;
+        std::thread::id here = std::this_thread::get_id();
+        with_team([&] { runs += std::this_thread::get_id() == here; });
+        EXPECT_EQ(runs, 1);
+        EXPECT_TRUE(refuses([] { with_team([] { fail("inside"); }); }, "inside"));
+    }
+}
+TEST(WithTeam, SharesTheLoopsInsideIt) {
+    ScopedThreads scoped(3);
+    with_team([] {
+        for (int round = 0; round < 3; round++) EXPECT_TRUE(shares(2, WORTH_WAKING));
+    });
+}
+// Ctrl-C ends what the calling thread waits for: it is not another thread that gets the signal.
+TEST(WithTeam, LeavesTheSignalToTheCaller) {
+    ScopedThreads scoped(3);
+    std::atomic<int> blocked = 0;
+    std::thread::id here = std::this_thread::get_id();
+    parallel_for(300, [&](int64_t) {
+        sigset_t set;
+        pthread_sigmask(SIG_BLOCK, nullptr, &set);
+        blocked += (std::this_thread::get_id() == here) == bool(sigismember(&set, SIGINT));
+    });
+    EXPECT_EQ(blocked, 0);
+}
 
 // -- 1.4 Rng ----------------------------------------------------------------------------------------
 

@@ -92,16 +92,6 @@ TEST(Dot, FusesItsProducts) {
     b[16] = 1 - e;   // both in lane 0: (1 + e) (1 - e) alone would round to 1
     EXPECT_EQ(dot_real_plain(a, b, 17), -e * e);
 }
-TEST(RowsPlain, WriteTheirRowsAtTheirStride) {
-    RandomMatrix w(Dtype::F32, 4, 3, 1);
-    Vector x = {1, 0, 0, -9, 0, 1, 0, -9}, out(20, 99);
-    rows_plain({out.data(), 10}, {x.data(), 4}, w.matrix, 2, 1, 3);
-    for (size_t i = 0; i < 20; i++) {
-        bool written = i == 1 || i == 2 || i == 11 || i == 12;
-        EXPECT_EQ(out[i], written ? w.row(int(i % 10))[i / 10] : 99) << i;
-    }
-}
-
 // out[t][i] is one chain of fma that begins with what was there, in the order of j.
 TEST(Weigh, IsAChainOfFmaInTheOrderOfTheRows) {
     for (Dtype dtype : ALL_DTYPES) {
@@ -238,10 +228,9 @@ TEST(IntDot, FollowsItsDefinition) {
         for (int n = block; n <= 20 * block; n += block) {
             RandomMatrix w(dtype, 2, n, uint64_t(n));
             Vector x = ragged(size_t(n), noise);
-            Ints ints(x, 1, block);
             DefinedInts defined(x, size_t(block));
             for (int r : {0, 1})
-                ASSERT_EQ(int_dot_plain(w.matrix, r, ints.rows), defined_int_dot(w, r, defined))
+                ASSERT_EQ(int_dot_plain(w.matrix, r, x.data()), defined_int_dot(w, r, defined))
                     << format_of(dtype).name << ", n " << n;
         }
     }
@@ -288,7 +277,7 @@ TEST(IntDot, IsNearTheSum) {
             Ints ints(x, 1, block);
             for (int r = 0; r < 20; r++) {
                 ExactSum exact = exact_int_dot(w, r, x, ints);
-                ASSERT_LE(std::fabs(int_dot_plain(w.matrix, r, ints.rows) - exact.sum), exact.bound)
+                ASSERT_LE(std::fabs(int_dot_plain(w.matrix, r, x.data()) - exact.sum), exact.bound)
                     << format_of(dtype).name << ", n " << n;
             }
         }
@@ -311,7 +300,7 @@ TEST(IntDot, DoesNotOverflow) {
         for (real sign : {real(1), real(-1)}) {
             Vector x(size_t(n), 127 * sign);
             Ints ints(x, 1, block);
-            float sum = int_dot_plain(w.matrix, 0, ints.rows);
+            float sum = int_dot_plain(w.matrix, 0, x.data());
             EXPECT_EQ(sum, defined_int_dot(w, 0, DefinedInts(x, size_t(block)))) << format_of(dtype).name;
             ExactSum exact = exact_int_dot(w, 0, x, ints);
             EXPECT_LE(std::fabs(sum - exact.sum), exact.bound)
@@ -327,8 +316,7 @@ TEST(IntDot, OfARowThatIsNotFiniteIsNotANumber) {
             for (int place : {0, block + 5, n - 1}) {
                 Vector x = Noise{}.vector(size_t(n));
                 x[size_t(place)] = bad;
-                Ints ints(x, 1, block);
-                EXPECT_TRUE(std::isnan(int_dot_plain(w.matrix, 0, ints.rows))) << format_of(dtype).name;
+                EXPECT_TRUE(std::isnan(int_dot_plain(w.matrix, 0, x.data()))) << format_of(dtype).name;
             }
         }
     }
@@ -337,8 +325,8 @@ TEST(IntDot, OfZeroIsZero) {
     for (Dtype dtype : QUANTISED) {
         int block = format_of(dtype).values;
         RandomMatrix w(dtype, 1, 3 * block, 1);
-        Ints ints(Vector(size_t(3 * block)), 1, block);
-        EXPECT_EQ(int_dot_plain(w.matrix, 0, ints.rows), 0) << format_of(dtype).name;
+        Vector x(size_t(3 * block));
+        EXPECT_EQ(int_dot_plain(w.matrix, 0, x.data()), 0) << format_of(dtype).name;
     }
 }
 
@@ -557,14 +545,14 @@ TEST(Matmul, SeveralProductsAreAsEachAlone) {
     }
 }
 TEST(Matmul, OfNothingDoesNothing) { matmul(std::span<const Product>{}); }
-TEST(MatmulAlone, IsAMatmul) {
+TEST(Matmul, WritesItsRowsAtTheirStride) {
     Noise noise;
     for (bool integers : {false, IN_FLOAT}) {
         ScopedKernels scoped(plain_kernels(integers));
         for (Dtype dtype : ALL_DTYPES) {
             RandomMatrix w(dtype, 21, 256, 3);
             Vector x = noise.vector(4 * 300), out(4 * 30, 99);
-            matmul_alone({out.data(), 30}, {x.data(), 300}, w.matrix, 4);
+            matmul({out.data(), 30}, {x.data(), 300}, w.matrix, 4);
             for (size_t i = 0; i < out.size(); i++) {
                 Vector token = slice(x, i / 30 * 300, 256);
                 ASSERT_EQ(out[i], i % 30 < 21 ? defined_product(w, int(i % 30), token) : 99) << i;

@@ -7,29 +7,33 @@
 
 constexpr Dtype CACHES[] = {REAL, Dtype::BF16, Dtype::Q8_0};
 
+static Cache cache_of(const Config& c, int context, Dtype dtype) {
+    return {c.n_layers + c.n_mtp, context, cache_parts(c), cache_part_width(c), dtype};
+}
+
 // Six heads of 32 on two kv heads: rows that Q8_0 can store.
 static Keys wide_dense() { return with(tiny_dense("qwen2"), {{"head_dim", "32"}}); }
 
 TEST(GqaCache, NumbersPerTokenAndLayer) {
     Config c = config_of(with(tiny_dense("qwen2"), {{"num_attention_heads", "12"}, {"head_dim", "128"}}));
     EXPECT_EQ(c.cache_width(), 512);   // R1-Distill-Qwen-1.5B: 2 kv heads of 128, keys and values
-    EXPECT_EQ(Cache::parts_of(c), 4);
-    EXPECT_EQ(Cache::width_of(c), 128);
+    EXPECT_EQ(cache_parts(c), 4);
+    EXPECT_EQ(cache_part_width(c), 128);
 }
 // R1-Distill-Qwen-1.5B, 28 layers: 28,672 bytes in 16 bits; 8 bits and an f16 a 32 numbers are 17 / 32 of it.
 TEST(GqaCache, BytesPerToken) {
     Config c = config_of(with(tiny_dense("qwen2"), {{"num_attention_heads", "12"}, {"head_dim", "128"},
                                                     {"num_hidden_layers", "28"}}));
-    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::F32), 1000u * 57344);
-    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::BF16), 1000u * 28672);
-    EXPECT_EQ(Cache::bytes(c, 1000, Dtype::Q8_0), 1000u * 28672 * 17 / 32);
+    EXPECT_EQ(cache_bytes(c, 1000, Dtype::F32), 1000u * 57344);
+    EXPECT_EQ(cache_bytes(c, 1000, Dtype::BF16), 1000u * 28672);
+    EXPECT_EQ(cache_bytes(c, 1000, Dtype::Q8_0), 1000u * 28672 * 17 / 32);
 }
 // The matrices of all layers and parts lie one after the other and fill the cache.
 TEST(GqaCache, PartsFollowEachOther) {
     for (Dtype dtype : CACHES) {
         Config c = config_of(wide_dense());
-        Cache cache(c, 5, dtype);
-        EXPECT_EQ(cache.pages.size(), Cache::bytes(c, 5, dtype));
+        Cache cache = cache_of(c, 5, dtype);
+        EXPECT_EQ(cache.pages.size(), cache_bytes(c, 5, dtype));
         const std::byte* at = cache.pages.data();
         for (int l = 0; l < c.n_layers; l++) {
             for (int part = 0; part < 4; part++) {
@@ -44,7 +48,7 @@ TEST(GqaCache, PartsFollowEachOther) {
 }
 TEST(GqaCache, StoresARowAndNothingElse) {
     for (Dtype dtype : CACHES) {
-        Cache cache(config_of(wide_dense()), 5, dtype);
+        Cache cache = cache_of(config_of(wide_dense()), 5, dtype);
         Vector x = Noise{}.vector(32), row(32);
         cache.store(1, 2, 3, x.data());
         std::string bytes(row_bytes(dtype, 32), '\0');
@@ -61,7 +65,7 @@ TEST(GqaCache, StoresARowAndNothingElse) {
 TEST(GqaCache, LosesHalfAStepAtMost) {
     Noise noise;
     for (Dtype dtype : CACHES) {
-        Cache cache(config_of(wide_dense()), 50, dtype);
+        Cache cache = cache_of(config_of(wide_dense()), 50, dtype);
         for (int pos = 0; pos < 50; pos++) {
             Vector x = noise.vector(32), row(32);
             cache.store(0, 1, pos, x.data());
@@ -80,16 +84,14 @@ TEST(GqaCache, LosesHalfAStepAtMost) {
 
 // -- 7.2 attend -------------------------------------------------------------------------------------
 
-// A session that attends: of its model only the context counts.
-struct Attending {
-    Model model;
-    std::unique_ptr<Session> session;
-
-    explicit Attending(int context) {
-        model.config = config_of(tiny_dense("llama"));
-        session = std::make_unique<Session>(model, SessionOptions{context, 1, MlaForm::ABSORBED});
-    }
-};
+// Some queries on one key head: query i sees the first n[i] positions.
+static void attend_some(Rows out, ConstRows q, const Matrix& k, const Matrix& v, real scale,
+                        std::span<const int> n) {
+    int64_t size = attention_scratch(n.back(), k.cols, v.cols);
+    Vector memory(size_t(size * n_threads()));
+    Attention a{out, q, 1, k, v, scale, n};
+    attend({&a, 1}, {memory.data(), size});
+}
 
 // Keys or values, stored like a cache: rows of `dtype` that lie `gap` bytes apart, and what they are worth.
 struct StoredRows {
@@ -167,17 +169,15 @@ static void expect_query(const AttendCase& a, int n, const real* q, const Stored
 // All queries at once: each near the formula, and with the bits that it has alone.
 static void expect_attention(const AttendCase& a, Noise& noise) {
     int Q = int(a.n.size()), n = a.n.back();
-    Attending at(n + 3);
     StoredRows k(n, a.dk, a.dtype, a.gap, noise), v(n, a.dv, a.dtype, a.gap, noise);
     Vector q = noise.vector(size_t(Q * (a.dk + 1))), out(size_t(Q * (a.dv + 2)), 99);
-    Past past{k.matrix, v.matrix, a.scale};
-    attend(*at.session, {out.data(), a.dv + 2}, {q.data(), a.dk + 1}, past, a.n);
+    attend_some({out.data(), a.dv + 2}, {q.data(), a.dk + 1}, k.matrix, v.matrix, a.scale, a.n);
     for (int i = 0; i < Q; i++) {
         const real *query = q.data() + i * (a.dk + 1), *got = out.data() + i * (a.dv + 2);
         int seen = a.n[size_t(i)];
         ASSERT_NO_FATAL_FAILURE(expect_query(a, seen, query, k, v, got));
         Vector alone(static_cast<size_t>(a.dv));
-        attend(*at.session, {alone.data(), a.dv}, {query, a.dk}, past, {&seen, 1});
+        attend_some({alone.data(), a.dv}, {query, a.dk}, k.matrix, v.matrix, a.scale, {&seen, 1});
         ASSERT_TRUE(same_bits(alone.data(), got, alone.size())) << "query " << i << " of " << Q;
         ASSERT_TRUE(got[a.dv] == 99 && got[a.dv + 1] == 99);
     }
@@ -222,21 +222,19 @@ TEST(Attend, OverFewerBitsIsOverTheirNumbers) {
         StoredRows k(50, 64, dtype, 0, noise), v(50, 32, dtype, 0, noise);
         Vector q = noise.vector(3 * 64), out(3 * 32), expected(3 * 32);
         std::vector<int> n = {48, 49, 50};
-        Attending at(50);
-        attend(*at.session, {out.data(), 32}, {q.data(), 64}, {k.matrix, v.matrix, 1}, n);
-        Past numbers{real_matrix(k.values.data(), 50, 64), real_matrix(v.values.data(), 50, 32), 1};
-        attend(*at.session, {expected.data(), 32}, {q.data(), 64}, numbers, n);
+        attend_some({out.data(), 32}, {q.data(), 64}, k.matrix, v.matrix, 1, n);
+        attend_some({expected.data(), 32}, {q.data(), 64}, real_matrix(k.values.data(), 50, 64),
+                    real_matrix(v.values.data(), 50, 32), 1, n);
         EXPECT_TRUE(same_bits(out, expected)) << format_of(dtype).name;
     }
 }
 
 // Keys, values and one query of the program's own numbers.
 static Vector attend_one(const Vector& q, const Vector& k, const Vector& v, real scale, int n) {
-    Attending at(n);
     int dk = int(q.size()), rows = int(k.size()) / dk, dv = int(v.size()) / rows;
     Vector out(static_cast<size_t>(dv));
-    Past past{real_matrix(k.data(), rows, dk), real_matrix(v.data(), rows, dv), scale};
-    attend(*at.session, {out.data(), dv}, {q.data(), dk}, past, {&n, 1});
+    attend_some({out.data(), dv}, {q.data(), dk}, real_matrix(k.data(), rows, dk),
+                real_matrix(v.data(), rows, dv), scale, {&n, 1});
     return out;
 }
 TEST(Attend, OfOneKeyIsItsValue) {
@@ -253,14 +251,46 @@ TEST(Attend, ReadsNoFurtherThanN) {
 // A query that sees less is not touched by what another of the same tile sees.
 TEST(Attend, EachQuerySeesItsOwnPast) {
     real nan = std::numeric_limits<real>::quiet_NaN();
-    Attending at(4);
     Vector q = {1, 1, 1}, k = {1, 1, nan, 1}, v = {2, 4, nan, 1}, out(3);
     std::vector<int> n = {1, 2, 3};
-    Past past{real_matrix(k.data(), 4, 1), real_matrix(v.data(), 4, 1), 1};
-    attend(*at.session, {out.data(), 1}, {q.data(), 1}, past, n);
+    attend_some({out.data(), 1}, {q.data(), 1}, real_matrix(k.data(), 4, 1), real_matrix(v.data(), 4, 1), 1,
+                n);
     EXPECT_EQ(out[0], 2);
     EXPECT_EQ(out[1], 3);
     EXPECT_TRUE(std::isnan(out[2]));
+}
+
+// The fast forms, which attend with many queries at once, against two loops: heads side by side or among
+// others, a past of any kind, any number of threads.
+TEST(Attend, EqualsTwoLoops) {
+    Noise noise;
+    for (const Kernels& kernel : available_kernels()) {
+        for (Dtype dtype : CACHES) {
+            for (auto [T, heads, others] :
+                 {std::tuple{1, 7, 0}, {5, 16, 0}, {5, 6, 6}, {40, 3, 9}, {9, 1, 5}}) {
+                int dk = 64, dv = 32, n = 30 + T;
+                StoredRows k(n, dk, dtype, 0, noise), v(n, dv, dtype, 0, noise);
+                Vector q = noise.vector(size_t(T * (heads + others) * dk));
+                Vector out(size_t(T * (heads + others) * dv), 7), expected = out;
+                std::vector<int> seen;
+                for (int t = 0; t < T; t++) seen.push_back(31 + t);
+                Attention a{{out.data(), (heads + others) * dv}, {q.data(), (heads + others) * dk}, heads,
+                            k.matrix, v.matrix, real(0.3), seen}, b = a;
+                b.out.data = expected.data();
+                int64_t size = attention_scratch(n, dk, dv);
+                Vector memory(size_t(size * 3));
+                ScopedKernels scoped(Kernels{});
+                attend_plain(b, {memory.data(), size});
+                kernels = kernel;
+                for (int threads : {1, 3}) {
+                    ScopedThreads some(threads);
+                    attend({&a, 1}, {memory.data(), size});
+                    ASSERT_TRUE(same_bits(out, expected)) << kernel.name << ", " << T << " tokens, " << heads
+                                                          << " heads, " << format_of(dtype).name;
+                }
+            }
+        }
+    }
 }
 
 // -- 7.3 gqa ----------------------------------------------------------------------------------------
@@ -282,7 +312,8 @@ TEST(Gqa, HeadsShareKvHeadsInOrder) {
     model.config = c;
     Session s(model, {8, 8, MlaForm::ABSORBED});
     std::fill_n(s.a.u, 8 * 60, real(1));
-    rope_table(s.a.cos_sin, make_rope(c.rope, 10), 8, 0);
+    model.rope = make_rope(c.rope, 10);
+    place(s, 8, 0);
     gqa(s, w, 0, 8, 0);
     for (int t = 0; t < 8; t++) {
         for (int i = 0; i < 60; i++) ASSERT_NEAR(s.a.y[t * 60 + i], i / 10 < 3 ? 1 : 2, 2 * chain_error(9));
@@ -296,10 +327,10 @@ TEST(Gqa, KeysAreCachedRotatedAndValuesAsTheyAre) {
     Noise noise;
     Vector u = noise.vector(size_t(c.D)), k(20), v(20), table(10), row(10);
     std::copy(u.begin(), u.end(), s.a.u);
-    rope_table(s.a.cos_sin, model.rope, 1, 3), rope_table(table.data(), model.rope, 1, 3);
+    place(s, 1, 3), rope_table(table.data(), model.rope, 1, 3);
     gqa(s, w, 0, 1, 3);
-    matmul(k.data(), u.data(), w.wk, 1), add_bias(k.data(), w.bk, 1);
-    matmul(v.data(), u.data(), w.wv, 1), add_bias(v.data(), w.bv, 1);
+    matmul({k.data(), 20}, {u.data(), c.D}, w.wk, 1), add_bias(k.data(), w.bk, 1);
+    matmul({v.data(), 20}, {u.data(), c.D}, w.wv, 1), add_bias(v.data(), w.bv, 1);
     for (int g = 0; g < 2; g++) {
         rope_half(k.data() + 10 * g, table.data(), 10);
         widen_plain(row.data(), s.cache.matrix(0, 2 * g), 3);
@@ -321,7 +352,7 @@ struct GqaRun {
         for (auto [pos, n] : {std::pair{0, 5}, std::pair{5, T}}) {
             Vector u = noise.vector(size_t(n * c.D));
             std::copy(u.begin(), u.end(), s.a.u);
-            rope_table(s.a.cos_sin, model.rope, n, pos);
+            place(s, n, pos);
             gqa(s, model.layers[1].gqa, 1, n, pos);
         }
         q.assign(s.a.q, s.a.q + T * c.H * c.head_dim), o.assign(s.a.o, s.a.o + T * c.H * c.head_dim);
@@ -335,8 +366,8 @@ struct GqaRun {
         for (int i = 0; i < T * c.H; i++) {
             int h = i % c.H, g = h / (c.H / c.G), n = 5 + i / c.H + 1;
             Matrix k = s.cache.matrix(1, 2 * g), v = s.cache.matrix(1, 2 * g + 1);
-            Past past{k, v, 1 / std::sqrt(real(c.head_dim))};
-            attend(s, {out.data(), c.head_dim}, {q.data() + i * c.head_dim, c.head_dim}, past, {&n, 1});
+            attend_some({out.data(), c.head_dim}, {q.data() + i * c.head_dim, c.head_dim}, k, v,
+                        1 / std::sqrt(real(c.head_dim)), {&n, 1});
             ASSERT_TRUE(same_bits(out.data(), o.data() + i * c.head_dim, out.size())) << "query " << i;
         }
     }

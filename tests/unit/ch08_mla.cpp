@@ -15,6 +15,7 @@ struct MlaCase {
     RandomMatrix wkv_b;
     Mla w;
     std::deque<Vector> transposed;
+    std::vector<Matrix> wk_b_transposed;                 // W^UK, of which W^UK^T is stored
     int T, pos;
     Dtype kv;
     Vector q, cache;
@@ -29,8 +30,8 @@ struct MlaCase {
         }
         for (int h = 0; h < c.H; h++) {
             Matrix k = wkv_b.matrix.view(h * (c.Dn + c.Dv), c.Dn);
+            wk_b_transposed.push_back(transpose(k).transpose());
             w.wk_b.push_back(k), w.wv_b.push_back(wkv_b.matrix.view(h * (c.Dn + c.Dv) + c.Dn, c.Dv));
-            w.wk_b_t.push_back(transpose(k));
         }
         Noise noise{{seed}};
         q = noise.vector(size_t(T * c.H * c.q_dim()));
@@ -57,7 +58,7 @@ struct MlaCase {
     Vector run(MlaForm form, Keep keep = Keep::W_UK, int threads = 1) const {
         ScopedThreads scoped(threads);
         Mla weights = w;
-        (keep == Keep::W_UK ? weights.wk_b_t : weights.wk_b).clear();
+        if (keep == Keep::TRANSPOSED) weights.wk_b = wk_b_transposed;
         Session s(model, {pos + T, T, form, kv});
         std::copy(q.begin(), q.end(), s.a.q);
         Vector row(size_t(model.config.cache_width()));
@@ -67,7 +68,8 @@ struct MlaCase {
             widen_plain(row.data(), s.cache.matrix(0, 0), j);
             EXPECT_TRUE(same_bits(row.data(), numbers, row.size())) << "kept numbers are kept once more";
         }
-        (form == MlaForm::NAIVE ? mla_naive : mla_absorbed)(s, weights, 0, T, pos);
+        for (int t = 0; t < T; t++) s.a.seen[t] = pos + t + 1;
+        attend_latent(s, weights, 0, T);
         return Vector(s.a.o, s.a.o + T * model.config.H * model.config.Dv);
     }
 };
@@ -259,18 +261,18 @@ TEST(MlaCache, BytesPerTokenOfTheReleasedModels) {
     const std::pair<const char*, size_t> expected[] = {{"61", 70272}, {"60", 69120}, {"27", 31104}};
     for (auto [layers, bytes] : expected) {
         Config c = mla_config(layers);
-        EXPECT_EQ(Cache::bytes(c, 1000, REAL), 1000 * bytes * sizeof(real) / 2) << layers;
-        EXPECT_EQ(Cache::bytes(c, 1000, Dtype::BF16), 1000 * bytes) << layers;
-        EXPECT_EQ(Cache::bytes(c, 1000, Dtype::Q8_0), 1000 * bytes * 17 / 32) << layers;
+        EXPECT_EQ(cache_bytes(c, 1000, REAL), 1000 * bytes * sizeof(real) / 2) << layers;
+        EXPECT_EQ(cache_bytes(c, 1000, Dtype::BF16), 1000 * bytes) << layers;
+        EXPECT_EQ(cache_bytes(c, 1000, Dtype::Q8_0), 1000 * bytes * 17 / 32) << layers;
     }
 }
 TEST(MlaCache, TheMtpModuleHasALayerOfItsOwn) {
     Config c = config_of(tiny_v3());
-    EXPECT_EQ(Cache::bytes(c, 1, REAL), size_t(3 + 1) * 24 * sizeof(real));
+    EXPECT_EQ(cache_bytes(c, 1, REAL), size_t(3 + 1) * 24 * sizeof(real));
 }
 TEST(MlaCache, IsOneMatrixALayer) {
     Config c = config_of(tiny_v3());
-    Cache cache(c, 5, REAL);
+    Cache cache(c.n_layers + c.n_mtp, 5, cache_parts(c), cache_part_width(c), REAL);
     EXPECT_EQ(cache.parts, 1);
     for (int l = 0; l <= c.n_layers; l++) {
         Matrix m = cache.matrix(l, 0);
@@ -288,9 +290,9 @@ TEST(MlaCache, HoldsTheNormedLatentAndTheRotatedKey) {
     Noise noise;
     Vector u = noise.vector(size_t(c.D)), kv(24), table(6), row(24);
     std::copy(u.begin(), u.end(), s.a.u);
-    rope_table(s.a.cos_sin, model.rope, 1, 3), rope_table(table.data(), model.rope, 1, 3);
+    place(s, 1, 3), rope_table(table.data(), model.rope, 1, 3);
     mla(s, w, 0, 1, 3);
-    matmul(kv.data(), u.data(), w.wkv_a, 1);
+    matmul({kv.data(), 24}, {u.data(), c.D}, w.wkv_a, 1);
     rmsnorm({kv.data(), 18}, {kv.data(), 18}, w.kv_norm, 1, 1e-6);
     rope_interleaved(kv.data() + 18, table.data(), 6);
     widen_plain(row.data(), s.cache.matrix(0, 0), 3);

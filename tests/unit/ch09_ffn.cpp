@@ -13,7 +13,7 @@ struct FfnCase {
     const Mlp& weights() const { return model.layers[0].mlp; }
     Vector run(const real* in, int T) const {
         Vector out(size_t(T * model.config.D));
-        swiglu(out.data(), in, weights(), T, session->a);
+        swiglu(out.data(), in, weights(), T, session->a.gate, session->a.up);
         return out;
     }
 };
@@ -29,7 +29,7 @@ static std::pair<long double, long double> exact_row(const Matrix& w, int r,
 }
 
 // Each row of numbers on its own, whatever their number and the threads.
-TEST(GateRows, MultipliesBySilu) {
+TEST(SiluTimes, MultipliesBySilu) {
     Noise noise;
     for (int width : {1, 7, 8, 40, 3000}) {
         for (int T : {1, 2, 9}) {
@@ -38,7 +38,7 @@ TEST(GateRows, MultipliesBySilu) {
             for (int threads : {1, 3, 8}) {
                 ScopedThreads scoped(threads);
                 Vector out = gate;
-                gate_rows(out.data(), up.data(), width, T);
+                silu_times(out.data(), up.data(), width, T);
                 for (size_t i = 0; i < out.size(); i++) {
                     long double x = gate[i], exact = x / (1 + std::exp(-x)) * up[i];
                     ASSERT_LE(std::fabs(out[i] - exact), std::fabs(exact) * (EXP_ERROR + 3.01L * U)) << i;
@@ -47,9 +47,9 @@ TEST(GateRows, MultipliesBySilu) {
         }
     }
 }
-TEST(GateRows, OfNoRowsWritesNothing) {
+TEST(SiluTimes, OfNoRowsWritesNothing) {
     real gate = 5, up = 7;
-    gate_rows(&gate, &up, 1, 0);
+    silu_times(&gate, &up, 1, 0);
     EXPECT_EQ(gate, 5);
 }
 

@@ -12,20 +12,23 @@ struct Gated {
     Gated(const Config& config, const Vector& logits, const Vector& bias = {}) : c(config) {
         affinity = choice = Vector(size_t(c.E)), weight = Vector(size_t(c.K)),
         idx = std::vector<int>(size_t(c.K));
-        route({logits.data(), affinity.data(), choice.data(), idx.data(), weight.data()}, bias.data(), c);
+        Routing r{logits.data(), affinity.data(), choice.data(), idx.data(), weight.data()};
+        if (c.gate == Gate::GREEDY) gate_greedy(r, gate_shape(c));
+        if (c.gate == Gate::GROUP_LIMITED_GREEDY) gate_group_limited_greedy(r, gate_shape(c));
+        if (c.gate == Gate::NOAUX_TC) gate_noaux_tc(r, bias.data(), gate_shape(c));
     }
 };
 
-struct GateShape {
+struct Experts {
     int E, K, n_group = 1, topk_group = 1;
 };
-static Config gate_config(Gate gate, GateShape s, double scale = 1, bool norm = false) {
+static Config gate_config(Gate gate, Experts s, double scale = 1, bool norm = false) {
     Config c;
     c.gate = gate, c.sigmoid_affinity = gate == Gate::NOAUX_TC, c.norm_topk = norm, c.routed_scale = scale;
     c.E = s.E, c.K = s.K, c.n_group = s.n_group, c.topk_group = s.topk_group;
     return c;
 }
-static Config v3_gate(GateShape s, double scale = 1) { return gate_config(Gate::NOAUX_TC, s, scale, true); }
+static Config v3_gate(Experts s, double scale = 1) { return gate_config(Gate::NOAUX_TC, s, scale, true); }
 
 // logit of a sigmoid, log of a softmax
 static Vector logits_of(const std::vector<double>& affinity, bool sigmoid) {
@@ -193,7 +196,8 @@ TEST(Dispatch, IsAStableSortByExpert) {
     int T = 50;
     for (int i = 0; i < T * c.K; i++)
         s.a.expert_idx[i] = i % c.K == 0 ? noise.below(3) : 3 + noise.below(4);   // none for 7
-    std::vector<int> first = dispatch(s.a, c, T), order(size_t(T * c.K));
+    std::vector<int> first = dispatch(s.a.slot, s.a.slot_token, s.a.expert_idx, T, c.K, c.E);
+    std::vector<int> order(size_t(T * c.K));
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return s.a.expert_idx[a] < s.a.expert_idx[b]; });
@@ -280,8 +284,8 @@ static void expect_experts(const Model& model, int T, int threads) {
     std::copy(u.begin(), u.end(), s.a.u);
     for (int i = 0; i < T * c.K; i++)
         s.a.expert_idx[i] = i % c.K == 0 ? noise.below(3) : 2 + 2 * (i % c.K) - noise.below(2);
-    std::vector<int> first = dispatch(s.a, c, T);
-    run_experts(s.a, w, c, first, T);
+    std::vector<int> first = dispatch(s.a.slot, s.a.slot_token, s.a.expert_idx, T, c.K, c.E);
+    run_experts({s.a.u, T, first, s.a.slot_token, s.a.expert_in, s.a.expert_out, s.a.y, s.a.gate, s.a.up}, w);
     for (size_t e = 0; e < size_t(c.E); e++) {
         for (int slot = first[e]; slot < first[e + 1]; slot++) {
             Vector expected = expert_alone(w.experts[e], u.data() + size_t(s.a.slot_token[slot]) * D);

@@ -295,31 +295,3 @@ TEST(Prefill, StopsWhenInterrupted) {
     interrupted = 0;
     EXPECT_EQ(s.length, 4);
 }
-
-// -- 11.3 the memory plan ---------------------------------------------------------------------------
-
-TEST(Memory, AControlGroupLeavesItsLimitLessWhatIsNotAFile) {
-    fs::path v1 = scratch("group_v1"), v2 = scratch("group_v2");
-    write_text(v1 / "memory.limit_in_bytes", "1000000\n");
-    write_text(v1 / "memory.usage_in_bytes", "700000\n");
-    write_text(v1 / "memory.stat", "inactive_file 1\ntotal_inactive_file 100000\ntotal_active_file 50000\n");
-    EXPECT_EQ(left_in_group(v1, true), 450000u);
-    EXPECT_EQ(left_in_group(v1, false), UINT64_MAX);
-    write_text(v2 / "memory.max", "1000000\n");
-    write_text(v2 / "memory.current", "700000\n");
-    write_text(v2 / "memory.stat", "anon 550000\ninactive_file 100000\nactive_file 50000\n");
-    EXPECT_EQ(left_in_group(v2, false), 450000u);
-    write_text(v2 / "memory.current", "1300000\n");
-    EXPECT_EQ(left_in_group(v2, false), 0u);
-    write_text(v2 / "memory.max", "max\n");
-    EXPECT_EQ(left_in_group(v2, false), UINT64_MAX);
-}
-TEST(Memory, WeightsGetWhatTheSessionAndOtherProgramsLeave) {
-    EXPECT_EQ((MemoryPlan{0, 300, 100, 1000}.left_for_weights()), 500u);
-    EXPECT_EQ((MemoryPlan{0, 850, 100, 1000}.left_for_weights()), 0u);
-    EXPECT_EQ((MemoryPlan{0, 300, 100, 0}.left_for_weights()), 0u);   // the system does not say
-}
-TEST(Memory, SomeIsAvailable) {
-    EXPECT_GT(available_memory(), 0u);
-    EXPECT_LE(available_memory(), system_number("/proc/meminfo", "MemTotal:").value() * 1024);
-}

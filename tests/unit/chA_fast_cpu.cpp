@@ -41,22 +41,23 @@ static void products(const Kernels& k, const Matrix& w, bool wild, Part p) {
     Vector x = activations(p.T, stride, wild, noise);
     Vector expected(size_t(p.T) * size_t(w.rows + 1), 7), out = expected;
     rows_plain({expected.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
-    k.rows({out.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
+    k.target->rows({out.data(), w.rows + 1}, {x.data(), stride}, w, p.T, p.begin, p.end);
     ASSERT_TRUE(same_bits(expected, out)) << label();
-    if (k.arrange) {
+    if (k.target->arrange) {
         std::fill(out.begin(), out.end(), real(7));
         Vector arranged(arranged_size(w.cols) * size_t((p.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS));
         for (int t = 0; t < p.T; t += ARRANGED_TOKENS)
-            k.arrange(arranged.data() + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols),
+            k.target->arrange(arranged.data() + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols),
                       {x.data() + size_t(t) * size_t(stride), stride}, std::min(ARRANGED_TOKENS, p.T - t),
                       w.cols);
-        k.arranged_rows({out.data(), w.rows + 1}, arranged.data(), w, p.T, p.begin, p.end);
+        k.target->arranged_rows({out.data(), w.rows + 1}, arranged.data(), w, p.T, p.begin, p.end);
         ASSERT_TRUE(same_bits(expected, out)) << label() << ", arranged";
     }
     if (!quantised(w.dtype)) return;
-    Ints ints(activations(p.T, w.cols, wild, noise), p.T, format_of(w.dtype).values, k);
-    int_rows_plain({expected.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
-    k.int_rows({out.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
+    Vector dense = activations(p.T, w.cols, wild, noise);
+    Ints ints(dense, p.T, format_of(w.dtype).values, k);
+    int_rows_plain({expected.data(), w.rows + 1}, {dense.data(), w.cols}, w, p.T, p.begin, p.end);
+    k.target->int_rows({out.data(), w.rows + 1}, ints.rows, w, p.T, p.begin, p.end);
     ASSERT_TRUE(same_bits(expected, out)) << label() << ", integers";
 }
 
@@ -197,8 +198,8 @@ TEST(FastCpu, IntegersDoNotOverflow) {
                 Vector x(size_t(T * n), 127), expected(size_t(T) * 17), out = expected;
                 for (size_t i = 0; i < x.size(); i++) if (i / size_t(n) % 2) x[i] = -127;
                 Ints ints(x, T, block, k);
-                int_rows_plain({expected.data(), 17}, ints.rows, w.matrix, T, 0, 17);
-                k.int_rows({out.data(), 17}, ints.rows, w.matrix, T, 0, 17);
+                int_rows_plain({expected.data(), 17}, {x.data(), n}, w.matrix, T, 0, 17);
+                k.target->int_rows({out.data(), 17}, ints.rows, w.matrix, T, 0, 17);
                 ASSERT_TRUE(same_bits(expected, out)) << format_of(dtype).name << ", T " << T;
             }
         }
@@ -408,7 +409,7 @@ TEST(ChooseKernels, TakesWhatIsAskedFor) {
     for (const Kernels& k : available_kernels()) {
         choose_kernels(k.name, false);
         EXPECT_STREQ(kernels.name, k.name);
-        EXPECT_EQ(kernels.rows, k.rows);
+        EXPECT_EQ(kernels.target, k.target);
     }
 }
 TEST(ChooseKernels, ExactLeavesTheIntegersOut) {

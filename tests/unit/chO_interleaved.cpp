@@ -7,7 +7,7 @@ constexpr Dtype INTERLEAVED[] = {Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K};
 
 static std::vector<Kernels> interleaving_kernels() {
     std::vector<Kernels> all = available_kernels();
-    std::erase_if(all, [](const Kernels& k) { return !k.interleaved_rows; });
+    std::erase_if(all, [](const Kernels& k) { return !k.rearrange; });
     return all;
 }
 
@@ -57,8 +57,8 @@ static void expect_products(const Matrix& w, const Matrix& side, int T, int begi
     if (wild) x[x.size() / 2] = real(INFINITY), x[x.size() / 3] = real(NAN);
     Ints ints(x, T, 256, kernels);
     Vector expected(size_t(T) * size_t(w.rows + 1), 7), out = expected;
-    int_rows_plain({expected.data(), w.rows + 1}, ints.rows, w, T, begin, end);
-    kernels.interleaved_rows({out.data(), w.rows + 1}, ints.rows, side, T, begin, end);
+    int_rows_plain({expected.data(), w.rows + 1}, {x.data(), w.cols}, w, T, begin, end);
+    kernels.target->interleaved_rows({out.data(), w.rows + 1}, ints.rows, side, T, begin, end);
     ASSERT_TRUE(same_bits(expected, out)) << text_of("%s, %s, %d columns, rows %d to %d, T %d", kernels.name,
                                                      format_of(w.dtype).name, w.cols, begin, end, T);
 }
@@ -111,10 +111,11 @@ TEST(Interleaved, ProductsEqualPlainForTheLargestSums) {
             Interleaved side(w.matrix);
             for (real x : {real(1), real(-1)}) {
                 for (int T : {1, 3}) {
-                    Ints ints(Vector(size_t(T) * 512, x), T, 256, k);
+                    Vector same(size_t(T) * 512, x);
+                    Ints ints(same, T, 256, k);
                     Vector expected(size_t(T) * SIDE), out = expected;
-                    int_rows_plain({expected.data(), SIDE}, ints.rows, w.matrix, T, 0, SIDE);
-                    k.interleaved_rows({out.data(), SIDE}, ints.rows, side.matrix, T, 0, SIDE);
+                    int_rows_plain({expected.data(), SIDE}, {same.data(), 512}, w.matrix, T, 0, SIDE);
+                    k.target->interleaved_rows({out.data(), SIDE}, ints.rows, side.matrix, T, 0, SIDE);
                     EXPECT_TRUE(same_bits(expected, out)) << k.name << ", " << format_of(d).name;
                 }
             }
@@ -149,7 +150,7 @@ TEST(Interleave, AModelGivesTheSameBits) {
         for (const Kernels& k : interleaving_kernels()) {
             ScopedKernels scoped(k);
             Model dense = quantised_model(keys), side = quantised_model(keys);
-            interleave(side, UINT64_MAX, no_progress);
+            rearrange(side, UINT64_MAX, no_progress);
             ASSERT_TRUE(side.head.interleaved) << k.name;
             std::vector<int> ids = random_ids(20, 64);
             for (int chunk : {1, 2, 3, 20}) {
@@ -165,7 +166,7 @@ TEST(Interleave, TakesWhatEachTokenNeedsWhole) {
     for (const Kernels& k : interleaving_kernels()) {
         ScopedKernels scoped(k);
         Model dense = quantised_model(large_dense()), v3 = quantised_model(large_v3());
-        interleave(dense, UINT64_MAX, no_progress), interleave(v3, UINT64_MAX, no_progress);
+        rearrange(dense, UINT64_MAX, no_progress), rearrange(v3, UINT64_MAX, no_progress);
         for (const Layer& l : dense.layers)
             for (const Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mlp.w_gate, &l.mlp.w_up,
                                     &l.mlp.w_down})
@@ -182,7 +183,7 @@ TEST(Interleave, LeavesAMatrixAloneThatIsAlsoTheEmbedding) {
     for (const Kernels& k : interleaving_kernels()) {
         ScopedKernels scoped(k);
         Model m = quantised_model(with(large_dense(), {{"tie_word_embeddings", "true"}}));
-        interleave(m, UINT64_MAX, no_progress);
+        rearrange(m, UINT64_MAX, no_progress);
         EXPECT_FALSE(m.head.interleaved);
         EXPECT_TRUE(m.layers[0].gqa.wq.interleaved);
     }
@@ -194,17 +195,17 @@ TEST(Interleave, LeavesAModelAlone) {
         size_t total = 0;
         Model m = quantised_model(large_dense());
         kernels.integers = false;
-        interleave(m, UINT64_MAX, no_progress);
+        rearrange(m, UINT64_MAX, no_progress);
         EXPECT_FALSE(m.head.interleaved) << k.name;
         kernels.integers = true;
-        if (k.interleaved_rows) interleave(m, UINT64_MAX, [&](size_t, size_t all) { total = all; });
+        if (k.rearrange) rearrange(m, UINT64_MAX, [&](size_t, size_t all) { total = all; });
         m = quantised_model(large_dense());
         testing::internal::CaptureStderr();
-        interleave(m, k.interleaved_rows ? total - 1 : UINT64_MAX, no_progress);
+        rearrange(m, k.rearrange ? total - 1 : UINT64_MAX, no_progress);
         std::string said = testing::internal::GetCapturedStderr();
-        EXPECT_EQ(said.starts_with("weights stay as they are"), k.interleaved_rows != nullptr) << k.name;
+        EXPECT_EQ(said.starts_with("weights stay as they are"), k.rearrange != nullptr) << k.name;
         EXPECT_FALSE(m.head.interleaved) << k.name;
-        EXPECT_EQ(total > 500000, k.interleaved_rows != nullptr) << k.name;
+        EXPECT_EQ(total > 500000, k.rearrange != nullptr) << k.name;
     }
 }
 // A mapped file is not written to, its neighbours on a page stay, and the model keeps its name.
@@ -223,7 +224,7 @@ TEST(Interleave, AFileStaysAsItIs) {
         m.head.data = mapped + OFFSET;
         m.checkpoint.tensors["head"] = {"f", "Q4_K", {320, 512}, m.head.data, w.bytes.size() - 1};
         uint64_t name = fingerprint(m);
-        interleave(m, before.size(), no_progress);
+        rearrange(m, before.size(), no_progress);
         ASSERT_TRUE(m.head.interleaved);
         EXPECT_EQ(fingerprint(m), name);
         std::string now(reinterpret_cast<const char*>(mapped), before.size());

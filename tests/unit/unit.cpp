@@ -19,6 +19,7 @@
 #include "ch11_model.cpp"
 #include "ch12_talking.cpp"
 #include "ch13_mtp.cpp"
+#include "ch19_bill.cpp"
 #include "chA_fast_cpu.cpp"
 #include "chO_interleaved.cpp"
 #if __has_include("tokenizer.cpp")

@@ -256,6 +256,18 @@ inline std::string extreme_block(Dtype dtype) {
 
 // -- activations in small integers ------------------------------------------------------------------
 
+// A vector x in small integers by the definition of 5.2, in the order that the fast kernels read.
+inline void quantise_plain(const IntRows& out, const real* x) {
+    for (int b = 0; b < out.n / out.block; b++, x += out.block) {
+        IntRows block = out.at(0, b);
+        *block.d = quantise_block_plain(block.q, x, out.block);
+        for (int i = 0; i < out.block; i++) {
+            int16_t& sum = block.sums[i / GROUP];
+            sum = int16_t((i % GROUP ? sum : 0) + block.q[i]);
+        }
+    }
+}
+
 // T vectors of n numbers, quantised by k.
 struct Ints {
     std::vector<int8_t> q;
@@ -268,7 +280,23 @@ struct Ints {
         d.assign(size_t(rows.blocks(T)), 9999);
         q.assign(d.size() * size_t(block), 99), sums.assign(q.size() / GROUP, 9999);
         rows.q = q.data(), rows.sums = sums.data(), rows.d = d.data();
-        for (int t = 0; t < T; t++) k.quantise(rows.vector(t), x.data() + size_t(t) * size_t(rows.n));
+        auto quantise = k.target ? k.target->quantise : quantise_plain;
+        for (int t = 0; t < T; t++) quantise(rows.vector(t), x.data() + size_t(t) * size_t(rows.n));
     }
     Ints(const Ints&) = delete;
 };
+
+// out[t][r] = W[r] . x[t] for the rows begin <= r < end, by the definitions of 5.1 and of 5.2.
+inline void rows_plain(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    for (int t = 0; t < T; t++)
+        for (int r = begin; r < end; r++) out[t][r] = dot_row_plain(w, r, x[t]);
+}
+inline void int_rows_plain(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
+    for (int t = 0; t < T; t++)
+        for (int r = begin; r < end; r++) out[t][r] = int_dot_plain(w, r, x[t]);
+}
+
+// out: (T, w.rows)   x: (T, w.cols)   dense
+inline void matmul(real* out, const real* x, const Matrix& w, int T) {
+    matmul({out, w.rows}, {x, w.cols}, w, T);
+}
