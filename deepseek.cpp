@@ -11,19 +11,23 @@
 //   0   How to read this file      contents, notation, reading routes
 //   1   Ground rules               errors, memory, the parallel loop, random numbers, taps
 //   2   Numbers                    bf16, f16, e4m3 with scale blocks, blocks of integers
-//   3   Files                      config.json, safetensors, binding a tensor to its place
+//   3   Files                      JSON, config.json, safetensors, writing whole or not at all
 //   4   Text to tokens             one prompt on its way through tokenizer.h
 //   5   Small operations           dot, matmul, softmax, silu, rmsnorm, top_k
 //   6   Positions                  RoPE in two layouts, YaRN, llama3 scaling
-//   7   Attention I: GQA           one query against many keys; what MLA replaces
+//   7   Attention I: GQA           causal attention as two loops, the cache, grouped heads
 //   8   Attention II: MLA          the latent cache, the naive and the absorbed form
 //   9   Feed-forward               SwiGLU
 //   10  Mixture of experts         three gates, dispatch, combine
-//   11  The model                  block, forward, head
+//   11  The model                  weights, cache, block, forward, head
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
-//   19  The bill               parameters, memory, bytes of the cache
-//   21  Command line           options, commands, main
+//   19  The bill                   parameters, memory, bytes of the cache
+//   21  Command line               options, commands, main
+//
+// Three headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
+// usable) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations again, as fast as the processor
+// can) after chapter 10. The book can be read without them.
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -42,7 +46,8 @@
 // V3 = arXiv 2412.19437.
 //
 // Three routes. To see a whole forward pass: 5, 11, then whatever `block` calls. To learn what is new in
-// DeepSeek: 7, 8, 10, 13. To check a kernel: 1 (taps), 2, 5, simd.h, then `deepseek logits --taps`.
+// DeepSeek: 7, 8, 10, 13. To check a kernel: 1 (taps), 2, the operation's chapter, then `deepseek logits
+// --taps`.
 
 #include <algorithm>
 #include <array>
@@ -357,10 +362,10 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // and not in every tensor, so they are read as they stand. Blocks at the edges may be partial: V3's
 // kv_a_proj has 576 = 4.5 * 128 rows and 5 rows of scales.
 //
-// Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
-// them. Every widening is exact.
-
-// llama.cpp's files (gguf.h) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+// llama.cpp's files store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+//
+// Weights stay in the file's format, in the file's mapping; the inner loops of chapter 5 widen them. Every
+// widening is exact.
 
 enum class Dtype : uint8_t {
     F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
@@ -485,7 +490,7 @@ struct Matrix {
     Dtype dtype = Dtype::F32;
     int rows = 0, cols = 0, first_row = 0;
     size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
-    bool interleaved = false;           // sixteen rows side by side: appendix O
+    bool interleaved = false;           // sixteen rows side by side, as a fast kernel wants them (5.4)
     bool transposed = false;            // what is stored is W^T (cols, rows)
     int pairs = 0;                      // rows of a head, stored x0 x_d/2 x1 x_d/2+1 ...; 0: in order
 
@@ -527,22 +532,6 @@ using Vector = std::vector<real>;
 //      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
 //
 // Such weights are llama.cpp's, and gguf.h packs and unpacks them.
-
-// -- 2.4  a row of the cache in eight bits ------------------------------------------------------
-
-// 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
-inline void quantise_q8_0(std::byte* out, const real* x) {
-    constexpr float INF = std::numeric_limits<float>::infinity();
-    float top = 0;
-    for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
-    uint16_t d = float_to_f16(top / 127);
-    float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
-    std::memcpy(out, &d, 2);
-    for (int i = 0; i < 32; i++) {
-        float q = inverse > 0 ? std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f) : 0;
-        out[2 + i] = std::byte(int8_t(q));
-    }
-}
 
 // =================================================================================================
 // Chapter 3. Files
@@ -1791,6 +1780,20 @@ inline void attend(std::span<const Attention> heads, Rows scratch) {
 
 // -- 7.2  the cache: keys and values of the past -------------------------------------------------
 
+// 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
+inline void quantise_q8_0(std::byte* out, const real* x) {
+    constexpr float INF = std::numeric_limits<float>::infinity();
+    float top = 0;
+    for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
+    uint16_t d = float_to_f16(top / 127);
+    float inverse = f16_to_float(d) > 0 ? 1 / f16_to_float(d) : 0;
+    std::memcpy(out, &d, 2);
+    for (int i = 0; i < 32; i++) {
+        float q = inverse > 0 ? std::clamp(std::nearbyint(float(x[i]) * inverse), -127.0f, 127.0f) : 0;
+        out[2 + i] = std::byte(int8_t(q));
+    }
+}
+
 // Writes n numbers as a row of REAL, BF16 or Q8_0.
 inline void store_row(std::byte* out, const real* x, int n, Dtype dtype) {
     if (dtype == REAL) std::memcpy(out, x, size_t(n) * sizeof(real));
@@ -1934,7 +1937,7 @@ inline void mla_naive(const LatentAttention& a) {
     });
 }
 
-// As mla_naive, without expanding the cache.                                                  V2 appendix C
+// As mla_naive, without expanding the cache.                                              V2's appendix C
 inline void mla_absorbed(const LatentAttention& a) {
     int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
     int T = int(a.n.size()), dk = Dn + a.Dr, latent = Rkv + a.Dr;
@@ -2964,7 +2967,8 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
             emit(id);
             if (forced) break;                           // what was drafted after it no longer follows
         }
-        s.length = std::min(s.length, int(s.tokens.size()) - 1);   // forget a rejected draft
+        // A rejected draft is forgotten: its row of the cache lies beyond `length`, and is written anew.
+        s.length = std::min(s.length, int(s.tokens.size()) - 1);
         if (int(s.tokens.size()) > s.options.context || stats.generated == g.max_tokens) break;
         stats.steps++;
         next = g.mtp ? mtp_step(s, g, stats) : plain_step(s, g);
@@ -3259,10 +3263,10 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     Distribution q = distribution(logits.data(), c.V, g.sampling);
     int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
     forward(s, pair, s.length);
-    Vector both = last_logits(s, 2);
+    Vector both = last_logits(s, 2);       // row 0: what follows the last token; row 1: what follows the draft
     int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
     stats.drafted++;
-    if (next != draft) return {next};
+    if (next != draft) return {next};      // row 1 is void; `generate` shortens the cache by the draft's row
     stats.accepted++;
     return {draft, sample(distribution(both.data() + c.V, c.V, g.sampling), g.rng)};
 }
