@@ -24,10 +24,6 @@
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   C   Command line               options, run, chat, main
 //   D   Tools                      tokenize, logits, perplexity, info, bench, quantize
-//   F   GGUF files                 the container of llama.cpp
-//   G   GGUF models                its metadata as a Config, its vocabulary as a tokenizer
-//   H   Quantising                 blocks by least squares, mixtures of formats
-//   I   GGUF: writing              a model as a file that llama.cpp reads
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -626,7 +622,7 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
 // Weights stay in the file's format, in the file's mapping; the inner loops of chapters 5 and A widen
 // them. Every widening is exact.
 
-// GGUF files (appendix F) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
+// llama.cpp's files (gguf.h) store weights in blocks of 32 or 256 with scales of their own: section 2.3.
 
 enum class Dtype : uint8_t {
     F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
@@ -637,16 +633,13 @@ constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
 struct Format {
     const char* name;
     int values, bytes;
-    int ggml_type;                       // number in a GGUF file, -1: none
     bool minimums;                       // blocks have a minimum beside the scale
 };
 constexpr Format FORMATS[] = {
-    {"F64", 1, 8, -1, false},     {"F32", 1, 4, 0, false},
-    {"BF16", 1, 2, 30, false},    {"F16", 1, 2, 1, false},
-    {"F8_E4M3", 1, 1, -1, false}, {"Q4_0", 32, 18, 2, false},   {"Q4_1", 32, 20, 3, true},
-    {"Q5_0", 32, 22, 6, false},   {"Q5_1", 32, 24, 7, true},    {"Q8_0", 32, 34, 8, false},
-    {"Q2_K", 256, 84, 10, true},  {"Q3_K", 256, 110, 11, false}, {"Q4_K", 256, 144, 12, true},
-    {"Q5_K", 256, 176, 13, true}, {"Q6_K", 256, 210, 14, false}};
+    {"F64", 1, 8, false},     {"F32", 1, 4, false},     {"BF16", 1, 2, false},    {"F16", 1, 2, false},
+    {"F8_E4M3", 1, 1, false}, {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},   {"Q5_0", 32, 22, false},
+    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},  {"Q2_K", 256, 84, true},  {"Q3_K", 256, 110, false},
+    {"Q4_K", 256, 144, true}, {"Q5_K", 256, 176, true}, {"Q6_K", 256, 210, false}};
 constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
 constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
 inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
@@ -707,10 +700,47 @@ inline uint16_t float_to_f16(float x) {                  // the same
     return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
 }
 
+inline uint8_t float_to_e4m3(float f) {                  // the same; |f| beyond 448 becomes 448
+    uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
+    bits &= 0x7FFFFFFF;
+    if (std::isnan(f)) return uint8_t(sign | 127);
+    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));   // below 2^-6
+    uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return uint8_t(sign | std::min(rounded, 126u));
+}
+
+// How a row of each dtype reads as numbers.
+struct F64Row {
+    const std::byte* p;
+    real operator()(int i) const { return real(load<double>(p + 8 * size_t(i))); }
+};
+struct F32Row {
+    const std::byte* p;
+    real operator()(int i) const { return load<float>(p + 4 * size_t(i)); }
+};
+struct Bf16Row {
+    const std::byte* p;
+    real operator()(int i) const { return bf16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
+};
+struct F16Row {
+    const std::byte* p;
+    real operator()(int i) const { return f16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
+};
+struct E4m3Row {
+    const std::byte* p;
+    real operator()(int i) const { return E4M3[size_t(p[i])]; }
+};
+
+template <class Row> void widen_into(real* out, Row w, int n) {
+    for (int i = 0; i < n; i++) out[i] = w(i);
+}
+
 // -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
 // y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
 // some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
+// llama.cpp's files may hold W in another way (gguf.h), which matmul undoes. Rows and views are then those of
+// what is stored.
 struct Matrix {
     const std::byte* data = nullptr;
     const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
@@ -718,6 +748,8 @@ struct Matrix {
     int rows = 0, cols = 0, first_row = 0;
     size_t stride = 0;                  // bytes from row to row where they are not dense, else 0
     bool interleaved = false;           // sixteen rows side by side: appendix O
+    bool transposed = false;            // what is stored is W^T (cols, rows)
+    int pairs = 0;                      // rows of a head, stored x0 x_d/2 x1 x_d/2+1 ...; 0: in order
 
     explicit operator bool() const { return data != nullptr; }
     const std::byte* row(int r) const {
@@ -733,6 +765,12 @@ struct Matrix {
         part.data = row(begin), part.rows = count, part.first_row = first_row + begin;
         return part;
     }
+    Matrix transpose() const {          // W^T, without moving anything
+        Matrix t = *this;
+        t.rows = cols, t.cols = rows, t.transposed = !transposed;
+        return t;
+    }
+    Matrix stored() const { return transposed ? transpose() : *this; }
 };
 
 // Numbers of the program's own as a matrix.
@@ -750,118 +788,7 @@ using Vector = std::vector<real>;
 //
 //      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
 //
-// Q8_0, Q4_0 and their like: 32 values, scale 1. The K formats: 256 values, a scale (and a minimum) for
-// each 16 or 32 of them, so that outliers spoil few neighbours. Layouts: ggml-common.h of llama.cpp.
-
-struct Block {
-    int8_t q[256];
-    int16_t scale[16], minimum[16];
-    float d, m;
-};
-
-using Bytes = const uint8_t*;
-
-inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
-
-// Nibble i of 32 packed in 16 bytes: the low ones first.
-inline int nibble(Bytes p, int i) { return i < 16 ? p[i] & 15 : p[i - 16] >> 4; }
-
-inline void unpack_q4_q5(Block& b, Bytes p, Dtype dtype) {
-    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimum = format_of(dtype).minimums;
-    b.d = f16_at(p), p += 2;
-    if (minimum) b.m = f16_at(p), p += 2;
-    uint32_t high = five ? load<uint32_t>(p) : 0;
-    if (five) p += 4;
-    for (int i = 0; i < 32; i++)
-        b.q[i] = int8_t((nibble(p, i) | int(high >> i & 1) << 4) - (minimum ? 0 : five ? 16 : 8));
-    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = int16_t(minimum ? -1 : 0);
-}
-
-inline void unpack_q8_0(Block& b, Bytes p) {
-    b.d = f16_at(p);
-    std::memcpy(b.q, p + 2, 32);
-    for (int g = 0; g < 2; g++) b.scale[g] = 1, b.minimum[g] = 0;
-}
-
-// 2-bit field of value i in 64 bytes: 32 bytes serve 128 values, four to a byte, 32 apart.
-inline int crumb(Bytes p, int i) { return p[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
-
-inline void unpack_q2_k_scales(Block& b, Bytes p) {
-    for (int g = 0; g < 16; g++) b.scale[g] = p[g] & 15, b.minimum[g] = p[g] >> 4;
-}
-
-inline void unpack_q2_k(Block& b, Bytes p) {
-    unpack_q2_k_scales(b, p);
-    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(p + 16, i));
-    b.d = f16_at(p + 80), b.m = f16_at(p + 82);
-}
-
-inline void unpack_q3_k_scales(Block& b, Bytes p) {
-    Bytes s = p + 96;
-    for (int g = 0; g < 16; g++) {
-        int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
-        b.scale[g] = int16_t((four | two << 4) - 32), b.minimum[g] = 0;
-    }
-}
-
-inline void unpack_q3_k(Block& b, Bytes p) {
-    unpack_q3_k_scales(b, p);
-    Bytes high = p, low = p + 32;                                  // the third bit is stored inverted
-    for (int i = 0; i < 256; i++) b.q[i] = int8_t(crumb(low, i) - (high[i % 32] >> (i / 32) & 1 ? 0 : 4));
-    b.d = f16_at(p + 108);
-}
-
-// Q4_K, Q5_K: six-bit scales and minimums of eight groups of 32, in 12 bytes.
-inline void unpack_six_bits(Block& b, Bytes s) {
-    for (int j = 0; j < 8; j++) {
-        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
-        int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
-        for (int g : {2 * j, 2 * j + 1}) b.scale[g] = int16_t(scale), b.minimum[g] = int16_t(minimum);
-    }
-}
-
-inline void unpack_q4_q5_k(Block& b, Bytes p, bool five) {
-    b.d = f16_at(p), b.m = f16_at(p + 2);
-    unpack_six_bits(b, p + 4);
-    Bytes high = p + 16, low = five ? p + 48 : p + 16;
-    for (int i = 0; i < 256; i++) {
-        int four = low[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
-        b.q[i] = int8_t(four | (five ? high[i % 32] >> (i / 32) & 1 : 0) << 4);
-    }
-}
-
-inline void unpack_q6_k(Block& b, Bytes p) {
-    Bytes low = p, high = p + 128;
-    for (int i = 0; i < 256; i++) {
-        int four = low[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
-        b.q[i] = int8_t((four | crumb(high, i) << 4) - 32);
-    }
-    for (int g = 0; g < 16; g++) b.scale[g] = int8_t(p[192 + g]), b.minimum[g] = 0;
-    b.d = f16_at(p + 208);
-}
-
-// Fills the values, scales and minimums of one block of a quantised dtype.
-inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
-    Bytes p = reinterpret_cast<Bytes>(block);
-    b.m = 0;
-    switch (dtype) {
-    case Dtype::Q8_0: return unpack_q8_0(b, p);
-    case Dtype::Q2_K: return unpack_q2_k(b, p);
-    case Dtype::Q3_K: return unpack_q3_k(b, p);
-    case Dtype::Q4_K:
-    case Dtype::Q5_K: return unpack_q4_q5_k(b, p, dtype == Dtype::Q5_K);
-    case Dtype::Q6_K: return unpack_q6_k(b, p);
-    default: return unpack_q4_q5(b, p, dtype);
-    }
-}
-
-// out: the block's values. The order of the operations is that of llama.cpp, to the bit.
-inline void dequantise(real* out, const Block& b, int values) {
-    for (int i = 0; i < values; i++) {
-        float scale = b.d * float(b.scale[i / 16]), minimum = b.m * float(b.minimum[i / 16]);
-        out[i] = scale * float(b.q[i]) - minimum;
-    }
-}
+// Such weights are llama.cpp's, and gguf.h packs and unpacks them.
 
 // -- 2.4  activations in small integers ----------------------------------------------------------
 //
@@ -974,7 +901,6 @@ struct Config {
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
     bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false, fp8 = false;
-    bool pair_order = false;   // rows of wq and wk: the pairs of RoPE side by side
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
     std::vector<int> eos;
@@ -1166,6 +1092,31 @@ Config parse_config(std::string_view json, const std::string& file) {
     return c;
 }
 
+// How the model's makers would have it sampled (chapter 12.1).
+struct Sampling {
+    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
+    int top_k = 0;                                       // 0: off
+};
+
+struct GenerationConfig {
+    Sampling sampling;
+    std::vector<int> eos;
+};
+
+// generation_config.json, from its text. `do_sample` false means greedy.
+inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
+    Document document(json, file);
+    Fields f(document.root, file);
+    GenerationConfig g;
+    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
+    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
+    g.sampling.min_p = f.number("min_p", 0, 1, 0);
+    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
+    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
+    g.eos = parse_ids(f, "eos_token_id", V);
+    return g;
+}
+
 // -- 3.2  safetensors: a header that must be right, and bytes ------------------------------------
 
 struct TensorInfo {
@@ -1301,6 +1252,7 @@ struct Tensor {
     std::vector<uint64_t> shape;
     const std::byte* data = nullptr;
     uint64_t bytes = 0;
+    int pairs = 0;                         // as in Matrix
 };
 
 struct Checkpoint {
@@ -1373,6 +1325,27 @@ Checkpoint open_checkpoint(const fs::path& folder) {
     return checkpoint;
 }
 
+// The dtype called so, if weights may have it.
+inline std::optional<Dtype> weights_dtype(const std::string& name) {
+    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
+        if (name == format_of(Dtype(i)).name) return Dtype(i);
+    return {};
+}
+
+// A tensor of a checkpoint as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
+    const Tensor& t = checkpoint.tensors.at(name);
+    std::optional<Dtype> dtype = weights_dtype(t.dtype);
+    if (!dtype)
+        fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
+             t.dtype.c_str());
+    auto scale = checkpoint.tensors.find(name + "_scale_inv");
+    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
+    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
+    m.pairs = t.pairs;
+    return m;
+}
+
 // =================================================================================================
 // Chapter 4. Text to tokens
 // =================================================================================================
@@ -1390,6 +1363,11 @@ Checkpoint open_checkpoint(const fs::path& folder) {
 // Two things go wrong in most ports. The template is part of the model: another one, or a second BOS, and
 // the model answers worse without any error. And text decodes to bytes, not characters: a Chinese
 // character may be split over two tokens, so a stream must hold back its first half (Utf8Stream).
+//
+// llama.cpp keeps all of the above in one file, weights in fewer bits, and text: gguf.h reads and writes such
+// files.
+
+#include "gguf.h"
 
 // =================================================================================================
 // Chapter 5. Small operations
@@ -1419,28 +1397,6 @@ inline real sum_lanes(const real* lane) {
 
 // -- 5.1  dot: the inner loop, in plain C++ ------------------------------------------------------
 
-// How a row of each dtype reads as numbers.
-struct F64Row {
-    const std::byte* p;
-    real operator()(int i) const { return real(load<double>(p + 8 * size_t(i))); }
-};
-struct F32Row {
-    const std::byte* p;
-    real operator()(int i) const { return load<float>(p + 4 * size_t(i)); }
-};
-struct Bf16Row {
-    const std::byte* p;
-    real operator()(int i) const { return bf16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
-};
-struct F16Row {
-    const std::byte* p;
-    real operator()(int i) const { return f16_to_float(load<uint16_t>(p + 2 * size_t(i))); }
-};
-struct E4m3Row {
-    const std::byte* p;
-    real operator()(int i) const { return E4M3[size_t(p[i])]; }
-};
-
 template <class Row> void add_products(real* lane, Row w, const real* x, int begin, int end) {
     for (int i = begin; i < end; i++) lane[i % LANES] = std::fma(w(i), x[i], lane[i % LANES]);
 }
@@ -1466,35 +1422,6 @@ inline real dot_scaled_plain(E4m3Row w, const std::byte* scale, const real* x, i
         for (int j = 0; j < LANES; j++) lane[j] = std::fma(s, block[j], lane[j]);
     }
     return sum_lanes(lane);
-}
-
-template <class Row> void widen_into(real* out, Row w, int n) {
-    for (int i = 0; i < n; i++) out[i] = w(i);
-}
-
-// out (w.cols) = row r of a quantised W.
-inline void dequantise_row(real* out, const Matrix& w, int r) {
-    const Format& f = format_of(w.dtype);
-    const std::byte* p = w.row(r);
-    Block block;
-    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
-        unpack(block, p, w.dtype);
-        dequantise(out + i, block, f.values);
-    }
-}
-
-// out (w.cols) = row r of W, exactly; for e4m3 the product with the scale, rounded once.
-inline void widen_plain(real* out, const Matrix& w, int r) {
-    const std::byte *p = w.row(r), *scale = w.scale_row(r);
-    switch (w.dtype) {
-    case Dtype::F64: return widen_into(out, F64Row{p}, w.cols);
-    case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
-    case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
-    case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
-    case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
-    default: return dequantise_row(out, w, r);
-    }
-    for (int i = 0; i < w.cols; i++) out[i] *= load<float>(scale + 4 * size_t(i / SCALE_BLOCK));
 }
 
 // T vectors, `stride` numbers apart: activations of T tokens, a head's slice of them, or rows of a buffer.
@@ -1780,6 +1707,7 @@ private:
     }
 };
 
+// W may have its rows in pairs, but not be transposed.
 inline void matmul(std::span<const Product> products) {
     thread_local Inputs inputs;
     inputs.clear();
@@ -1788,6 +1716,7 @@ inline void matmul(std::span<const Product> products) {
     std::vector<int64_t> first = {0};                     // index of each product's first part
     int64_t work = 0;
     for (const Product& p : products) {
+        CHECK(!p.w->transposed, "%d x %d", p.w->rows, p.w->cols);
         x.push_back(&inputs.add(p));
         parts.emplace_back(p, *x.back(), n_threads());
         work += int64_t(p.w->rows) * p.w->cols * p.T;
@@ -1797,6 +1726,9 @@ inline void matmul(std::span<const Product> products) {
         size_t i = size_t(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
         multiply(products[i], *x[i], parts[i], int(part - first[i]));
     }, work / std::max<int64_t>(first.back(), 1));
+    for (const Product& p : products)
+        if (p.w->pairs)
+            parallel_for(p.T, [&](int64_t t) { undo_pairs(p.out[t], p.w->rows, p.w->pairs); }, p.w->rows);
 }
 
 // out: (T, w.rows)   x: (T, w.cols)   dense
@@ -1805,8 +1737,8 @@ inline void matmul(real* out, const real* x, const Matrix& w, int T) {
     matmul({&p, 1});
 }
 
-// The same for all rows of W, on the calling thread alone.
-inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
+// out[t] = W x[t] for all rows of W, on the calling thread alone.
+inline void dots_alone(Rows out, ConstRows x, const Matrix& w, int T) {
     thread_local Inputs inputs;
     inputs.clear();
     Product p{out, x, &w, T};
@@ -1815,10 +1747,19 @@ inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
     for (int i = 0; i < part.count; i++) multiply(p, input, part, i);
 }
 
-// out[t] (w.cols) = W^T x[t], on the calling thread: the sum runs over the rows of W.
-inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+// out[t] (w.cols) = W^T x[t], the same: the sum runs over the rows of W.
+inline void sums_alone(Rows out, ConstRows x, const Matrix& w, int T) {
     for (int t = 0; t < T; t++) std::fill_n(out[t], w.cols, real(0));
     kernels.weigh(out, x, w, T, w.rows);
+}
+
+// out[t] (w.rows) = W x[t] and out[t] (w.cols) = W^T x[t], on the calling thread, whichever of W and W^T is
+// stored. The order of the sums is that of what is stored.
+inline void matmul_alone(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? sums_alone : dots_alone)(out, x, w.stored(), T);
+}
+inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? dots_alone : sums_alone)(out, x, w.stored(), T);
 }
 
 inline void add_bias(real* out, const Vector& bias, int T) {
@@ -1955,12 +1896,6 @@ inline void rope_half(real* x, const real* cos_sin, int dim) {
     for (int i = 0; i < dim / 2; i++) rotate(x[i], x[i + dim / 2], cos_sin + 2 * i);
 }
 
-// From (x0 x_d/2 x1 x_d/2+1 ...) to (x0 x1 ...): undoes what llama.cpp does to Llama's W^Q and W^K.
-inline void undo_pair_order(real* x, int dim) {
-    Vector pairs(x, x + dim);
-    for (int i = 0; i < dim; i++) x[i % 2 * (dim / 2) + i / 2] = pairs[size_t(i)];
-}
-
 // =================================================================================================
 // Chapter 7. Attention I: GQA
 // =================================================================================================
@@ -1981,7 +1916,7 @@ struct Mla {                               // chapter 8
     Matrix wq;                             // (H * (Dn + Dr), D), where queries are not compressed
     Matrix wq_a, wq_b;                     // (Rq, D), (H * (Dn + Dr), Rq)
     Matrix wkv_a;                          // (Rkv + Dr, D)
-    std::vector<Matrix> wk_b, wk_b_t;      // H of W^UK (Dn, Rkv), or, as some files have it, (Rkv, Dn)
+    std::vector<Matrix> wk_b;              // H of W^UK (Dn, Rkv)
     std::vector<Matrix> wv_b;              // H of W^UV (Dv, Rkv)
     Matrix wo;                             // (D, H * Dv)
     Vector q_norm, kv_norm;                // (Rq), (Rkv)
@@ -2192,16 +2127,11 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
         const real* cos_sin = a.cos_sin + t * d;
         for (int g = 0; g < c.G; g++) {
             real* key = k + t * width + g * d;
-            if (c.pair_order) undo_pair_order(key, d);
             rope_half(key, cos_sin, d);
             s.cache.store(l, 2 * g, pos + int(t), key);
             s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
         }
-        for (int h = 0; h < c.H; h++) {
-            real* query = a.q + (t * c.H + h) * d;
-            if (c.pair_order) undo_pair_order(query, d);
-            rope_half(query, cos_sin, d);
-        }
+        for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
     }, c.H * d);
     int share = (T * c.H + n_threads() - 1) / n_threads();
     int queries = std::min(QUERY_TILE, share), heads = std::min(group, queries), tokens = queries / heads;
@@ -2259,8 +2189,7 @@ inline void mla_naive(Session& s, const Mla& w, int l, int T, int pos) {
         real* memory = own(s.a.expanded, size_t(s.options.context) * size_t(latent + expanded));
         Rows row{memory, latent}, k{memory + int64_t(n) * latent, expanded}, v{k[0] + c.q_dim(), expanded};
         for (int j = 0; j < n; j++) kernels.widen(row[j], past, j);
-        if (w.wk_b.empty()) matmul_transposed(k, row, w.wk_b_t[size_t(h)], n);          // W^UK c
-        else matmul_alone(k, row, w.wk_b[size_t(h)], n);
+        matmul_alone(k, row, w.wk_b[size_t(h)], n);                                     // W^UK c
         for (int j = 0; j < n; j++) std::copy_n(row[j] + c.Rkv, c.Dr, k[j] + c.Dn);
         matmul_alone(v, row, w.wv_b[size_t(h)], n);                                     // W^UV c
         Past keys{real_matrix(k[0], n, c.q_dim()), real_matrix(v[0], n, c.Dv), mla_scale(s.model)};
@@ -2280,8 +2209,7 @@ inline void mla_absorbed(Session& s, const Mla& w, int l, int T, int pos) {
     int width = c.Rkv + c.Dr;
     parallel_for(c.H, [&](int64_t h) {
         Rows q{a.q + h * c.q_dim(), c.H * c.q_dim()}, absorbed{a.q_absorbed + h * width, c.H * width};
-        if (w.wk_b.empty()) matmul_alone(absorbed, q, w.wk_b_t[size_t(h)], T);          // W^UK^T q_nope
-        else matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);
+        matmul_transposed(absorbed, q, w.wk_b[size_t(h)], T);                           // W^UK^T q_nope
         for (int t = 0; t < T; t++) std::copy_n(q[t] + c.Dn, c.Dr, absorbed[t] + c.Rkv);
     }, int64_t(T) * c.Dn * c.Rkv);
     Past latent{s.cache.matrix(l, 0), s.cache.matrix(l, 0), mla_scale(s.model)};
@@ -2575,18 +2503,6 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
 
 // -- 11.1  bind: every tensor in its place -------------------------------------------------------
 
-std::string name_in_gguf(const std::string& name);   // appendix F
-
-// Makes weights smaller as they are bound: appendix H. An arena without memory only counts.
-struct FileType;
-struct Quantiser {
-    const FileType* type;
-    const Config* config;
-    Arena arena;
-    std::function<void(size_t)> progress;               // bytes made so far
-    Matrix apply(const std::string& name, const Matrix& w);
-};
-
 // Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
 // of a model can be had from config.json alone.
 class Binder {
@@ -2599,17 +2515,16 @@ public:
         parameters += uint64_t(rows) * uint64_t(cols);
         Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
         if (checkpoint_) {
-            const Tensor& t = find(name, {uint64_t(rows), uint64_t(cols)});
-            m.data = t.data, m.dtype = dtype_of(t, name);
-            if (m.dtype == Dtype::F8_E4M3) m.scale = scales(t, name, rows, cols);
+            m = matrix_at(name, {uint64_t(rows), uint64_t(cols)});
+            if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
         }
         return quantiser_ ? quantiser_->apply(name, m) : m;
     }
     Vector vector(const std::string& name, int n) {
         parameters += uint64_t(n);
         if (!checkpoint_) return {};
-        const Tensor& t = find(name, {uint64_t(n)});
-        Matrix m{t.data, nullptr, dtype_of(t, name), 1, n, 0};
+        Matrix m = matrix_at(name, {uint64_t(n)});
+        const Tensor& t = checkpoint_->tensors.at(name);
         if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
             fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(),
                  t.dtype.c_str());
@@ -2661,21 +2576,15 @@ private:
         used_.insert(name);
         return at->second;
     }
-    Dtype dtype_of(const Tensor& t, const std::string& name) const {
-        if (t.dtype == "F32") return Dtype::F32;
-        if (t.dtype == "BF16") return Dtype::BF16;
-        if (t.dtype == "F16") return Dtype::F16;
-        for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++)
-            if (t.dtype == format_of(Dtype(i)).name) return Dtype(i);
-        if (t.dtype != "F8_E4M3")
-            fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
-                 t.dtype.c_str());
-        if (!fp8_)
+    Matrix matrix_at(const std::string& name, const std::vector<uint64_t>& shape) {
+        const Tensor& t = find(name, shape);
+        Matrix m = matrix_of(*checkpoint_, name);
+        if (m.dtype == Dtype::F8_E4M3 && !fp8_)
             fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(),
                  name.c_str());
-        return Dtype::F8_E4M3;
+        return m;
     }
-    const std::byte* scales(const Tensor& weight, const std::string& name, int rows, int cols) {
+    void check_scales(const std::string& name, int rows, int cols) {
         auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
         const Tensor& t = find(name + "_scale_inv", {blocks(rows), blocks(cols)});
         if (t.dtype != "F32")
@@ -2684,9 +2593,8 @@ private:
         for (uint64_t i = 0; i < t.bytes; i += 4) {
             if (!std::isfinite(load<float>(t.data + i)))
                 fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(),
-                     name.c_str(), weight.file.c_str());
+                     name.c_str(), checkpoint_->tensors.at(name).file.c_str());
         }
-        return t.data;
     }
 };
 
@@ -2702,7 +2610,7 @@ inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w)
     if (b.has(k_b) && !b.has(p + "kv_b_proj.weight")) {
         Matrix k = b.matrix(k_b, c.H * c.Rkv, c.Dn), v = b.matrix(v_b, c.H * c.Dv, c.Rkv);
         for (int h = 0; h < c.H; h++) {
-            w.wk_b_t.push_back(k.view(h * c.Rkv, c.Rkv));
+            w.wk_b.push_back(k.view(h * c.Rkv, c.Rkv).transpose());
             w.wv_b.push_back(v.view(h * c.Dv, c.Dv));
         }
         return;
@@ -2798,13 +2706,6 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-// A model is a folder (chapter 3) or a GGUF file (appendix F).
-inline bool is_gguf(const fs::path& model) {
-    return model.extension() == ".gguf" || fs::is_regular_file(model);
-}
-Config gguf_config(const fs::path& file);
-Checkpoint gguf_checkpoint(const fs::path& file);
-
 inline Config read_config(const fs::path& folder) {
     fs::path file = folder / "config.json";
     if (!fs::exists(folder)) fail("%s: no such file or folder", folder.c_str());
@@ -2812,8 +2713,6 @@ inline Config read_config(const fs::path& folder) {
     if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
     return parse_config(read_json_file(file), file.string());
 }
-
-const FileType& file_type(const std::string& name);   // appendix H
 
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
 inline size_t quantised_bytes(const Config& c, const std::string& quant) {
@@ -2995,11 +2894,6 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
 // to the model.
 
 // -- 12.1  sampling ------------------------------------------------------------------------------
-
-struct Sampling {
-    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
-    int top_k = 0;                                       // 0: off
-};
 
 struct Candidate {
     int id;
@@ -3592,30 +3486,8 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
 
 // -- C.4  run, chat ------------------------------------------------------------------------------
 
-Tokenizer gguf_tokenizer(const fs::path& file);   // appendix G
-Sampling gguf_sampling(const fs::path& file);
-
 inline Tokenizer load_tokenizer(const fs::path& model) {
     return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
-}
-
-struct GenerationConfig {
-    Sampling sampling;
-    std::vector<int> eos;
-};
-
-// generation_config.json, from its text. `do_sample` false means greedy.
-inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
-    Document document(json, file);
-    Fields f(document.root, file);
-    GenerationConfig g;
-    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
-    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
-    g.sampling.min_p = f.number("min_p", 0, 1, 0);
-    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
-    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
-    g.eos = parse_ids(f, "eos_token_id", V);
-    return g;
 }
 
 inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
@@ -4201,1503 +4073,13 @@ void command_bench(const Options& o) {
 
 // -- D.4  quantize -------------------------------------------------------------------------------
 
-void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
-                const std::function<void(uint64_t, uint64_t)>& progress);   // appendix I
-
 void command_quantize(const Options& o) {
     if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
     fs::path source = model_path(o);
-    Model model = load_model(source);
+    Model model = load_model(source);                    // finds what is wrong with it
     Progress progress("writing", 100);
-    write_gguf(model, source, o.out, file_type(o.type), [&](uint64_t done, uint64_t total) {
+    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
     });
 }
 #endif
-
-// =================================================================================================
-// Appendix F. GGUF files
-// =================================================================================================
-//
-// What if the model is one file, made for llama.cpp? Then everything is in it: the shape of the network, the
-// vocabulary, the chat template, and the weights, most of them in blocks of small integers (2.3).
-//
-//      "GGUF" | u32 version | u64 tensors | u64 keys
-//      keys      name, u32 type, value                             deepseek2.block_count = 61
-//      tensors   name, u32 axes, axes, u32 format, u64 offset      blk.0.attn_q_a.weight, fastest axis first
-//      data      each tensor begins at a multiple of general.alignment
-//
-// The forward pass does not want to know. So a GGUF file is read into what chapter 3 reads a folder into: a
-// Config, and a Checkpoint whose tensors bear the names of Hugging Face, with the stacks of experts cut into
-// experts. Some things are undone on the way:
-//
-//      numbers   Keys hold f32, so that 1e-6 reads 9.99999997e-7. The shortest decimal that rounds to
-//                the same f32 is what config.json said.
-//      Llama     The rows of W^Q and W^K are in interleaved order, for the other RoPE. They stay where they
-//                are; 6.2 puts q and k in order. Of its scaling only the divisors of frequencies are kept.
-//      MLA       Newer files hold each head's W^UK transposed, as the absorbed form of chapter 8 wants it.
-//
-// A model may be split over files NAME-00001-of-00003.gguf. Each of them stands for all.
-
-// -- F.1  the container: every length is checked before it is believed ---------------------------
-
-enum class GgufType : uint32_t { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 };
-constexpr uint64_t GGUF_WIDTH[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};   // bytes; 0: it says itself
-
-// Takes bytes off the front of a file. `what` is what they should be, for messages.
-struct GgufCursor {
-    std::span<const std::byte> bytes;
-    std::string file;
-    uint64_t at = 0;
-
-    const std::byte* take(uint64_t n, const std::string& what) {
-        if (n > bytes.size() - at) fail("%s: cut off in %s", file.c_str(), what.c_str());
-        at += n;
-        return bytes.data() + (at - n);
-    }
-    template <class T> T number(const std::string& what) { return load<T>(take(sizeof(T), what)); }
-    std::string_view text(const std::string& what) {
-        uint64_t n = number<uint64_t>(what);
-        return {reinterpret_cast<const char*>(take(n, what)), size_t(n)};
-    }
-    std::string name(size_t longest, const std::string& what) {
-        std::string_view out = text(what);
-        if (out.empty() || out.size() > longest || out.find('\0') != out.npos)
-            fail("%s: %s has a name of %zu bytes, or one with a NUL", file.c_str(), what.c_str(), out.size());
-        return std::string(out);
-    }
-    GgufType type(const std::string& what) {
-        uint32_t t = number<uint32_t>(what);
-        if (t >= std::size(GGUF_WIDTH)) fail("%s: %s has the unknown type %u", file.c_str(), what.c_str(), t);
-        return GgufType(t);
-    }
-};
-
-// A value where it lies; a single one is an array of one.
-struct GgufValue {
-    GgufType type = GgufType::U8;
-    bool array = false;
-    uint64_t count = 1;
-    std::span<const std::byte> bytes;
-};
-
-GgufValue take_gguf_value(GgufCursor& in, const std::string& what) {
-    GgufValue v{in.type(what), false, 1, {}};
-    if (v.type == GgufType::ARRAY) v = {in.type(what), true, in.number<uint64_t>(what), {}};
-    if (v.type == GgufType::ARRAY) fail("%s: %s is an array of arrays", in.file.c_str(), what.c_str());
-    uint64_t begin = in.at, width = GGUF_WIDTH[size_t(v.type)];
-    if (width && v.count > in.bytes.size() / width) fail("%s: cut off in %s", in.file.c_str(), what.c_str());
-    if (width) in.take(v.count * width, what);
-    else for (uint64_t i = 0; i < v.count; i++) in.text(what);
-    v.bytes = in.bytes.subspan(begin, in.at - begin);
-    if (v.type != GgufType::BOOL) return v;
-    for (std::byte b : v.bytes)
-        if (b > std::byte{1}) fail("%s: %s is neither true nor false", in.file.c_str(), what.c_str());
-    return v;
-}
-
-// Element i of whole numbers; nothing when it is something else or beyond int64.
-inline std::optional<int64_t> gguf_integer(const GgufValue& v, uint64_t i) {
-    const std::byte* p = v.bytes.data() + i * GGUF_WIDTH[size_t(v.type)];
-    switch (v.type) {
-    case GgufType::U8: return load<uint8_t>(p);
-    case GgufType::I8: return load<int8_t>(p);
-    case GgufType::U16: return load<uint16_t>(p);
-    case GgufType::I16: return load<int16_t>(p);
-    case GgufType::U32: return load<uint32_t>(p);
-    case GgufType::I32: return load<int32_t>(p);
-    case GgufType::I64: return load<int64_t>(p);
-    case GgufType::U64: return load<int64_t>(p) < 0 ? std::nullopt : std::optional(load<int64_t>(p));
-    default: return {};
-    }
-}
-
-inline double shortest_decimal(float f) {
-    char text[32] = {};
-    std::to_chars(text, text + sizeof text - 1, f);
-    return std::strtod(text, nullptr);
-}
-
-// The keys of a file, with the getters of `Fields`. A key that begins with a dot is one of the architecture.
-class GgufKeys {
-public:
-    std::string file, architecture;
-    std::map<std::string, GgufValue> values;
-
-    bool has(const std::string& key) const { return values.count(full(key)); }
-    const GgufValue& get(const std::string& key, bool array = false) const {
-        auto at = values.find(full(key));
-        if (at == values.end()) fail("%s: no key '%s'", file.c_str(), full(key).c_str());
-        if (at->second.array && !array) fail("%s: '%s' is an array", file.c_str(), full(key).c_str());
-        return at->second;
-    }
-    // An array is a value for each layer. Here all layers are alike.
-    int64_t integer(const std::string& key, int64_t low, int64_t high,
-                    std::optional<int64_t> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        std::vector<int64_t> all = integers(key, low, high);
-        if (all.empty() || std::count(all.begin(), all.end(), all[0]) != int64_t(all.size()))
-            fail("%s: '%s' is not the same for all layers", file.c_str(), full(key).c_str());
-        return all[0];
-    }
-    std::vector<int64_t> integers(const std::string& key, int64_t low, int64_t high) const {
-        const GgufValue& v = get(key, true);
-        std::vector<int64_t> out;
-        for (uint64_t i = 0; i < v.count; i++) {
-            std::optional<int64_t> n = gguf_integer(v, i);
-            if (!n) fail("%s: '%s' is not an integer", file.c_str(), full(key).c_str());
-            if (*n < low || *n > high)
-                fail("%s: '%s' is %lld, outside %lld to %lld", file.c_str(), full(key).c_str(), (long long)*n,
-                     (long long)low, (long long)high);
-            out.push_back(*n);
-        }
-        return out;
-    }
-    double number(const std::string& key, double low, double high, std::optional<double> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        const GgufValue& v = get(key);
-        bool single = v.type == GgufType::F32;
-        if (!single && v.type != GgufType::F64) return double(integer(key, int64_t(low), int64_t(high)));
-        double n = single ? shortest_decimal(load<float>(v.bytes.data())) : load<double>(v.bytes.data());
-        if (!(n >= low && n <= high))
-            fail("%s: '%s' is %g, outside %g to %g", file.c_str(), full(key).c_str(), n, low, high);
-        return n;
-    }
-    bool boolean(const std::string& key, bool absent) const {
-        if (!has(key)) return absent;
-        if (get(key).type != GgufType::BOOL) fail("%s: '%s' is no bool", file.c_str(), full(key).c_str());
-        return get(key).bytes[0] == std::byte{1};
-    }
-    std::vector<std::string_view> texts(const std::string& key) const {
-        const GgufValue& v = get(key, true);
-        if (v.type != GgufType::STRING) fail("%s: '%s' is no text", file.c_str(), full(key).c_str());
-        GgufCursor in{v.bytes, file};
-        std::vector<std::string_view> out;
-        for (uint64_t i = 0; i < v.count; i++) {
-            out.push_back(in.text(key));
-            if (!simdjson::validate_utf8(out.back().data(), out.back().size()))
-                fail("%s: '%s' is not valid UTF-8", file.c_str(), full(key).c_str());
-        }
-        return out;
-    }
-    std::string text(const std::string& key, std::optional<std::string> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        get(key);
-        return std::string(texts(key)[0]);
-    }
-
-private:
-    std::string full(const std::string& key) const {
-        return Fields::printable(key[0] == '.' ? architecture + key : key);
-    }
-};
-
-struct Gguf {
-    std::vector<Mapping> files;
-    GgufKeys keys;
-    std::map<std::string, Tensor> tensors;      // by their names in the file; shapes slowest axis first
-};
-
-inline std::string ggml_type_name(uint32_t type) {
-    static constexpr const char* OTHERS[] = {
-        "Q8_1",   "",      "",      "",       "",   "",    "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S",
-        "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32",  "I64",     "F64",    "IQ1_M"};
-    bool known = type >= 9 && type < 9 + std::size(OTHERS);
-    return text_of("%u %s", type, known ? OTHERS[type - 9] : "");
-}
-
-// Bytes of a tensor of `shape`; 0 when there is no such tensor.
-inline uint64_t gguf_bytes(Dtype dtype, const std::vector<uint64_t>& shape) {
-    const Format& f = format_of(dtype);
-    uint64_t bytes = uint64_t(f.bytes);
-    if (shape.back() % uint64_t(f.values)) return 0;
-    for (size_t i = 0; i < shape.size(); i++) {
-        uint64_t n = i + 1 < shape.size() ? shape[i] : shape[i] / uint64_t(f.values);
-        if (__builtin_mul_overflow(bytes, n, &bytes)) return 0;
-    }
-    return bytes;
-}
-
-// One line of the table of tensors. `offset` counts from the start of the data.
-Tensor take_gguf_tensor(GgufCursor& in, const std::string& name, uint64_t& offset) {
-    std::string what = "tensor '" + Fields::printable(name) + "'";
-    const char *file = in.file.c_str(), *tensor = what.c_str();
-    uint32_t axes = in.number<uint32_t>(what);
-    if (axes < 1 || axes > 4) fail("%s: %s has %u axes, 1 to 4 are possible", file, tensor, axes);
-    Tensor t{in.file, "", std::vector<uint64_t>(axes), nullptr, 0};
-    for (uint32_t i = axes; i-- > 0;) t.shape[i] = in.number<uint64_t>(what);
-    uint32_t type = in.number<uint32_t>(what);
-    for (int i = 0; i < N_DTYPES; i++) {
-        if (format_of(Dtype(i)).ggml_type != int64_t(type)) continue;
-        t.dtype = format_of(Dtype(i)).name, t.bytes = gguf_bytes(Dtype(i), t.shape);
-    }
-    if (t.dtype.empty())
-        fail("%s: %s is of type %s, which is not supported", file, tensor, ggml_type_name(type).c_str());
-    if (t.bytes == 0) fail("%s: %s: its axes are impossible for %s", file, tensor, t.dtype.c_str());
-    offset = in.number<uint64_t>(what);
-    return t;
-}
-
-using GgufPlaces = std::vector<std::pair<uint64_t, std::pair<const std::string, Tensor>*>>;
-
-// Gives each tensor its data. Sorted by offset they must lie one after the other, up to the alignment.
-void place_gguf_tensors(GgufPlaces places, std::span<const std::byte> data, uint64_t alignment) {
-    std::sort(places.begin(), places.end());
-    uint64_t at = 0;
-    for (auto& [offset, entry] : places) {
-        Tensor& t = entry->second;
-        std::string name = Fields::printable(entry->first);
-        if (offset != at)
-            fail("%s: tensor '%s' %s", t.file.c_str(), name.c_str(),
-                 offset < at ? "overlaps another one" : "leaves a gap before it");
-        if (offset > data.size() || t.bytes > data.size() - offset)
-            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(),
-                 name.c_str());
-        t.data = data.data() + offset;
-        at = (offset + t.bytes + alignment - 1) / alignment * alignment;
-    }
-}
-
-// Adds the file, and returns its keys.
-GgufKeys parse_gguf(Gguf& g, std::span<const std::byte> bytes, const std::string& file) {
-    GgufCursor in{bytes, file};
-    if (bytes.size() < 24 || std::memcmp(in.take(4, ""), "GGUF", 4) != 0)
-        fail("%s: not a GGUF file", file.c_str());
-    if (uint32_t version = in.number<uint32_t>("version"); version != 3)
-        fail("%s: GGUF version %u, only 3 is supported", file.c_str(), version);
-    uint64_t n_tensors = in.number<uint64_t>("header"), n_keys = in.number<uint64_t>("header");
-    GgufKeys keys{file, "", {}};
-    for (uint64_t i = 0; i < n_keys; i++) {
-        std::string key = in.name(65535, text_of("key %llu", (unsigned long long)i));
-        std::string what = "key '" + Fields::printable(key) + "'";
-        if (!keys.values.emplace(key, take_gguf_value(in, what)).second)
-            fail("%s: %s is there twice", file.c_str(), what.c_str());
-    }
-    uint64_t alignment = uint64_t(keys.integer("general.alignment", 1, 1 << 20, 32));
-    if (!std::has_single_bit(alignment)) fail("%s: 'general.alignment' is no power of two", file.c_str());
-    GgufPlaces places;
-    for (uint64_t i = 0; i < n_tensors; i++) {
-        std::string name = in.name(64, text_of("tensor %llu", (unsigned long long)i));
-        uint64_t offset = 0;
-        auto [at, is_new] = g.tensors.emplace(name, take_gguf_tensor(in, name, offset));
-        if (!is_new) fail("%s: tensor '%s' is there twice", file.c_str(), Fields::printable(name).c_str());
-        places.emplace_back(offset, &*at);
-    }
-    uint64_t begin = std::min((in.at + alignment - 1) / alignment * alignment, uint64_t(bytes.size()));
-    place_gguf_tensors(std::move(places), bytes.subspan(begin), alignment);
-    return keys;
-}
-
-// The files that one of them stands for: itself, or NAME-00001-of-0000N.gguf to NAME-0000N-of-0000N.gguf.
-std::vector<fs::path> gguf_files(const fs::path& path) {
-    Gguf one;
-    Mapping mapping(path);
-    GgufKeys keys = parse_gguf(one, {mapping.data(), mapping.size()}, path.string());
-    int n = int(keys.integer("split.count", 0, 99999, 1));
-    if (n <= 1) return {path};
-    std::string name = path.filename().string(), tail = text_of("-of-%05d.gguf", n);
-    if (name.size() < tail.size() + 5 || !name.ends_with(tail))
-        fail("%s: one of %d parts, and not called NAME-00001%s", path.c_str(), n, tail.c_str());
-    name.resize(name.size() - tail.size() - 5);
-    std::vector<fs::path> all;
-    for (int i = 1; i <= n; i++)
-        all.push_back(path.parent_path() / text_of("%s%05d%s", name.c_str(), i, tail.c_str()));
-    return all;
-}
-
-Gguf open_gguf(const fs::path& path) {
-    Gguf g;
-    std::vector<fs::path> files = gguf_files(path);
-    for (size_t i = 0; i < files.size(); i++) {
-        const Mapping& m = g.files.emplace_back(files[i]);
-        GgufKeys keys = parse_gguf(g, {m.data(), m.size()}, files[i].string());
-        if (files.size() > 1 && (keys.integer("split.no", 0, 99999) != int64_t(i) ||
-                                 keys.integer("split.count", 0, 99999) != int64_t(files.size())))
-            fail("%s: not part %zu of %zu, by what it says", files[i].c_str(), i + 1, files.size());
-        if (i == 0) g.keys = keys;
-    }
-    int64_t n = int64_t(g.tensors.size());
-    if (g.keys.integer("split.tensors.count", 0, 1 << 24, n) != n)
-        fail("%s: not as many tensors as 'split.tensors.count' says", path.c_str());
-    g.keys.architecture = g.keys.text("general.architecture");
-    return g;
-}
-
-// -- F.2  names ----------------------------------------------------------------------------------
-
-struct TensorName {
-    const char *gguf, *ours;             // after "blk.N." and "model.layers.N."
-};
-constexpr TensorName MODEL_NAMES[] = {{"token_embd.weight", "model.embed_tokens.weight"},
-                                      {"output_norm.weight", "model.norm.weight"},
-                                      {"output.weight", "lm_head.weight"}};
-constexpr TensorName LAYER_NAMES[] = {
-    {"attn_norm.weight", "input_layernorm.weight"},
-    {"ffn_norm.weight", "post_attention_layernorm.weight"},
-    {"attn_q.weight", "self_attn.q_proj.weight"},
-    {"attn_k.weight", "self_attn.k_proj.weight"},
-    {"attn_v.weight", "self_attn.v_proj.weight"},
-    {"attn_q.bias", "self_attn.q_proj.bias"},
-    {"attn_k.bias", "self_attn.k_proj.bias"},
-    {"attn_v.bias", "self_attn.v_proj.bias"},
-    {"attn_output.weight", "self_attn.o_proj.weight"},
-    {"attn_q_a.weight", "self_attn.q_a_proj.weight"},
-    {"attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"},
-    {"attn_q_b.weight", "self_attn.q_b_proj.weight"},
-    {"attn_kv_a_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight"},
-    {"attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight"},
-    {"attn_kv_b.weight", "self_attn.kv_b_proj.weight"},
-    {"attn_k_b.weight", "self_attn.k_b_proj.weight"},     // (H * Rkv, Dn), not in Hugging Face's files
-    {"attn_v_b.weight", "self_attn.v_b_proj.weight"},     // (H * Dv, Rkv), nor this
-    {"ffn_gate.weight", "mlp.gate_proj.weight"},
-    {"ffn_up.weight", "mlp.up_proj.weight"},
-    {"ffn_down.weight", "mlp.down_proj.weight"},
-    {"ffn_gate_inp.weight", "mlp.gate.weight"},
-    {"exp_probs_b.bias", "mlp.gate.e_score_correction_bias"},
-    {"ffn_gate_exps.weight", "mlp.experts.*.gate_proj.weight"},   // (E, F, D): one tensor for all experts
-    {"ffn_up_exps.weight", "mlp.experts.*.up_proj.weight"},
-    {"ffn_down_exps.weight", "mlp.experts.*.down_proj.weight"},
-    {"ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"},
-    {"ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"},
-    {"ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"},
-    {"nextn.eh_proj.weight", "eh_proj.weight"},
-    {"nextn.embed_tokens.weight", "embed_tokens.weight"},
-    {"nextn.enorm.weight", "enorm.weight"},
-    {"nextn.hnorm.weight", "hnorm.weight"},
-    {"nextn.shared_head_norm.weight", "shared_head.norm.weight"},
-    {"nextn.shared_head_head.weight", "shared_head.head.weight"},
-};
-
-// "blk.7.attn_q.weight" -> 7, "attn_q.weight"; -1 where there is no such prefix.
-inline std::pair<int, std::string> split_layer(const std::string& name, const std::string& prefix) {
-    int layer = -1;
-    if (name.starts_with(prefix))
-        std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
-    std::string head = prefix + std::to_string(layer) + ".";     // one spelling for each number
-    if (layer < 0 || !name.starts_with(head)) return {-1, name};
-    return {layer, name.substr(head.size())};
-}
-
-// The name in Hugging Face's files; empty where the tables do not have it.
-inline std::string name_from_gguf(const std::string& name) {
-    auto [layer, rest] = split_layer(name, "blk.");
-    for (const TensorName& n : MODEL_NAMES) if (name == n.gguf) return n.ours;
-    for (const TensorName& n : LAYER_NAMES)
-        if (layer >= 0 && rest == n.gguf) return text_of("model.layers.%d.%s", layer, n.ours);
-    return "";
-}
-
-std::string name_in_gguf(const std::string& name) {
-    auto [layer, rest] = split_layer(name, "model.layers.");
-    auto [expert, projection] = split_layer(rest, "mlp.experts.");
-    if (expert >= 0) rest = "mlp.experts.*." + projection;
-    for (const TensorName& n : MODEL_NAMES) if (name == n.ours) return n.gguf;
-    for (const TensorName& n : LAYER_NAMES)
-        if (layer >= 0 && rest == n.ours) return text_of("blk.%d.%s", layer, n.gguf);
-    return name;
-}
-
-// =================================================================================================
-// Appendix G. GGUF models
-// =================================================================================================
-//
-// What does a GGUF file say about the network and its text? The same as config.json and the tokenizer
-// files, in other words. So its metadata becomes a Config, its tensors get the names that chapter 11 asks
-// for, and its vocabulary the text of a tokenizer.json.
-
-// -- G.1  Config and Checkpoint ------------------------------------------------------------------
-
-// Keys of these kinds change what is computed, so one that is not read here must not be passed over.
-inline void refuse_unknown_keys(const GgufKeys& k) {
-    static const std::set<std::string> KNOWN = {
-        "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-        "attention.key_length", "attention.value_length", "attention.key_length_mla",
-        "attention.value_length_mla", "attention.q_lora_rank", "attention.kv_lora_rank", "expert_count",
-        "expert_used_count", "expert_shared_count", "expert_feed_forward_length", "expert_weights_scale",
-        "expert_weights_norm", "expert_gating_func", "expert_group_count", "expert_group_used_count",
-        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-        "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
-        "rope.scaling.attn_factor"};
-    std::string prefix = k.architecture + ".";
-    for (auto& [key, value] : k.values) {
-        if (!key.starts_with(prefix)) continue;
-        std::string rest = key.substr(prefix.size());
-        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") ||
-                       rest.starts_with("rope.scaling.");
-        if (matters && !KNOWN.count(rest))
-            fail("%s: unknown key '%s'", k.file.c_str(), Fields::printable(key).c_str());
-    }
-}
-
-// YaRN is told by 0.1 mscale_all_dim; mscale is taken to be the same, as it is in every published model.
-inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
-    RopeConfig rope;
-    rope.theta = k.number(".rope.freq_base", 1, 1e12, 10000);
-    for (const char* key : {"yarn_ext_factor", "yarn_attn_factor", "attn_factor"})
-        k.number(std::string(".rope.scaling.") + key, 1, 1, 1);
-    std::string type = k.text(".rope.scaling.type", "none");
-    if (type == "none") return rope;
-    if (type != "yarn" || !mla)
-        fail("%s: '%s.rope.scaling.type' \"%s\" is not used by this architecture", k.file.c_str(),
-             k.architecture.c_str(), Fields::printable(type).c_str());
-    rope.scaling = Scaling::YARN;
-    rope.factor = k.number(".rope.scaling.factor", 1, 1e6);
-    rope.original_context = double(k.integer(".rope.scaling.original_context_length", 1, MOST));
-    rope.beta_fast = k.number(".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
-    rope.beta_slow = k.number(".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
-    double multiplier = k.number(".rope.scaling.yarn_log_multiplier", 0, 10);
-    rope.mscale = rope.mscale_all_dim = std::round(multiplier * 1e10) / 1e9;   // 0.0707 is 0.707
-    return rope;
-}
-
-// Llama 3.1's rule (6.1), found again from the divisors d of the frequencies. The largest is `factor`;
-// one that is between it and 1 tells how often its pair turns over the original context. The published
-// parameters of the other two are 1 and 4. Whatever this rule does not give back is not Llama 3.1's and
-// is refused.
-inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
-    Vector d(size_t(dim / 2));
-    if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{d.size()})
-        fail("%s: tensor 'rope_freqs.weight' is not %d F32", t.file.c_str(), dim / 2);
-    widen_into(d.data(), F32Row{t.data}, dim / 2);
-    constexpr double TWO_PI = 6.28318530717958647692;
-    Rope plain = make_rope(rope, dim);
-    rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4,
-    rope.original_context = 1;
-    rope.factor = double(*std::max_element(d.begin(), d.end()));
-    for (size_t i = 0; i < d.size(); i++) {
-        double blend = (1 / double(d[i]) - 1 / rope.factor) / (1 - 1 / rope.factor);
-        double context = (1 + 3 * blend) * TWO_PI / plain.frequency[i];
-        if (blend > 0) rope.original_context = blend < 1 ? std::round(context) : std::ceil(context);
-    }
-    Rope scaled = make_rope(rope, dim);
-    for (size_t i = 0; i < d.size(); i++) {
-        // The writer's f32: a few roundings of a number up to 4, divided by 3, times the factor.
-        double error = std::abs(plain.frequency[i] / scaled.frequency[i] / double(d[i]) - 1);
-        if (!(error < 16 * rope.factor * 0x1p-24))
-            fail("%s: tensor 'rope_freqs.weight' is not Llama 3.1's scaling", t.file.c_str());
-    }
-    return rope;
-}
-
-inline void gguf_mla(Config& c, const GgufKeys& k) {
-    c.Rq = int(k.integer(".attention.q_lora_rank", 0, MOST, 0));
-    c.Rkv = int(k.integer(".attention.kv_lora_rank", 1, MOST));
-    c.Dr = int(k.integer(".rope.dimension_count", 2, MOST));
-    const char* mla =
-        k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
-    c.Dn = int(k.integer(std::string(".attention.key_length") + mla, c.Dr + 1, MOST)) - c.Dr;
-    c.Dv = int(k.integer(std::string(".attention.value_length") + mla, 1, MOST));
-}
-
-inline void gguf_gqa(Config& c, const GgufKeys& k) {
-    c.G = int(k.integer(".attention.head_count_kv", 1, MOST, c.H));
-    if (c.H % c.G) fail("%s: %d key heads do not divide %d heads", c.file.c_str(), c.G, c.H);
-    c.head_dim = int(k.integer(".attention.key_length", 2, MOST, c.D / c.H));
-    for (const char* key : {".attention.value_length", ".rope.dimension_count"})
-        k.integer(key, c.head_dim, c.head_dim, c.head_dim);
-    c.qkv_bias = c.model_type == "qwen2", c.pair_order = c.model_type == "llama";
-}
-
-// Older files do not say how the experts are grouped. The two models that came with groups are known by
-// their numbers of experts; without groups such a file would be another model than DeepSeek's.
-inline void gguf_groups(Config& c, const GgufKeys& k) {
-    bool v3 = c.E == 256 && c.K == 8 && c.sigmoid_affinity, v2 = c.E == 160 && c.K == 6;
-    c.n_group = int(k.integer(".expert_group_count", 0, c.E, v3 || v2 ? 8 : 1));
-    c.n_group = std::max(c.n_group, 1);
-    c.topk_group = int(k.integer(".expert_group_used_count", 1, c.n_group, v3 ? 4 : v2 ? 3 : c.n_group));
-}
-
-inline void gguf_moe(Config& c, const GgufKeys& k, bool biased) {
-    c.E = int(k.integer(".expert_count", 0, MOST_EXPERTS, 0));
-    if (c.E == 0) return;
-    c.K = int(k.integer(".expert_used_count", 1, c.E));
-    c.F = int(k.integer(".expert_feed_forward_length", 1, MOST));
-    c.n_shared = int(k.integer(".expert_shared_count", 0, 1024, 0));
-    c.first_dense = int(k.integer(".leading_dense_block_count", 0, c.n_layers, 0));
-    c.sigmoid_affinity = k.integer(".expert_gating_func", 1, 2, 1) == 2;
-    c.norm_topk = k.boolean(".expert_weights_norm", false);
-    c.routed_scale = k.number(".expert_weights_scale", 1e-6, 1e6, 1);
-    gguf_groups(c, k);
-    c.gate = biased ? Gate::NOAUX_TC : c.n_group > 1 ? Gate::GROUP_LIMITED_GREEDY : Gate::GREEDY;
-    check_moe(c);
-}
-
-Config parse_gguf_config(const Gguf& g) {
-    const GgufKeys& k = g.keys;
-    Config c;
-    c.file = k.file, c.model_type = k.architecture;
-    if (!std::set<std::string>{"deepseek2", "qwen2", "llama"}.count(c.model_type))
-        fail("%s: 'general.architecture' is \"%s\", which this program does not know", c.file.c_str(),
-             Fields::printable(c.model_type).c_str());
-    refuse_unknown_keys(k);
-    auto tensor = [&](const std::string& name) {
-        auto at = g.tensors.find(name);
-        return at == g.tensors.end() ? nullptr : &at->second;
-    };
-    const Tensor *embed = tensor("token_embd.weight"), *divisors = tensor("rope_freqs.weight");
-    if (!embed || embed->shape.size() != 2 || embed->shape[0] > MOST)
-        fail("%s: no tensor 'token_embd.weight' with two axes", c.file.c_str());
-    bool mla = c.model_type == "deepseek2";
-    c.V = int(embed->shape[0]), c.D = int(k.integer(".embedding_length", 1, MOST_WIDTH));
-    int blocks = int(k.integer(".block_count", 1, MOST_LAYERS));
-    int n_mtp = int(k.integer(".nextn_predict_layers", 0, mla && blocks > 1 ? 1 : 0, 0));
-    c.n_layers = blocks - n_mtp;
-    c.n_mtp = tensor(text_of("blk.%d.nextn.eh_proj.weight", c.n_layers)) ? n_mtp : 0;   // may be left out
-    c.H = int(k.integer(".attention.head_count", 1, 1 << 16));
-    c.ffn_width = int(k.integer(".feed_forward_length", 1, MOST));
-    c.max_context = int(k.integer(".context_length", 1, MOST));
-    c.eps = k.number(".attention.layer_norm_rms_epsilon", 0, 1);
-    c.tied = !tensor("output.weight");
-    if (mla) gguf_mla(c, k), gguf_moe(c, k, tensor(text_of("blk.%d.exp_probs_b.bias", c.n_layers - 1)));
-    else gguf_gqa(c, k), k.integer(".expert_count", 0, 0, 0);
-    c.rope = gguf_rope(k, mla);
-    check_heads(c);
-    if (divisors) c.rope = gguf_llama3(c.rope, *divisors, c.rope_dim());
-    return c;
-}
-
-// One tensor under our names: stacks of experts cut, stacks of heads as one tall matrix.
-inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Tensor t) {
-    std::string ours = name_from_gguf(name);
-    if (ours.empty())
-        fail("%s: tensor '%s' has no place in this model", t.file.c_str(), Fields::printable(name).c_str());
-    size_t star = ours.find('*');
-    if (star == std::string::npos || t.shape.size() != 3 || t.shape[0] > 1 << 16) {
-        bool heads = ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
-        if (heads && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-        checkpoint.tensors.emplace(ours, t);
-        return;
-    }
-    uint64_t n = t.shape[0];
-    t.bytes /= n, t.shape.erase(t.shape.begin());
-    for (uint64_t e = 0; e < n; e++, t.data += t.bytes)
-        checkpoint.tensors.emplace(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1), t);
-}
-
-// rope_freqs.weight has become part of the Config.
-Checkpoint make_gguf_checkpoint(Gguf g) {
-    Checkpoint checkpoint;
-    checkpoint.gguf = true;
-    for (auto& [name, tensor] : g.tensors)
-        if (name != "rope_freqs.weight") add_gguf_tensor(checkpoint, name, tensor);
-    checkpoint.files = std::move(g.files);
-    return checkpoint;
-}
-
-Config gguf_config(const fs::path& file) { return parse_gguf_config(open_gguf(file)); }
-Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_checkpoint(open_gguf(file)); }
-
-// -- G.2  the vocabulary -------------------------------------------------------------------------
-
-struct Vocabulary {
-    std::vector<std::string> tokens, merges;     // as tokenizer.json spells them; "left right"
-    std::vector<int64_t> types;                  // of tokens
-    std::string pre, chat_template;
-    int bos = -1, eos = -1, padding = -1;
-    bool add_bos = false;
-};
-enum TokenType : int64_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
-
-// tokenizer.ggml.pre is a name for what tokenizer.json says: regexes, composed characters, whole words first.
-struct PreTokenizer {
-    const char* name;
-    bool nfc, ignore_merges;
-    std::vector<std::string> regexes;
-};
-
-inline const std::vector<PreTokenizer>& pre_tokenizers() {
-    static const std::string
-        LETTERS =   // cased letters, as Unicode had them
-        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-"
-        "Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-"
-        "ﬗ"
-        "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
-        CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+",
-        WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-                "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|",
-        REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        V3 = "[!\"#$%&'()*+,\\-./"
-             ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
-             " ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        PUNCTUATION = "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+";
-    static const std::vector<PreTokenizer> ALL = {
-        {"deepseek-v3", false, false, {"\\p{N}{1,3}", "[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+", V3}},
-        {"deepseek-llm", false, false,
-         {"[\\r\\n]", "\\s?[" + LETTERS + "]+", PUNCTUATION, "\\s+$", CJK, "\\p{N}"}},
-        {"deepseek-coder", false, false, {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", CJK, "\\p{N}"}},
-        {"deepseek-r1-qwen", true, false, {WORDS + "\\p{N}" + REST}},
-        {"qwen2", true, false, {WORDS + "\\p{N}" + REST}},
-        {"llama-bpe", false, true, {WORDS + "\\p{N}{1,3}" + REST}}};
-    return ALL;
-}
-
-inline const PreTokenizer& pre_tokenizer(const std::string& name, const std::string& file) {
-    for (const PreTokenizer& p : pre_tokenizers()) if (name == p.name) return p;
-    fail("%s: 'tokenizer.ggml.pre' is \"%s\", which this program does not know", file.c_str(),
-         Fields::printable(name).c_str());
-}
-
-Vocabulary gguf_vocabulary(const GgufKeys& k) {
-    Vocabulary v;
-    if (k.text("tokenizer.ggml.model") != "gpt2")
-        fail("%s: 'tokenizer.ggml.model' is not \"gpt2\", a byte-level BPE", k.file.c_str());
-    for (std::string_view token : k.texts("tokenizer.ggml.tokens")) v.tokens.emplace_back(token);
-    for (std::string_view merge : k.texts("tokenizer.ggml.merges")) v.merges.emplace_back(merge);
-    v.types = k.integers("tokenizer.ggml.token_type", NORMAL, UNUSED);
-    if (v.types.size() != v.tokens.size())
-        fail("%s: %zu tokens and %zu types of tokens", k.file.c_str(), v.tokens.size(), v.types.size());
-    v.pre = k.text("tokenizer.ggml.pre");
-    int last = int(std::min<size_t>(v.tokens.size(), MOST)) - 1;
-    v.bos = int(k.integer("tokenizer.ggml.bos_token_id", 0, last, -1));
-    v.eos = int(k.integer("tokenizer.ggml.eos_token_id", 0, last, -1));
-    v.add_bos = k.boolean("tokenizer.ggml.add_bos_token", v.pre == "llama-bpe");
-    v.chat_template = k.text("tokenizer.chat_template", "");
-    return v;
-}
-
-// The text of a tokenizer.json that says the same.
-std::string tokenizer_json(const Vocabulary& v, const PreTokenizer& pre) {
-    std::string vocab, added, merges, splits;
-    auto append = [](std::string& list, const std::string& item) {
-        list += (list.empty() ? "" : ",") + item;
-    };
-    for (size_t id = 0; id < v.tokens.size(); id++) {
-        std::string content = json_quote(v.tokens[id]), number = std::to_string(id);
-        if (v.types[id] == NORMAL || v.types[id] == UNKNOWN) append(vocab, content + ":" + number);
-        else if (v.types[id] != UNUSED)
-            append(added, "{\"id\":" + number + ",\"content\":" + content +
-                              ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,"
-                              "\"special\":" + (v.types[id] == CONTROL ? "true}" : "false}"));
-    }
-    for (const std::string& merge : v.merges) append(merges, json_quote(merge));
-    for (const std::string& regex : pre.regexes)
-        append(splits, "{\"type\":\"Split\",\"pattern\":{\"Regex\":" + json_quote(regex) +
-                           "},\"behavior\":\"Isolated\",\"invert\":false}");
-    return "{\"added_tokens\":[" + added + "],\"normalizer\":" + (pre.nfc ? "{\"type\":\"NFC\"}" : "null") +
-           ",\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[" + splits +
-           ",{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-           "\"decoder\":{\"type\":\"ByteLevel\"},"
-           "\"model\":{\"type\":\"BPE\",\"byte_fallback\":false,\"ignore_merges\":" +
-           (pre.ignore_merges ? "true" : "false") +
-           ",\"vocab\":{" + vocab + "},\"merges\":[" + merges + "]}}";
-}
-
-Tokenizer make_tokenizer(const Vocabulary& v, const std::string& file) {
-    std::string config = std::string("{\"add_bos_token\":") + (v.add_bos ? "true" : "false");
-    if (v.bos >= 0) config += ",\"bos_token\":" + json_quote(v.tokens[size_t(v.bos)]);
-    if (v.eos >= 0) config += ",\"eos_token\":" + json_quote(v.tokens[size_t(v.eos)]);
-    if (!v.chat_template.empty()) config += ",\"chat_template\":" + json_quote(v.chat_template);
-    return Tokenizer::parse(tokenizer_json(v, pre_tokenizer(v.pre, file)), config + "}", file);
-}
-
-Tokenizer gguf_tokenizer(const fs::path& file) {
-    return make_tokenizer(gguf_vocabulary(open_gguf(file).keys), file.string());
-}
-
-// What generation_config.json says elsewhere.
-Sampling gguf_sampling(const fs::path& file) {
-    Gguf g = open_gguf(file);
-    Sampling s;
-    s.temperature = g.keys.number("general.sampling.temp", 0, 100, s.temperature);
-    s.top_p = g.keys.number("general.sampling.top_p", 1e-9, 1, s.top_p);
-    s.min_p = g.keys.number("general.sampling.min_p", 0, 1, s.min_p);
-    s.top_k = int(g.keys.integer("general.sampling.top_k", 0, MOST, s.top_k));
-    return s;
-}
-
-// =================================================================================================
-// Appendix H. Quantising
-// =================================================================================================
-//
-// How few bits can hold a weight? A model of 8 billion weights in bf16 does not fit into 8 GB and reads 16 GB
-// for each token it says; with 4.5 bits a weight it does and reads 4.5. What is lost is the distance of each
-// weight to the nearest of the values that its block can say (2.3):
-//
-//      x ~ d scale_g q - m minimum_g       q: 4 bits;  scale, minimum: 6 bits for 32 weights;  d, m: f16
-//
-// So a block is chosen by least squares: the least sum of (x - value)^2. For given integers q the best
-// scale and minimum are a formula; for a given scale and minimum the best q is the nearest. Doing one
-// after the other never increases the error, and ends in a minimum that depends on where it began. Hence
-// the three steps: for each group a few beginnings, from a range that holds all of its weights to
-// narrower ones that clip the outermost; then integers for scale and minimum, and their neighbours, for
-// the d and m they lead to; then the best d and m for these integers.
-//
-// Not all matrices suffer alike. The usual mixture of the 4-bit formats gives six bits to the head, and, in
-// half of the layers, to what is added to the residual stream in the end: W^V and W_down.
-
-// -- H.1  e4m3: the nearest value, ties to even --------------------------------------------------
-
-// |f| beyond 448 becomes 448.
-inline uint8_t float_to_e4m3(float f) {
-    uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
-    bits &= 0x7FFFFFFF;
-    if (std::isnan(f)) return uint8_t(sign | 127);
-    if (bits < 0x3C800000) return uint8_t(sign | uint32_t(std::nearbyint(std::abs(f) * 512)));   // below 2^-6
-    uint32_t rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
-    return uint8_t(sign | std::min(rounded, 126u));
-}
-
-// -- H.2  fit: what a group of weights is worth --------------------------------------------------
-
-struct Scheme {
-    int group, low, high;                // values that share scale and minimum; range of q
-    int scale_low, scale_high;           // range of the integer scales; 0: there are none
-};
-inline Scheme scheme_of(Dtype dtype) {
-    switch (dtype) {
-    case Dtype::Q4_0: return {32, -8, 7, 0, 0};
-    case Dtype::Q4_1: return {32, 0, 15, 0, 0};
-    case Dtype::Q5_0: return {32, -16, 15, 0, 0};
-    case Dtype::Q5_1: return {32, 0, 31, 0, 0};
-    case Dtype::Q8_0: return {32, -127, 127, 0, 0};
-    case Dtype::Q4_K: return {32, 0, 15, 0, 63};
-    case Dtype::Q5_K: return {32, 0, 31, 0, 63};
-    case Dtype::Q6_K: return {16, -32, 31, -128, 127};
-    default: CHECK(false, "%s cannot be written", format_of(dtype).name);
-    }
-}
-
-// x ~ scale q - minimum
-struct Fit {
-    float scale = 0, minimum = 0, error = std::numeric_limits<float>::infinity();
-};
-
-constexpr float TINY = std::numeric_limits<float>::min();
-
-// a . b over N numbers in eight lanes, each a chain of its own: one order, whatever the compiler does.
-template <int N> float dot_group(const float* a, const float* b) {
-    float lane[8] = {};
-    for (int i = 0; i < N; i += 8)
-#pragma omp simd
-        for (int j = 0; j < 8; j++) lane[j] += a[i + j] * b[i + j];
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
-// The sum of (x - value)^2 with the nearest q, which are left in q.
-template <int N> float round_group(float* q, const float* x, float scale, float minimum, const Scheme& s) {
-    constexpr float TO_INTEGER = 0x1.8p23f;                              // adding it rounds, ties to even
-    float inverse = std::abs(scale) < TINY ? 0 : 1 / scale, low = float(s.low), high = float(s.high), e[N];
-#pragma omp simd
-    for (int i = 0; i < N; i++) {
-        float v = (x[i] + minimum) * inverse;
-        v = v < low ? low : v;
-        v = v > high ? high : v;
-        q[i] = (v + TO_INTEGER) - TO_INTEGER;
-        e[i] = x[i] - (scale * q[i] - minimum);
-    }
-    return dot_group<N>(e, e);
-}
-
-// The best scale and minimum for given q, of which the minimum may have to be positive.
-template <int N> Fit solve_group(const float* q, const float* x, bool minimums, bool positive) {
-    float ones[N], qq = dot_group<N>(q, q), xq = dot_group<N>(x, q);
-    Fit f;
-    f.scale = qq > 0 ? xq / qq : 0;
-    if (!minimums) return f;
-    std::fill_n(ones, N, 1.0f);
-    float q1 = dot_group<N>(q, ones), x1 = dot_group<N>(x, ones), determinant = N * qq - q1 * q1;
-    if (!(determinant > 0)) return f;
-    float scale = (N * xq - x1 * q1) / determinant, minimum = (scale * q1 - x1) / N;
-    if (minimum >= 0 || !positive) f.scale = scale, f.minimum = minimum;
-    return f;
-}
-
-constexpr int BEGINNINGS = 6, ROUNDS = 3;
-
-template <int N> Fit fit_group(const float* x, const Scheme& s, bool minimums) {
-    bool positive = minimums && s.scale_high > 0;
-    float top = *std::max_element(x, x + N), bottom = *std::min_element(x, x + N), q[N];
-    if (!minimums || positive) top = std::max(top, 0.0f), bottom = std::min(bottom, 0.0f);
-    float extreme = top > -bottom ? top : bottom;
-    Fit best;
-    for (int k = 0; k < BEGINNINGS; k++) {
-        float narrow = 1 - 0.025f * float(k);
-        Fit f{extreme * narrow / float(s.low), 0, 0};
-        if (minimums) f = {(top - bottom) * narrow / float(s.high), -bottom * narrow, 0};
-        for (int round = 0; round < ROUNDS; round++) {
-            f.error = round_group<N>(q, x, f.scale, f.minimum, s);
-            if (f.error < best.error) best = f;
-            f = solve_group<N>(q, x, minimums, positive);
-        }
-    }
-    return best;
-}
-
-// -- H.3  blocks ---------------------------------------------------------------------------------
-
-// A block as it is being chosen: its values as float, and how far they are from x.
-struct Draft {
-    float q[256] = {};
-    Block b{};                                   // d, m and the integer scales
-    double error = 0;
-};
-
-inline float f16_value(float f) { return f16_to_float(float_to_f16(f)); }
-
-// 32 weights with one scale.
-inline Draft draft_plain(const float* x, const Scheme& s, bool minimums) {
-    Draft z;
-    Fit f = fit_group<32>(x, s, minimums);
-    z.b.d = f16_value(f.scale), z.b.m = f16_value(-f.minimum);
-    std::fill_n(z.b.scale, 2, int16_t(1)), std::fill_n(z.b.minimum, 2, int16_t(minimums ? -1 : 0));
-    z.error = double(round_group<32>(z.q, x, z.b.d, -z.b.m, s));
-    return z;
-}
-
-// For given d and m: in each group the best of the integers next to what was fitted.
-template <int N> Draft draft_groups(const float* x, const Scheme& s, const Fit* fits, float d, float m) {
-    Draft z;
-    z.b.d = d, z.b.m = m;
-    auto near = [](float value, float unit) {
-        return unit == 0 ? 0 : int(std::nearbyint(std::clamp(value / unit, -1000.0f, 1000.0f)));
-    };
-    for (int g = 0; g < 256 / N; g++) {
-        float best = std::numeric_limits<float>::infinity(), q[N];
-        int tries = m == 0 ? 3 : 9;
-        for (int k = 0; k < tries; k++) {
-            int scale = std::clamp(near(fits[g].scale, d) + k % 3 - 1, s.scale_low, s.scale_high);
-            int minimum = m == 0 ? 0 : std::clamp(near(fits[g].minimum, m) + k / 3 - 1, 0, s.scale_high);
-            float error = round_group<N>(q, x + g * N, d * float(scale), m * float(minimum), s);
-            if (!(error < best)) continue;
-            best = error;
-            std::copy_n(q, N, z.q + g * N);
-            std::fill_n(z.b.scale + g * N / 16, N / 16, int16_t(scale));
-            std::fill_n(z.b.minimum + g * N / 16, N / 16, int16_t(minimum));
-        }
-        z.error += double(best);
-    }
-    return z;
-}
-
-// The best d and m for the integers of a block.
-inline Fit solve_block(const Draft& z, const float* x) {
-    double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
-    for (int i = 0; i < 256; i++) {
-        double a = double(z.b.scale[i / 16]) * double(z.q[i]), b = -double(z.b.minimum[i / 16]),
-               v = double(x[i]);
-        aa += a * a, ab += a * b, bb += b * b, xa += v * a, xb += v * b;
-    }
-    double determinant = aa * bb - ab * ab;
-    Fit f;
-    f.scale = aa > 0 ? float(xa / aa) : 0;
-    if (!(determinant > 0)) return f;
-    double d = (xa * bb - xb * ab) / determinant, m = (xb * aa - xa * ab) / determinant;
-    if (m >= 0) f.scale = float(d), f.minimum = float(m);
-    return f;
-}
-
-template <int N> Draft draft_super(const float* x, const Scheme& s, bool minimums) {
-    Fit fits[256 / N], most;
-    for (int g = 0; g < 256 / N; g++) {
-        fits[g] = fit_group<N>(x + g * N, s, minimums);
-        if (std::abs(fits[g].scale) > std::abs(most.scale)) most.scale = fits[g].scale;
-        most.minimum = std::max(most.minimum, fits[g].minimum);
-    }
-    int widest = s.scale_low < 0 ? s.scale_low : s.scale_high;
-    Draft best = draft_groups<N>(x, s, fits, f16_value(most.scale / float(widest)),
-                                 f16_value(most.minimum / float(s.scale_high)));
-    for (int round = 0; round < 2; round++) {
-        Fit f = solve_block(best, x);
-        Draft next = draft_groups<N>(x, s, fits, f16_value(f.scale), f16_value(f.minimum));
-        if (!(next.error < best.error)) break;
-        best = next;
-    }
-    return best;
-}
-
-// The inverse of `unpack` in 2.3.
-inline void pack_plain(uint8_t* p, const Block& b, Dtype dtype) {
-    bool five = dtype == Dtype::Q5_0 || dtype == Dtype::Q5_1, minimums = format_of(dtype).minimums;
-    int zero = minimums ? 0 : five ? 16 : 8;
-    uint16_t d = float_to_f16(b.d), m = float_to_f16(b.m);
-    uint32_t high = 0;
-    std::memcpy(p, &d, 2), p += 2;
-    if (dtype == Dtype::Q8_0) return void(std::memcpy(p, b.q, 32));
-    if (minimums) std::memcpy(p, &m, 2), p += 2;
-    for (int i = 0; i < 32; i++) high |= uint32_t((b.q[i] + zero) >> 4 & 1) << i;
-    if (five) std::memcpy(p, &high, 4), p += 4;
-    for (int i = 0; i < 16; i++) p[i] = uint8_t(((b.q[i] + zero) & 15) | ((b.q[i + 16] + zero) & 15) << 4);
-}
-
-inline void pack_q4_q5_k(uint8_t* p, const Block& b, bool five) {
-    uint16_t d[2] = {float_to_f16(b.d), float_to_f16(b.m)};
-    uint8_t *s = p + 4, *high = p + 16, *low = five ? p + 48 : p + 16;
-    std::memcpy(p, d, 4);
-    for (int j = 0; j < 4; j++) {
-        int scale = b.scale[2 * j], minimum = b.minimum[2 * j], scale4 = b.scale[2 * j + 8],
-            minimum4 = b.minimum[2 * j + 8];
-        s[j] = uint8_t(scale | (scale4 >> 4) << 6), s[j + 4] = uint8_t(minimum | (minimum4 >> 4) << 6);
-        s[j + 8] = uint8_t((scale4 & 15) | (minimum4 & 15) << 4);
-    }
-    if (five) std::fill_n(high, 32, uint8_t(0));
-    for (int i = 0; i < 256; i++) {
-        uint8_t& byte = low[i / 64 * 32 + i % 32];
-        byte = uint8_t(i % 64 < 32 ? b.q[i] & 15 : byte | (b.q[i] & 15) << 4);
-        if (five) high[i % 32] = uint8_t(high[i % 32] | (b.q[i] >> 4 & 1) << (i / 32));
-    }
-}
-
-inline void pack_q6_k(uint8_t* p, const Block& b) {
-    uint16_t d = float_to_f16(b.d);
-    std::fill_n(p, 192, uint8_t(0));
-    for (int i = 0; i < 256; i++) {
-        int q = b.q[i] + 32;
-        uint8_t &low = p[i / 128 * 64 + i % 64], &high = p[128 + i / 128 * 32 + i % 32];
-        low = uint8_t(low | (q & 15) << (i % 128 / 64 * 4)),
-        high = uint8_t(high | (q >> 4) << (i % 128 / 32 * 2));
-    }
-    for (int g = 0; g < 16; g++) p[192 + g] = uint8_t(b.scale[g]);
-    std::memcpy(p + 208, &d, 2);
-}
-
-// One block of x in a quantised dtype; false when that cannot say it. (No format reaches 1e9.)
-inline bool quantise_block(std::byte* out, const float* x, Dtype dtype) {
-    Scheme s = scheme_of(dtype);
-    int n = format_of(dtype).values;
-    bool minimums = format_of(dtype).minimums;
-    if (!std::all_of(x, x + n, [](float v) { return std::abs(v) < 1e9f; })) return false;
-    Draft z = s.scale_high == 0 ? draft_plain(x, s, minimums)
-              : s.group == 16   ? draft_super<16>(x, s, minimums) : draft_super<32>(x, s, minimums);
-    std::transform(z.q, z.q + n, z.b.q, [](float q) { return int8_t(q); });
-    uint8_t* p = reinterpret_cast<uint8_t*>(out);
-    if (s.scale_high == 0) pack_plain(p, z.b, dtype);
-    else if (dtype == Dtype::Q6_K) pack_q6_k(p, z.b);
-    else pack_q4_q5_k(p, z.b, dtype == Dtype::Q5_K);
-    return std::isfinite(z.b.d) && std::isfinite(z.b.m);
-}
-
-// -- H.4  matrices -------------------------------------------------------------------------------
-
-// x (n) in another dtype; false when that cannot say it.
-inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
-    const Format& f = format_of(dtype);
-    bool good = true;
-    for (int i = 0; i < n; i += f.values, out += f.bytes) {
-        if (quantised(dtype)) {
-            good &= quantise_block(out, x + i, dtype);
-            continue;
-        }
-        uint16_t half = dtype == Dtype::F32   ? 0
-                        : dtype == Dtype::F16 ? float_to_f16(x[i])
-                                              : float_to_bf16(x[i]);
-        std::memcpy(out, dtype == Dtype::F32 ? static_cast<const void*>(x + i) : &half, size_t(f.bytes));
-        good &= std::isfinite(dtype == Dtype::F16 ? f16_to_float(half) : x[i]);
-    }
-    return good;
-}
-
-// Rows begin, begin + 1, ... of W as float.   out: (count, w.cols)
-inline std::vector<float> float_rows(const Matrix& w, int begin, int count) {
-    std::vector<float> out(size_t(count) * size_t(w.cols));
-    parallel_for(count, [&](int64_t i) {
-        Vector row(size_t(w.cols));
-        kernels.widen(row.data(), w, begin + int(i));
-        std::copy(row.begin(), row.end(), out.begin() + i * w.cols);
-    });
-    return out;
-}
-
-// out: the rows of x in `dtype`, on all cores.   x: (rows, cols)
-inline void narrow_rows(std::byte* out, const std::vector<float>& x, int cols, Dtype dtype,
-                        const std::string& name) {
-    size_t bytes = row_bytes(dtype, cols);
-    parallel_for(int64_t(x.size()) / cols, [&](int64_t r) {
-        if (!narrow_row(out + size_t(r) * bytes, x.data() + r * cols, cols, dtype))
-            fail("tensor '%s' holds values that %s cannot say", name.c_str(), format_of(dtype).name);
-    });
-}
-
-// One row of blocks of 128 x 128, each with the scale that makes its largest weight 448.   x: (128, cols)
-inline void narrow_e4m3(std::byte* out, std::byte* scale, const std::vector<float>& x, int cols) {
-    int rows = int(x.size() / size_t(cols));
-    parallel_for((cols + SCALE_BLOCK - 1) / SCALE_BLOCK, [&](int64_t block) {
-        int begin = int(block) * SCALE_BLOCK, end = std::min(cols, begin + SCALE_BLOCK);
-        auto at = [&](int r, int i) { return size_t(r) * size_t(cols) + size_t(i); };
-        float most = 0;
-        for (int r = 0; r < rows; r++)
-            for (int i = begin; i < end; i++) most = std::max(most, std::abs(x[at(r, i)]));
-        float s = most > 0 ? most / 448 : 1;
-        std::memcpy(scale + 4 * block, &s, 4);
-        for (int r = 0; r < rows; r++)
-            for (int i = begin; i < end; i++) out[at(r, i)] = std::byte(float_to_e4m3(x[at(r, i)] / s));
-    });
-}
-
-// -- H.5  which format for which matrix ----------------------------------------------------------
-
-struct FileType {
-    const char* name;
-    int number;                          // general.file_type; -1: not for GGUF files
-    Dtype dtype;
-    bool mixed;                          // six bits where it matters
-};
-inline constexpr FileType FILE_TYPES[] = {
-    {"f32", 0, Dtype::F32, false},     {"f16", 1, Dtype::F16, false},    {"bf16", 32, Dtype::BF16, false},
-    {"q8_0", 7, Dtype::Q8_0, false},   {"q6_k", 18, Dtype::Q6_K, false}, {"q5_k_m", 17, Dtype::Q5_K, true},
-    {"q4_k_m", 15, Dtype::Q4_K, true}, {"q5_1", 9, Dtype::Q5_1, false},  {"q5_0", 8, Dtype::Q5_0, false},
-    {"q4_1", 3, Dtype::Q4_1, false},   {"q4_0", 2, Dtype::Q4_0, false},  {"q4_k", -1, Dtype::Q4_K, true},
-    {"fp8", -1, Dtype::F8_E4M3, false}};
-
-const FileType& file_type(const std::string& name) {
-    for (const FileType& t : FILE_TYPES) if (name == t.name) return t;
-    fail("'%s' is no type of weights", Fields::printable(name).c_str());
-}
-
-// Layers at both ends, and every third between them.
-inline bool matters(int layer, int n) {
-    return layer < n / 8 || layer >= 7 * n / 8 || (layer - n / 8) % 3 == 2;
-}
-
-// `name` as in GGUF. Nothing for matrices that stay as they are: a gate decides by small differences.
-inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& name, int cols,
-                                         const Config& c) {
-    auto [layer, rest] = split_layer(name, "blk.");
-    bool embedding = name == "token_embd.weight", head = name == "output.weight" || (c.tied && embedding);
-    if (rest == "ffn_gate_inp.weight") return {};
-    if (t.dtype == Dtype::F8_E4M3 && (embedding || head || rest == "nextn.eh_proj.weight")) return {};
-    bool last = rest == "attn_v.weight" || rest == "attn_kv_b.weight" || rest.starts_with("ffn_down");
-    bool six =
-        head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
-    Dtype d = six ? Dtype::Q6_K : t.dtype;
-    auto fits = [&] { return cols % format_of(d).values == 0; };
-    if (!fits()) d = d == Dtype::Q4_K ? Dtype::Q5_0 : d == Dtype::Q5_K ? Dtype::Q5_1 : Dtype::Q8_0;
-    return fits() ? d : Dtype::F32;
-}
-
-// The file's pages of a matrix that is not needed again.
-inline void forget_pages(const Matrix& w) {
-    uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(w.data);
-    uintptr_t end = (begin + size_t(w.rows) * row_bytes(w.dtype, w.cols)) / page * page;
-    begin = (begin + page - 1) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-}
-
-// W in the format that suits it. Without memory it only counts.
-Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
-    std::string name = name_in_gguf(ours);
-    std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
-    if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
-    size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * size_t((w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK);
-    size_t scale_rows = *dtype == Dtype::F8_E4M3 ? size_t((w.rows + SCALE_BLOCK - 1) / SCALE_BLOCK) : 0;
-    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes),
-              *scale = arena.take<std::byte>(scale_rows * scales);
-    for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
-        Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
-        std::vector<float> x = float_rows(part, 0, part.rows);
-        std::byte* out = data + size_t(r) * bytes;
-        if (scale_rows) narrow_e4m3(out, scale + size_t(r / SCALE_BLOCK) * scales, x, w.cols);
-        else narrow_rows(out, x, w.cols, *dtype, name);
-        forget_pages(part);
-    }
-    if (data) progress(arena.used);
-    return {data, scale_rows ? scale : nullptr, *dtype, w.rows, w.cols, 0};
-}
-
-// =================================================================================================
-// Appendix I. GGUF: writing
-// =================================================================================================
-//
-// How does a model become a file that llama.cpp reads too? By the names and layouts of its own converter:
-// metadata first, then the tensors, each in the format that the mixture of chapter H gives it, written as
-// they are made.
-
-// -- I.1  a GGUF file from any model -------------------------------------------------------------
-
-// The keys of a file as they are written.
-struct GgufHead {
-    std::string bytes;
-    uint64_t count = 0;
-
-    template <class T> void raw(T value) {
-        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
-    }
-    void string(std::string_view text) { raw(uint64_t(text.size())), bytes += text; }
-    void key(const std::string& name, GgufType type) { string(name), raw(type), count++; }
-    void u32(const std::string& name, int64_t v) { key(name, GgufType::U32), raw(uint32_t(v)); }
-    void f32(const std::string& name, double v) { key(name, GgufType::F32), raw(float(v)); }
-    void boolean(const std::string& name, bool v) { key(name, GgufType::BOOL), raw(uint8_t(v)); }
-    void text(const std::string& name, std::string_view v) { key(name, GgufType::STRING), string(v); }
-    void array(const std::string& name, GgufType type, size_t n) {
-        key(name, GgufType::ARRAY), raw(type), raw(uint64_t(n));
-    }
-    void texts(const std::string& name, const std::vector<std::string>& list) {
-        array(name, GgufType::STRING, list.size());
-        for (const std::string& item : list) string(item);
-    }
-};
-
-// What the keys cannot say must not be lost on the way.
-inline void require_tellable(const Config& c) {
-    const RopeConfig& r = c.rope;
-    if (c.moe_freq != 1) fail("%s: 'moe_layer_freq' has no place in a GGUF file", c.file.c_str());
-    if (r.scaling == Scaling::YARN && r.mscale != r.mscale_all_dim)
-        fail("%s: 'mscale' that is not 'mscale_all_dim' has no place in a GGUF file", c.file.c_str());
-    if (r.scaling == Scaling::LLAMA3 && (r.low_freq_factor != 1 || r.high_freq_factor != 4))
-        fail("%s: only Llama 3.1's 'low_freq_factor' 1 and 'high_freq_factor' 4 are supported in a GGUF file",
-             c.file.c_str());
-}
-
-inline void put_rope_keys(GgufHead& h, const std::string& p, const RopeConfig& r) {
-    h.f32(p + "rope.freq_base", r.theta);
-    if (r.scaling != Scaling::YARN) return;
-    h.text(p + "rope.scaling.type", "yarn");
-    h.f32(p + "rope.scaling.factor", r.factor);
-    h.u32(p + "rope.scaling.original_context_length", int64_t(r.original_context));
-    h.f32(p + "rope.scaling.yarn_beta_fast", r.beta_fast);
-    h.f32(p + "rope.scaling.yarn_beta_slow", r.beta_slow);
-    h.f32(p + "rope.scaling.yarn_log_multiplier", 0.1 * r.mscale_all_dim);
-}
-
-// The MLA keys speak of the absorbed form: one key head, as wide as a row of the cache.
-inline void put_mla_keys(GgufHead& h, const std::string& p, const Config& c) {
-    if (c.Rq) h.u32(p + "attention.q_lora_rank", c.Rq);
-    h.u32(p + "attention.kv_lora_rank", c.Rkv);
-    h.u32(p + "attention.head_count_kv", 1);
-    h.u32(p + "attention.key_length", c.Rkv + c.Dr);
-    h.u32(p + "attention.value_length", c.Rkv);
-    h.u32(p + "attention.key_length_mla", c.Dn + c.Dr);
-    h.u32(p + "attention.value_length_mla", c.Dv);
-    h.u32(p + "rope.dimension_count", c.Dr);
-    h.u32(p + "leading_dense_block_count", c.E ? c.first_dense : c.n_layers);
-    h.u32(p + "expert_feed_forward_length", c.E ? c.F : c.ffn_width);
-    h.u32(p + "expert_shared_count", c.n_shared);
-    if (c.E == 0) return;
-    bool grouped = c.gate != Gate::GREEDY && c.topk_group < c.n_group;   // else all groups are the best ones
-    h.u32(p + "expert_count", c.E);
-    h.u32(p + "expert_used_count", c.K);
-    h.u32(p + "expert_gating_func", c.sigmoid_affinity ? 2 : 1);
-    h.f32(p + "expert_weights_scale", c.routed_scale);
-    h.boolean(p + "expert_weights_norm", c.norm_topk);
-    h.u32(p + "expert_group_count", grouped ? c.n_group : 1);
-    h.u32(p + "expert_group_used_count", grouped ? c.topk_group : 1);
-}
-
-inline std::string gguf_architecture(const Config& c) {
-    return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama";
-}
-
-inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) {
-    std::string arch = gguf_architecture(c), p = arch + ".";
-    h.text("general.architecture", arch);
-    h.text("general.type", "model");
-    h.u32("general.file_type", type.number);
-    h.u32("general.quantization_version", 2);
-    h.u32(p + "block_count", c.n_layers + c.n_mtp);
-    if (c.n_mtp) h.u32(p + "nextn_predict_layers", c.n_mtp);
-    h.u32(p + "context_length", c.max_context);
-    h.u32(p + "embedding_length", c.D);
-    h.u32(p + "feed_forward_length", c.ffn_width);
-    h.u32(p + "vocab_size", c.V);
-    h.u32(p + "attention.head_count", c.H);
-    h.f32(p + "attention.layer_norm_rms_epsilon", c.eps);
-    put_rope_keys(h, p, c.rope);
-    if (c.mla()) return put_mla_keys(h, p, c);
-    h.u32(p + "attention.head_count_kv", c.G);
-    h.u32(p + "attention.key_length", c.head_dim);
-    h.u32(p + "attention.value_length", c.head_dim);
-    h.u32(p + "rope.dimension_count", c.head_dim);
-}
-
-// -- I.2  the vocabulary of a folder -------------------------------------------------------------
-
-// A regex without the backslashes that change nothing, so that two spellings of it compare equal.
-inline std::string plain_regex(std::string_view regex) {
-    std::string out;
-    for (size_t i = 0; i < regex.size(); i++) {
-        char c = regex[i], next = i + 1 < regex.size() ? regex[i + 1] : 'x';
-        if (c != '\\') out += c;
-        else if (next == 'r' || next == 'n') out += next == 'r' ? '\r' : '\n', i++;
-        else if (!std::ispunct(uint8_t(next))) out += c;
-    }
-    return out;
-}
-
-inline void collect_regexes(const Fields& step, std::vector<std::string>& out) {
-    std::string type = step.text("type");
-    simdjson::dom::array steps;
-    if (type == "Split") out.push_back(plain_regex(Fields(step.get("pattern"), step.where()).text("Regex")));
-    if (type == "Digits") out.push_back("\\p{N}");
-    if (type != "Sequence") return;
-    if (step.get("pretokenizers").get(steps)) fail("%s: 'pretokenizers' is not a list", step.where().c_str());
-    for (Json s : steps) collect_regexes(Fields(s, step.where()), out);
-}
-
-// The name under which llama.cpp knows what tokenizer.json asks for.
-inline std::string name_pre_tokenizer(const Fields& root, bool ignore_merges) {
-    std::vector<std::string> found, known;
-    collect_regexes(Fields(root.get("pre_tokenizer"), root.where() + ": pre_tokenizer"), found);
-    bool nfc = root.has("normalizer") &&
-               simdjson::minify(root.get("normalizer")).find("\"NFC\"") != std::string::npos;
-    for (const PreTokenizer& p : pre_tokenizers()) {
-        known.clear();
-        for (const std::string& regex : p.regexes) known.push_back(plain_regex(regex));
-        if (found == known && nfc == p.nfc && ignore_merges == p.ignore_merges) return p.name;
-    }
-    fail("%s: its pre_tokenizer has no name in GGUF files", root.where().c_str());
-}
-
-inline void put_added_tokens(Vocabulary& v, const Fields& root) {
-    simdjson::dom::array added;
-    if (!root.has("added_tokens")) return;
-    if (root.get("added_tokens").get(added)) fail("%s: 'added_tokens' is not a list", root.where().c_str());
-    for (Json item : added) {
-        Fields f(item, root.where() + ": added_tokens");
-        std::string token = f.text("content");
-        bool mark = (token.starts_with("<｜") && token.ends_with("｜>")) ||
-                    (token.starts_with("<|") && token.ends_with("|>"));
-        size_t id = size_t(f.integer("id", 0, int64_t(v.tokens.size()) - 1));
-        v.tokens[id] = token, v.types[id] = mark || f.boolean("special", false) ? CONTROL : USER_DEFINED;
-    }
-}
-
-inline void put_merges(Vocabulary& v, const Fields& model) {
-    simdjson::dom::array merges, pair;
-    if (model.get("merges").get(merges)) fail("%s: 'merges' is not a list", model.where().c_str());
-    for (Json item : merges) {
-        std::string_view left, right;
-        if (!item.get(left)) v.merges.emplace_back(left);              // "left right"
-        else if (!item.get(pair) && pair.size() == 2 && !pair.at(0).get(left) && !pair.at(1).get(right))
-            v.merges.push_back(std::string(left) + " " + std::string(right));
-        else fail("%s: 'merges' holds something that is no pair", model.where().c_str());
-    }
-}
-
-inline std::string folder_template(const fs::path& folder) {
-    fs::path jinja = folder / "chat_template.jinja", config = folder / "tokenizer_config.json";
-    if (fs::exists(jinja)) return read_file(jinja);
-    if (!fs::exists(config)) return "";
-    tokenizer_detail::Document document(read_file(config), config.string());   // knows odd numbers
-    Fields f(document.root.value, config.string());
-    return f.has("chat_template") && f.get("chat_template").is_string() ? f.text("chat_template") : "";
-}
-
-Vocabulary folder_vocabulary(const fs::path& folder, int V) {
-    std::string file = (folder / "tokenizer.json").string();
-    Document document(read_json_file(file), file);
-    Fields root(document.root, file), model(root.get("model"), file + ": model");
-    Fields vocab(model.get("vocab"), file + ": vocab");
-    Tokenizer tokenizer = Tokenizer::load(folder.string());
-    Vocabulary v;
-    v.types.assign(size_t(V), UNUSED);
-    for (int id = 0; id < V; id++) v.tokens.push_back("[PAD" + std::to_string(id) + "]");
-    for (auto& [token, value] : vocab.all()) {
-        size_t id = size_t(vocab.integer(token.c_str(), 0, V - 1));
-        v.tokens[id] = token, v.types[id] = NORMAL;
-    }
-    put_added_tokens(v, root);
-    put_merges(v, model);
-    v.pre = name_pre_tokenizer(root, model.boolean("ignore_merges", false));
-    v.bos = tokenizer.bos, v.eos = tokenizer.eos, v.add_bos = tokenizer.add_bos;
-    v.chat_template = folder_template(folder);
-    return v;
-}
-
-// A folder without a tokenizer gives a file without one.
-inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
-    if (!is_gguf(model) && !fs::exists(model / "tokenizer.json"))
-        return h.text("tokenizer.ggml.model", "none");
-    Vocabulary v = is_gguf(model) ? gguf_vocabulary(open_gguf(model).keys) : folder_vocabulary(model, V);
-    h.text("tokenizer.ggml.model", "gpt2");
-    h.text("tokenizer.ggml.pre", v.pre);
-    h.texts("tokenizer.ggml.tokens", v.tokens);
-    h.array("tokenizer.ggml.token_type", GgufType::I32, v.types.size());
-    for (int64_t type : v.types) h.raw(int32_t(type));
-    h.texts("tokenizer.ggml.merges", v.merges);
-    if (v.bos >= 0) h.u32("tokenizer.ggml.bos_token_id", v.bos);
-    if (v.eos >= 0) h.u32("tokenizer.ggml.eos_token_id", v.eos);
-    h.boolean("tokenizer.ggml.add_bos_token", v.add_bos);
-    if (!v.chat_template.empty()) h.text("tokenizer.chat_template", v.chat_template);
-}
-
-// -- I.3  the tensors of a model -----------------------------------------------------------------
-
-enum class Order : uint8_t { PLAIN, PAIRS, TRANSPOSED };
-
-// One tensor of the file: a vector, a matrix, or a stack of matrices (experts, heads).
-struct GgufTensor {
-    std::string name;
-    Dtype dtype;
-    std::vector<Matrix> parts;
-    int axes;                            // 1: a vector, 2: a matrix, 3: a stack
-    Order order = Order::PLAIN;
-    int head = 0;                        // PAIRS: rows of a head
-
-    int rows() const { return order == Order::TRANSPOSED ? parts[0].cols : parts[0].rows; }
-    int cols() const { return order == Order::TRANSPOSED ? parts[0].rows : parts[0].cols; }
-    uint64_t bytes() const { return uint64_t(parts.size()) * uint64_t(rows()) * row_bytes(dtype, cols()); }
-};
-
-class GgufTensors {
-public:
-    GgufTensors(const Model& m, const FileType& type) : m_(m), c_(m.config), type_(type) {
-        matrix("token_embd.weight", m.embed);
-        vector("output_norm.weight", m.norm);
-        if (!c_.tied) matrix("output.weight", m.head);
-        if (c_.rope.scaling == Scaling::LLAMA3) divisors();
-        for (int l = 0; l < c_.n_layers; l++) layer(l, m.layers[size_t(l)]);
-        if (c_.n_mtp) mtp(m.mtp[0]);
-    }
-    std::vector<GgufTensor> list;
-
-private:
-    const Model& m_;
-    const Config& c_;
-    const FileType& type_;
-    Vector divisors_;
-
-    void stack(const std::string& name, std::vector<Matrix> parts, Order order, int head = 0) {
-        GgufTensor t{name, Dtype::F32, std::move(parts), 3, order, head};
-        t.dtype = target_dtype(type_, name, t.cols(), c_).value_or(Dtype::F32);
-        list.push_back(std::move(t));
-    }
-    void matrix(const std::string& name, const Matrix& w, Order order = Order::PLAIN, int head = 0) {
-        stack(name, {w}, order, head);
-        list.back().axes = 2;
-    }
-    void vector(const std::string& name, const Vector& v) {
-        list.push_back({name, Dtype::F32, {real_matrix(v.data(), 1, int(v.size()))}, 1});
-    }
-    // Of Llama 3.1's scaling only its effect is kept: by what to divide each frequency.
-    void divisors() {
-        RopeConfig plain = c_.rope;
-        plain.scaling = Scaling::NONE;
-        Rope without = make_rope(plain, c_.rope_dim());
-        for (size_t i = 0; i < without.frequency.size(); i++)
-            divisors_.push_back(real(without.frequency[i] / m_.rope.frequency[i]));
-        vector("rope_freqs.weight", divisors_);
-    }
-    void mlp(const std::string& p, const char* suffix, const Mlp& w) {
-        matrix(p + "ffn_gate" + suffix, w.w_gate);
-        matrix(p + "ffn_up" + suffix, w.w_up);
-        matrix(p + "ffn_down" + suffix, w.w_down);
-    }
-    void gqa(const std::string& p, const Gqa& w) {
-        Order order = c_.qkv_bias || c_.pair_order ? Order::PLAIN : Order::PAIRS;
-        matrix(p + "attn_q.weight", w.wq, order, c_.head_dim);
-        matrix(p + "attn_k.weight", w.wk, order, c_.head_dim);
-        matrix(p + "attn_v.weight", w.wv);
-        matrix(p + "attn_output.weight", w.wo);
-        if (!c_.qkv_bias) return;
-        vector(p + "attn_q.bias", w.bq), vector(p + "attn_k.bias", w.bk), vector(p + "attn_v.bias", w.bv);
-    }
-    void mla(const std::string& p, const Mla& w) {
-        if (c_.Rq) {
-            matrix(p + "attn_q_a.weight", w.wq_a);
-            vector(p + "attn_q_a_norm.weight", w.q_norm);
-            matrix(p + "attn_q_b.weight", w.wq_b);
-        } else {
-            matrix(p + "attn_q.weight", w.wq);
-        }
-        matrix(p + "attn_kv_a_mqa.weight", w.wkv_a);
-        vector(p + "attn_kv_a_norm.weight", w.kv_norm);
-        bool flip = w.wk_b_t.empty();
-        stack(p + "attn_k_b.weight", flip ? w.wk_b : w.wk_b_t, flip ? Order::TRANSPOSED : Order::PLAIN);
-        stack(p + "attn_v_b.weight", w.wv_b, Order::PLAIN);
-        matrix(p + "attn_output.weight", w.wo);
-    }
-    void moe(const std::string& p, const Moe& w) {
-        std::vector<Matrix> gate, up, down;
-        for (const Mlp& e : w.experts)
-            gate.push_back(e.w_gate), up.push_back(e.w_up), down.push_back(e.w_down);
-        matrix(p + "ffn_gate_inp.weight", w.gate_w);
-        if (!w.gate_bias.empty()) vector(p + "exp_probs_b.bias", w.gate_bias);
-        stack(p + "ffn_gate_exps.weight", gate, Order::PLAIN);
-        stack(p + "ffn_up_exps.weight", up, Order::PLAIN);
-        stack(p + "ffn_down_exps.weight", down, Order::PLAIN);
-        if (c_.n_shared) mlp(p, "_shexp.weight", w.shared);
-    }
-    void layer(int l, const Layer& w) {
-        std::string p = text_of("blk.%d.", l);
-        vector(p + "attn_norm.weight", w.attn_norm);
-        if (c_.mla()) mla(p, w.mla);
-        else gqa(p, w.gqa);
-        vector(p + "ffn_norm.weight", w.ffn_norm);
-        if (c_.is_moe(l)) moe(p, w.moe);
-        else mlp(p, ".weight", w.mlp);
-    }
-    void mtp(const Mtp& w) {
-        std::string p = text_of("blk.%d.nextn.", c_.n_layers);
-        layer(c_.n_layers, w.layer);
-        vector(p + "enorm.weight", w.enorm), vector(p + "hnorm.weight", w.hnorm);
-        vector(p + "shared_head_norm.weight", w.norm);
-        matrix(p + "eh_proj.weight", w.proj);
-    }
-};
-
-// -- I.4  write_gguf -----------------------------------------------------------------------------
-
-// Rows begin, begin + 1, ... of a part, in the order of the file. PAIRS: whole heads.
-inline std::vector<float> ordered_rows(const GgufTensor& t, const Matrix& part, int begin, int count) {
-    size_t cols = size_t(t.cols());
-    if (t.order == Order::PLAIN) return float_rows(part, begin, count);
-    std::vector<float> x = float_rows(part, t.order == Order::PAIRS ? begin : 0,
-                                      t.order == Order::PAIRS ? count : part.rows);
-    std::vector<float> out(size_t(count) * cols);
-    parallel_for(count, [&](int64_t r) {
-        int64_t i = r % std::max(t.head, 1), from = r - i + i % 2 * (t.head / 2) + i / 2;   // x0 x_d/2 x1 ...
-        for (size_t c = 0; c < cols; c++)
-            out[size_t(r) * cols + c] = t.order == Order::PAIRS
-                                            ? x[size_t(from) * cols + c]
-                                            : x[c * size_t(part.cols) + size_t(begin + r)];
-    });
-    return out;
-}
-
-inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part) {
-    constexpr int AT_ONCE = 1024;
-    int step = t.order == Order::PLAIN ? AT_ONCE : t.order == Order::PAIRS ? t.head : t.rows();
-    for (int begin = 0; begin < t.rows() && !interrupted; begin += step) {
-        int count = std::min(step, t.rows() - begin);
-        std::vector<std::byte> out(size_t(count) * row_bytes(t.dtype, t.cols()));
-        if (part.dtype == t.dtype && t.order == Order::PLAIN && !part.stride)
-            std::memcpy(out.data(), part.row(begin), out.size());   // what is there is not rounded again
-        else narrow_rows(out.data(), ordered_rows(t, part, begin, count), t.cols(), t.dtype, t.name);
-        file.write(out.data(), out.size());
-        if (t.order == Order::PLAIN && t.axes > 1) forget_pages(part.view(begin, count));
-    }
-}
-
-constexpr uint64_t GGUF_ALIGNMENT = 32;
-
-inline std::string gguf_padding(uint64_t bytes) { return std::string(size_t(-bytes % GGUF_ALIGNMENT), '\0'); }
-
-// Everything before the data. Returns the bytes of the data.
-inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
-                                const std::vector<GgufTensor>& tensors) {
-    GgufHead h;
-    uint64_t total = 0;
-    h.bytes = "GGUF", h.raw(uint32_t(3)), h.raw(uint64_t(tensors.size())), h.raw(keys.count);
-    h.bytes += keys.bytes;
-    for (const GgufTensor& t : tensors) {
-        uint64_t axes[] = {uint64_t(t.cols()), uint64_t(t.rows()), uint64_t(t.parts.size())};
-        h.string(t.name), h.raw(uint32_t(t.axes));
-        for (int i = 0; i < t.axes; i++) h.raw(axes[i]);
-        h.raw(uint32_t(format_of(t.dtype).ggml_type)), h.raw(total);
-        total += t.bytes() + gguf_padding(t.bytes()).size();
-    }
-    h.bytes += gguf_padding(h.bytes.size());
-    file.write(h.bytes.data(), h.bytes.size());
-    return total;
-}
-
-// `source` is where the model came from, for its vocabulary.
-void write_gguf(const Model& m, const fs::path& source, const std::string& out, const FileType& type,
-                const std::function<void(uint64_t, uint64_t)>& progress) {
-    require_tellable(m.config);
-    AtomicFile file(out);
-    GgufHead keys;
-    put_config_keys(keys, m.config, type);
-    put_vocabulary_keys(keys, source, m.config.V);
-    GgufTensors tensors(m, type);
-    uint64_t total = write_gguf_head(file, keys, tensors.list), done = 0;
-    for (const GgufTensor& t : tensors.list) {
-        for (const Matrix& part : t.parts) write_part(file, t, part);
-        std::string padding = gguf_padding(t.bytes());
-        file.write(padding.data(), padding.size());
-        if (interrupted) fail("interrupted; %s not written", out.c_str());
-        progress(done += t.bytes(), total);
-    }
-    file.commit();
-}
