@@ -664,10 +664,10 @@ inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h)
 
 inline float f16_to_float(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-    if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | fraction << 13);
-    float magnitude =
-        exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
-    return sign ? -magnitude : magnitude;
+    float subnormal = float(fraction) * 0x1p-24f;
+    if (exponent == 0) return sign ? -subnormal : subnormal;
+    uint32_t wider = exponent == 31 ? 255 : exponent + 112;                 // infinity and NaN; or 2^-15, 2^-127
+    return std::bit_cast<float>(sign | wider << 23 | fraction << 13);
 }
 
 inline float e4m3_to_float(uint8_t b) {

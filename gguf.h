@@ -333,15 +333,19 @@ struct Block {
 
 using Bytes = const uint8_t*;
 
-// Some bits of each value, from byte `at` of the block on.
+// Some bits of each value, from byte `at` of the block on. i: a multiple of 16;  j < 16
 struct BitField {
-    int at, bits, run;
+    int at, bits, run;                   // run: 16 or more, or 1
 
-    constexpr int byte(int i) const { return at + i / (run * 8 / bits) * run + i % run; }
-    constexpr int shift(int i) const { return i % (run * 8 / bits) / run * bits; }
-    constexpr int get(Bytes p, int i) const { return p[byte(i)] >> shift(i) & ((1 << bits) - 1); }
-    void put(uint8_t* p, int i, int value) const {                // where there are zeros
-        p[byte(i)] = uint8_t(p[byte(i)] | (value & ((1 << bits) - 1)) << shift(i));
+    constexpr int mask() const { return (1 << bits) - 1; }
+    constexpr int byte(int i, int j) const {
+        return at + i / (run * 8 / bits) * run + (run == 1 ? j / 8 : i % run + j);
+    }
+    constexpr int shift(int i, int j) const { return run == 1 ? j % 8 : i % (run * 8 / bits) / run * bits; }
+    constexpr int get(Bytes p, int i, int j) const { return p[byte(i, j)] >> shift(i, j) & mask(); }
+    constexpr void put(uint8_t* p, int i, int j, int value) const {         // where there are zeros
+        uint8_t& b = p[byte(i, j)];
+        b = uint8_t(b | (value & mask()) << shift(i, j));
     }
 };
 
@@ -423,19 +427,22 @@ template <class Body> void for_format(Dtype dtype, const Body& body) {
     }
 }
 
-// Fills the values, scales and minimums of one block of a quantised dtype.
-inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
-    Bytes p = reinterpret_cast<Bytes>(block);
-    for_format(dtype, [&]<Dtype D>() {
-        constexpr Layout L = layout_of(D);
-        b.d = f16_at(p + L.d), b.m = L.m < 0 ? 0 : f16_at(p + L.m);
-        unpack_scales<D>(b, p);
-        for (int i = 0; i < format_of(D).values; i++) {
-            int q = L.low.get(p, i);
-            if constexpr (L.high.bits > 0) q |= L.high.get(p, i) << L.low.bits;
-            b.q[i] = int8_t(q - L.zero);
+// Fills the values, scales and minimums of one block.
+template <Dtype D> void unpack_block(Block& b, Bytes p) {
+    constexpr Layout L = layout_of(D);
+    b.d = f16_at(p + L.d), b.m = L.m < 0 ? 0 : f16_at(p + L.m);
+    unpack_scales<D>(b, p);
+    for (int i = 0; i < format_of(D).values; i += 16) {
+#pragma omp simd
+        for (int j = 0; j < 16; j++) {
+            int q = L.low.get(p, i, j);
+            if constexpr (L.high.bits > 0) q |= L.high.get(p, i, j) << L.low.bits;
+            b.q[i + j] = int8_t(q - L.zero);
         }
-    });
+    }
+}
+inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
+    for_format(dtype, [&]<Dtype D>() { unpack_block<D>(b, reinterpret_cast<Bytes>(block)); });
 }
 
 // The inverse. Q2_K and Q3_K are not written.
@@ -450,8 +457,9 @@ inline void pack(std::byte* block, const Block& b, Dtype dtype) {
         constexpr Layout L = layout_of(D);
         put(L.d, b.d), put(L.m, b.m);
         for (int i = 0; i < format_of(D).values; i++) {
-            L.low.put(p, i, b.q[i] + L.zero);
-            if constexpr (L.high.bits > 0) L.high.put(p, i, (b.q[i] + L.zero) >> L.low.bits);
+            int q = b.q[i] + L.zero, first = i / 16 * 16;
+            L.low.put(p, first, i % 16, q);
+            if constexpr (L.high.bits > 0) L.high.put(p, first, i % 16, q >> L.low.bits);
         }
         if (D == Dtype::Q4_K || D == Dtype::Q5_K) pack_six_bits(p + L.scales, b);
         for (int g = 0; D == Dtype::Q6_K && g < 16; g++) p[L.scales + g] = uint8_t(b.scale[g]);
@@ -460,21 +468,24 @@ inline void pack(std::byte* block, const Block& b, Dtype dtype) {
 
 // out: the block's values. The order of the operations is that of llama.cpp, to the bit.
 inline void dequantise(real* out, const Block& b, int values) {
-    for (int i = 0; i < values; i++) {
+    for (int i = 0; i < values; i += 16) {
         float scale = b.d * float(b.scale[i / 16]), minimum = b.m * float(b.minimum[i / 16]);
-        out[i] = scale * float(b.q[i]) - minimum;
+#pragma omp simd
+        for (int j = 0; j < 16; j++) out[i + j] = scale * float(b.q[i + j]) - minimum;
     }
 }
 
 // out (w.cols) = row r of a quantised W.
 inline void dequantise_row(real* out, const Matrix& w, int r) {
-    const Format& f = format_of(w.dtype);
-    const std::byte* p = w.row(r);
-    Block block;
-    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
-        unpack(block, p, w.dtype);
-        dequantise(out + i, block, f.values);
-    }
+    Bytes p = reinterpret_cast<Bytes>(w.row(r));
+    for_format(w.dtype, [&]<Dtype D>() {
+        constexpr Format F = format_of(D);
+        Block block;
+        for (int i = 0; i < w.cols / F.values; i++) {
+            unpack_block<D>(block, p + i * F.bytes);
+            dequantise(out + i * F.values, block, F.values);
+        }
+    });
 }
 
 // out (w.cols) = row r of W, of whatever dtype, exactly; for e4m3 the product with the scale, rounded once.
