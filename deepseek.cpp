@@ -25,6 +25,8 @@
 //   C   Command line               options, run, chat, main
 //   D   Tools                      tokenize, logits, perplexity, info, bench, quantize
 //
+// gguf.h (llama.cpp's files) is included at the end of chapter 4, and needs what stands before it.
+//
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
 //      id --embed--> x --+--> rmsnorm --> MLA (8) -----+--> x --+--> rmsnorm --> experts (10) --+--> x
@@ -666,7 +668,7 @@ inline float f16_to_float(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
     float subnormal = float(fraction) * 0x1p-24f;
     if (exponent == 0) return sign ? -subnormal : subnormal;
-    uint32_t wider = exponent == 31 ? 255 : exponent + 112;                 // infinity and NaN; or 2^-15, 2^-127
+    uint32_t wider = exponent == 31 ? 255 : exponent + 112;       // infinity, NaN; or the biases 15 and 127
     return std::bit_cast<float>(sign | wider << 23 | fraction << 13);
 }
 
@@ -739,8 +741,8 @@ template <class Row> void widen_into(real* out, Row w, int n) {
 
 // y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
 // some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
-// llama.cpp's files may hold W in another way (gguf.h), which matmul undoes. Rows and views are then those of
-// what is stored.
+// The last two fields say how llama.cpp's files may hold W (gguf.h): matmul undoes it, row() and view() do
+// not.
 struct Matrix {
     const std::byte* data = nullptr;
     const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
@@ -1332,7 +1334,7 @@ inline std::optional<Dtype> weights_dtype(const std::string& name) {
     return {};
 }
 
-// A tensor of a checkpoint as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+// A tensor as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
 inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
     const Tensor& t = checkpoint.tensors.at(name);
     std::optional<Dtype> dtype = weights_dtype(t.dtype);
@@ -1364,8 +1366,8 @@ inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
 // the model answers worse without any error. And text decodes to bytes, not characters: a Chinese
 // character may be split over two tokens, so a stream must hold back its first half (Utf8Stream).
 //
-// llama.cpp keeps all of the above in one file, weights in fewer bits, and text: gguf.h reads and writes such
-// files.
+// One .gguf file of llama.cpp holds all of chapters 2 to 4, and its weights may be blocks of small integers.
+// gguf.h reads it as if it were a folder, makes such blocks, and writes such files.
 
 #include "gguf.h"
 
@@ -4078,8 +4080,9 @@ void command_quantize(const Options& o) {
     fs::path source = model_path(o);
     Model model = load_model(source);                    // finds what is wrong with it
     Progress progress("writing", 100);
-    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), [&](uint64_t done, uint64_t total) {
+    auto at = [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
-    });
+    };
+    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), at);
 }
 #endif

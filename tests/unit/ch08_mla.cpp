@@ -14,6 +14,7 @@ struct MlaCase {
     Model model;
     RandomMatrix wkv_b;
     Mla w;
+    std::vector<Matrix> wk_b_transposed;           // as newer GGUF files keep it
     std::deque<Vector> transposed;
     int T, pos;
     Dtype kv;
@@ -30,7 +31,7 @@ struct MlaCase {
         for (int h = 0; h < c.H; h++) {
             Matrix k = wkv_b.matrix.view(h * (c.Dn + c.Dv), c.Dn);
             w.wk_b.push_back(k), w.wv_b.push_back(wkv_b.matrix.view(h * (c.Dn + c.Dv) + c.Dn, c.Dv));
-            w.wk_b_t.push_back(transpose(k));
+            wk_b_transposed.push_back(transpose(k));
         }
         Noise noise{{seed}};
         q = noise.vector(size_t(T * c.H * c.q_dim()));
@@ -51,13 +52,13 @@ struct MlaCase {
             widen_plain(row.data(), m, r);
             for (int col = 0; col < m.cols; col++) out[size_t(col * m.rows + r)] = row[size_t(col)];
         }
-        return real_matrix(out.data(), m.cols, m.rows);
+        return real_matrix(out.data(), m.cols, m.rows).transpose();
     }
     // (T, H, Dv)
     Vector run(MlaForm form, Keep keep = Keep::W_UK, int threads = 1) const {
         ScopedThreads scoped(threads);
         Mla weights = w;
-        (keep == Keep::W_UK ? weights.wk_b_t : weights.wk_b).clear();
+        if (keep == Keep::TRANSPOSED) weights.wk_b = wk_b_transposed;
         Session s(model, {pos + T, T, form, kv});
         std::copy(q.begin(), q.end(), s.a.q);
         Vector row(size_t(model.config.cache_width()));
