@@ -407,10 +407,10 @@ inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h)
 
 inline float f16_to_float(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-    if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | fraction << 13);
-    float magnitude =
-        exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
-    return sign ? -magnitude : magnitude;
+    float subnormal = float(fraction) * 0x1p-24f;
+    if (exponent == 0) return sign ? -subnormal : subnormal;
+    uint32_t wider = exponent == 31 ? 255 : exponent + 112;       // infinity, NaN; or the biases 15 and 127
+    return std::bit_cast<float>(sign | wider << 23 | fraction << 13);
 }
 
 inline float e4m3_to_float(uint8_t b) {
@@ -482,8 +482,8 @@ template <class Row> void widen_into(real* out, Row w, int n) {
 
 // y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
 // some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
-// llama.cpp's files may hold W in another way (gguf.h), which matmul undoes. Rows and views are then those of
-// what is stored.
+// The last two fields say how llama.cpp's files may hold W (gguf.h): matmul undoes it, row() and view() do
+// not.
 struct Matrix {
     const std::byte* data = nullptr;
     const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
@@ -1122,7 +1122,7 @@ inline std::optional<Dtype> weights_dtype(const std::string& name) {
     return {};
 }
 
-// A tensor of a checkpoint as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+// A tensor as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
 inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
     const Tensor& t = checkpoint.tensors.at(name);
     std::optional<Dtype> dtype = weights_dtype(t.dtype);
@@ -1217,7 +1217,8 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
 
 #include "tokenizer.h"
 
-// Where a model is one file of llama.cpp's, its vocabulary, its shape and its weights are all in there.
+// One .gguf file of llama.cpp holds all of chapters 2 to 4, and its weights may be blocks of small integers.
+// gguf.h reads it as if it were a folder, makes such blocks, and writes such files.
 #include "gguf.h"
 
 // -- 4.1  the tokenizer of a model ---------------------------------------------------------------

@@ -322,8 +322,8 @@ inline Gguf open_gguf(const fs::path& path) {
 // bits of all values, others their high bits. A byte has those of 8 / bits values, which do not lie side by
 // side but a `run` apart, so that one shift and one mask unpack a register full of neighbours.
 //
-// Q8_0, Q4_0 and their like: 32 values, one scale. The K formats: 256 values, a scale (and a minimum) for each
-// 16 or 32 of them, so that outliers spoil few neighbours. After ggml-common.h of llama.cpp.
+// Q8_0, Q4_0 and their like: 32 values, one scale. The K formats: 256 values, a scale (and a minimum) for
+// each 16 or 32 of them, so that outliers spoil few neighbours. After ggml-common.h of llama.cpp.
 
 struct Block {
     int8_t q[256];
@@ -333,24 +333,28 @@ struct Block {
 
 using Bytes = const uint8_t*;
 
-// Some bits of each value, from byte `at` of the block on.
+// Some bits of each value, from byte `at` of the block on. i: a multiple of 16;  j < 16
 struct BitField {
-    int at, bits, run;
+    int at, bits, run;                   // run: 16 or more, or 1
 
-    constexpr int byte(int i) const { return at + i / (run * 8 / bits) * run + i % run; }
-    constexpr int shift(int i) const { return i % (run * 8 / bits) / run * bits; }
-    constexpr int get(Bytes p, int i) const { return p[byte(i)] >> shift(i) & ((1 << bits) - 1); }
-    void put(uint8_t* p, int i, int value) const {                // where there are zeros
-        p[byte(i)] = uint8_t(p[byte(i)] | (value & ((1 << bits) - 1)) << shift(i));
+    constexpr int mask() const { return (1 << bits) - 1; }
+    constexpr int byte(int i, int j) const {
+        return at + i / (run * 8 / bits) * run + (run == 1 ? j / 8 : i % run + j);
+    }
+    constexpr int shift(int i, int j) const { return run == 1 ? j % 8 : i % (run * 8 / bits) / run * bits; }
+    constexpr int get(Bytes p, int i, int j) const { return p[byte(i, j)] >> shift(i, j) & mask(); }
+    constexpr void put(uint8_t* p, int i, int j, int value) const {         // where there are zeros
+        uint8_t& b = p[byte(i, j)];
+        b = uint8_t(b | (value & mask()) << shift(i, j));
     }
 };
 
-struct Layout {
+struct BlockLayout {
     int d, m, scales;                    // bytes of the block at which they are; -1: there are none
     BitField low, high;                  // of q + zero
     int zero;
 };
-constexpr Layout LAYOUTS[] = {
+inline constexpr BlockLayout BLOCK_LAYOUTS[] = {
     {0, -1, -1, {2, 4, 16}, {}, 8},               // Q4_0
     {0, 2, -1, {4, 4, 16}, {}, 0},                // Q4_1
     {0, -1, -1, {6, 4, 16}, {2, 1, 1}, 16},       // Q5_0
@@ -361,7 +365,9 @@ constexpr Layout LAYOUTS[] = {
     {0, 2, 4, {16, 4, 32}, {}, 0},                // Q4_K
     {0, 2, 4, {48, 4, 32}, {16, 1, 32}, 0},       // Q5_K
     {208, -1, 192, {0, 4, 64}, {128, 2, 32}, 32}};   // Q6_K
-constexpr const Layout& layout_of(Dtype dtype) { return LAYOUTS[size_t(dtype) - size_t(Dtype::Q4_0)]; }
+constexpr const BlockLayout& layout_of(Dtype dtype) {
+    return BLOCK_LAYOUTS[size_t(dtype) - size_t(Dtype::Q4_0)];
+}
 
 inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
 
@@ -396,7 +402,7 @@ inline void pack_six_bits(uint8_t* s, const Block& b) {
 }
 
 template <Dtype D> void unpack_scales(Block& b, Bytes p) {
-    constexpr Layout L = layout_of(D);
+    constexpr BlockLayout L = layout_of(D);
     if constexpr (D == Dtype::Q2_K) return unpack_q2_k_scales(b, p);
     if constexpr (D == Dtype::Q3_K) return unpack_q3_k_scales(b, p);
     if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) return unpack_six_bits(b, p + L.scales);
@@ -423,19 +429,22 @@ template <class Body> void for_format(Dtype dtype, const Body& body) {
     }
 }
 
-// Fills the values, scales and minimums of one block of a quantised dtype.
-inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
-    Bytes p = reinterpret_cast<Bytes>(block);
-    for_format(dtype, [&]<Dtype D>() {
-        constexpr Layout L = layout_of(D);
-        b.d = f16_at(p + L.d), b.m = L.m < 0 ? 0 : f16_at(p + L.m);
-        unpack_scales<D>(b, p);
-        for (int i = 0; i < format_of(D).values; i++) {
-            int q = L.low.get(p, i);
-            if constexpr (L.high.bits > 0) q |= L.high.get(p, i) << L.low.bits;
-            b.q[i] = int8_t(q - L.zero);
+// Fills the values, scales and minimums of one block.
+template <Dtype D> void unpack_block(Block& b, Bytes p) {
+    constexpr BlockLayout L = layout_of(D);
+    b.d = f16_at(p + L.d), b.m = L.m < 0 ? 0 : f16_at(p + L.m);
+    unpack_scales<D>(b, p);
+    for (int i = 0; i < format_of(D).values; i += 16) {
+#pragma omp simd
+        for (int j = 0; j < 16; j++) {
+            int q = L.low.get(p, i, j);
+            if constexpr (L.high.bits > 0) q |= L.high.get(p, i, j) << L.low.bits;
+            b.q[i + j] = int8_t(q - L.zero);
         }
-    });
+    }
+}
+inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
+    for_format(dtype, [&]<Dtype D>() { unpack_block<D>(b, reinterpret_cast<Bytes>(block)); });
 }
 
 // The inverse. Q2_K and Q3_K are not written.
@@ -447,11 +456,12 @@ inline void pack(std::byte* block, const Block& b, Dtype dtype) {
     };
     std::fill_n(p, format_of(dtype).bytes, uint8_t(0));
     for_format(dtype, [&]<Dtype D>() {
-        constexpr Layout L = layout_of(D);
+        constexpr BlockLayout L = layout_of(D);
         put(L.d, b.d), put(L.m, b.m);
         for (int i = 0; i < format_of(D).values; i++) {
-            L.low.put(p, i, b.q[i] + L.zero);
-            if constexpr (L.high.bits > 0) L.high.put(p, i, (b.q[i] + L.zero) >> L.low.bits);
+            int q = b.q[i] + L.zero, first = i / 16 * 16;
+            L.low.put(p, first, i % 16, q);
+            if constexpr (L.high.bits > 0) L.high.put(p, first, i % 16, q >> L.low.bits);
         }
         if (D == Dtype::Q4_K || D == Dtype::Q5_K) pack_six_bits(p + L.scales, b);
         for (int g = 0; D == Dtype::Q6_K && g < 16; g++) p[L.scales + g] = uint8_t(b.scale[g]);
@@ -460,21 +470,24 @@ inline void pack(std::byte* block, const Block& b, Dtype dtype) {
 
 // out: the block's values. The order of the operations is that of llama.cpp, to the bit.
 inline void dequantise(real* out, const Block& b, int values) {
-    for (int i = 0; i < values; i++) {
+    for (int i = 0; i < values; i += 16) {
         float scale = b.d * float(b.scale[i / 16]), minimum = b.m * float(b.minimum[i / 16]);
-        out[i] = scale * float(b.q[i]) - minimum;
+#pragma omp simd
+        for (int j = 0; j < 16; j++) out[i + j] = scale * float(b.q[i + j]) - minimum;
     }
 }
 
 // out (w.cols) = row r of a quantised W.
 inline void dequantise_row(real* out, const Matrix& w, int r) {
-    const Format& f = format_of(w.dtype);
-    const std::byte* p = w.row(r);
-    Block block;
-    for (int i = 0; i < w.cols; i += f.values, p += f.bytes) {
-        unpack(block, p, w.dtype);
-        dequantise(out + i, block, f.values);
-    }
+    Bytes p = reinterpret_cast<Bytes>(w.row(r));
+    for_format(w.dtype, [&]<Dtype D>() {
+        constexpr Format F = format_of(D);
+        Block block;
+        for (int i = 0; i < w.cols / F.values; i++) {
+            unpack_block<D>(block, p + i * F.bytes);
+            dequantise(out + i * F.values, block, F.values);
+        }
+    });
 }
 
 // out (w.cols) = row r of W, of whatever dtype, exactly; for e4m3 the product with the scale, rounded once.
@@ -539,6 +552,15 @@ inline constexpr TensorName OTHER_LAYER_NAMES[] = {
     {"nextn.embed_tokens.weight", "embed_tokens.weight"},
     {"nextn.shared_head_head.weight", "shared_head.head.weight"},
 };
+
+// Those of which the file has one tensor with an axis more: of all heads' W^UK and W^UV.
+inline bool of_all_heads(const std::string& ours) {
+    return ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
+}
+// Llama's W^Q and W^K, whose outputs RoPE turns.
+inline bool of_turned_heads(const std::string& ours) {
+    return ours.ends_with(".q_proj.weight") || ours.ends_with(".k_proj.weight");
+}
 
 // "blk.7.attn_q.weight" -> 7, "attn_q.weight"; -1 where there is no such prefix.
 inline std::pair<int, std::string> split_layer(const std::string& name, const std::string& prefix) {
@@ -607,11 +629,6 @@ inline void refuse_unknown_keys(const GgufKeys& k) {
     }
 }
 
-constexpr double TWO_PI = 6.28318530717958647692;
-inline double plain_frequency(const RopeConfig& c, int i, int dim) {
-    return std::pow(c.theta, -2.0 * i / dim);
-}
-
 // YaRN is told by 0.1 mscale_all_dim; mscale is taken to be the same, as it is in every published model.
 inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
     RopeConfig rope;
@@ -633,11 +650,18 @@ inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
     return rope;
 }
 
-// What Llama 3.1's scaling (chapter 6.1) divides the frequency of each pair by.   dim / 2 numbers
+constexpr double TURN = 6.28318530717958647692;         // radians
+
+// Radians a token of pair i of dim / 2, before any scaling (chapter 6.1).
+inline double unscaled_frequency(const RopeConfig& c, int i, int dim) {
+    return std::pow(c.theta, -2.0 * i / dim);
+}
+
+// What Llama 3.1's scaling divides them by, as chapter 6.1 has it.
 inline std::vector<double> llama3_divisors(const RopeConfig& c, int dim) {
     std::vector<double> out;
     for (int i = 0; i < dim / 2; i++) {
-        double f = plain_frequency(c, i, dim), turns = c.original_context * f / TWO_PI;
+        double f = unscaled_frequency(c, i, dim), turns = c.original_context * f / TURN;
         double t =
             std::clamp((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0.0, 1.0);
         out.push_back(f / ((1 - t) * f / c.factor + t * f));
@@ -649,15 +673,15 @@ inline std::vector<double> llama3_divisors(const RopeConfig& c, int dim) {
 // how often its pair turns over the original context. The published parameters of the other two are 1 and 4.
 // Whatever this rule does not give back is not Llama 3.1's and is refused.
 inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
-    std::vector<double> d(size_t(dim / 2));
-    if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{d.size()})
+    if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{uint64_t(dim / 2)})
         fail("%s: tensor 'rope_freqs.weight' is not %d F32", t.file.c_str(), dim / 2);
-    for (size_t i = 0; i < d.size(); i++) d[i] = double(load<float>(t.data + 4 * i));
+    std::vector<double> d;
+    for (int i = 0; i < dim / 2; i++) d.push_back(double(load<float>(t.data + 4 * i)));
     rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4;
     rope.factor = *std::max_element(d.begin(), d.end()), rope.original_context = 1;
     for (size_t i = 0; i < d.size(); i++) {
         double blend = (1 / d[i] - 1 / rope.factor) / (1 - 1 / rope.factor);
-        double context = (1 + 3 * blend) * TWO_PI / plain_frequency(rope, int(i), dim);
+        double context = (1 + 3 * blend) * TURN / unscaled_frequency(rope, int(i), dim);
         if (blend > 0) rope.original_context = blend < 1 ? std::round(context) : std::ceil(context);
     }
     std::vector<double> again = llama3_divisors(rope, dim);
@@ -747,16 +771,16 @@ inline Config parse_gguf_config(const Gguf& g) {
 }
 
 // One tensor under our names: stacks of experts cut, stacks of heads as one tall matrix. pairs: rows of a
-// head of Llama's W^Q and W^K.
+// head whose order is that of the other RoPE, or 0.
 inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Tensor t, int pairs) {
     std::string ours = name_from_gguf(name);
     if (ours.empty())
         fail("%s: tensor '%s' has no place in this model", t.file.c_str(), Fields::printable(name).c_str());
-    if (ours.ends_with(".q_proj.weight") || ours.ends_with(".k_proj.weight")) t.pairs = pairs;
+    if (of_turned_heads(ours)) t.pairs = pairs;
     size_t star = ours.find('*');
-    if (star == std::string::npos || t.shape.size() != 3 || t.shape[0] > 1 << 16) {
-        bool heads = ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
-        if (heads && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+    bool stack = t.shape.size() == 3 && t.shape[0] <= 1 << 16;
+    if (of_all_heads(ours) && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+    if (star == std::string::npos || !stack) {
         checkpoint.tensors.emplace(ours, t);
         return;
     }
@@ -799,17 +823,17 @@ inline Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_check
 
 // -- 5  the vocabulary ---------------------------------------------------------------------------
 //
-// Lists of tokens and merges, as in a tokenizer.json, and the name of a pre-tokenizer. So they become the text
-// of a tokenizer.json, and tokenizer.h has one way of reading.
+// What does it say about text? Lists of tokens and merges, like a tokenizer.json, and the name of a
+// pre-tokenizer. So that becomes the text of a tokenizer.json, and tokenizer.h has one way of reading.
 
 struct Vocabulary {
     std::vector<std::string> tokens, merges;     // as tokenizer.json spells them; "left right"
     std::vector<int64_t> types;                  // of tokens
     std::string pre, chat_template;
-    int bos = -1, eos = -1, padding = -1;
+    int bos = -1, eos = -1;
     bool add_bos = false;
 };
-enum TokenType : int64_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
+enum TokenType : int64_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED };
 
 // tokenizer.ggml.pre is a name for what tokenizer.json says: regexes, composed characters, whole words first.
 struct PreTokenizer {
@@ -820,18 +844,15 @@ struct PreTokenizer {
 
 inline const std::vector<PreTokenizer>& pre_tokenizers() {
     static const std::string
-        LETTERS =   // cased letters, as Unicode had them
-        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-"
-        "Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-        "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-"
-        "ﬗ"
-        "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
+        LETTERS =   // cased ones, as Unicode had them
+        "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+        "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎ"
+        "ꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃",
         CJK = "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+",
-        WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-                "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|",
+        WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|",
         REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-        V3 = "[!\"#$%&'()*+,\\-./"
-             ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+        V3 = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|"
+             "[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
              " ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
         PUNCTUATION = "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+";
     static const std::vector<PreTokenizer> ALL = {
@@ -1081,6 +1102,7 @@ inline Fit solve_block(const Draft& z, const float* x) {
     return f;
 }
 
+// 256 weights, of which N share a scale, and a minimum in the formats that have one.
 template <int N> Draft draft_super(const float* x, const Scheme& s, bool minimums) {
     Fit fits[256 / N], most;
     for (int g = 0; g < 256 / N; g++) {
@@ -1131,8 +1153,8 @@ inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
     return good;
 }
 
-// Rows begin, begin + 1, ... of W as float, as they are stored, or with the heads of `pairs` rows brought into
-// the order x0 x_d/2 x1 ...; begin is then a multiple of `pairs`.   out: (count, w.cols)
+// Rows begin, begin + 1, ... of W as float: as they are stored or, in heads of `pairs` rows, brought into the
+// order x0 x_d/2 x1 ...; begin is then a multiple of `pairs`.   out: (count, w.cols)
 inline std::vector<float> float_rows(const Matrix& w, int begin, int count, int pairs = 0) {
     std::vector<float> out(size_t(count) * size_t(w.cols));
     parallel_for(count, [&](int64_t i) {
@@ -1230,31 +1252,30 @@ struct Quantiser {
     Arena arena;
     std::function<void(size_t)> progress;               // bytes made so far
 
-    Matrix apply(const std::string& name, const Matrix& w);
-};
-
-// W in the format that suits it.   ours: its name in Hugging Face's files
-inline Matrix Quantiser::apply(const std::string& ours, const Matrix& w) {
-    std::string name = name_in_gguf(ours);
-    std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
-    if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
-    size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * size_t((w.cols + SCALE_BLOCK - 1) / SCALE_BLOCK);
-    size_t scale_rows = *dtype == Dtype::F8_E4M3 ? size_t((w.rows + SCALE_BLOCK - 1) / SCALE_BLOCK) : 0;
-    std::byte *data = arena.take<std::byte>(size_t(w.rows) * bytes),
-              *scale = arena.take<std::byte>(scale_rows * scales);
-    for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
-        Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
-        std::vector<float> x = float_rows(part, 0, part.rows);
-        std::byte* out = data + size_t(r) * bytes;
-        if (scale_rows) narrow_e4m3(out, scale + size_t(r / SCALE_BLOCK) * scales, x, w.cols);
-        else narrow_rows(out, x, w.cols, *dtype, name);
-        forget_pages(part);
+    // W in the format that suits it.   ours: its name in Hugging Face's files
+    Matrix apply(const std::string& ours, const Matrix& w) {
+        std::string name = name_in_gguf(ours);
+        std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
+        if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
+        auto blocks = [](int n) { return size_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
+        size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * blocks(w.cols);       // a row's, a block's
+        bool scaled = *dtype == Dtype::F8_E4M3;
+        std::byte* data = arena.take<std::byte>(size_t(w.rows) * bytes);
+        std::byte* scale = arena.take<std::byte>(scaled ? blocks(w.rows) * scales : 0);
+        for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
+            Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
+            std::vector<float> x = float_rows(part, 0, part.rows);
+            std::byte* out = data + size_t(r) * bytes;
+            if (scaled) narrow_e4m3(out, scale + size_t(r / SCALE_BLOCK) * scales, x, w.cols);
+            else narrow_rows(out, x, w.cols, *dtype, name);
+            forget_pages(part);
+        }
+        if (data) progress(arena.used);
+        Matrix out = w;
+        out.data = data, out.scale = scaled ? scale : nullptr, out.dtype = *dtype;
+        return out;
     }
-    if (data) progress(arena.used);
-    Matrix out = w;
-    out.data = data, out.scale = scale_rows ? scale : nullptr, out.dtype = *dtype;
-    return out;
-}
+};
 
 // -- 9  writing: keys ----------------------------------------------------------------------------
 //
@@ -1476,7 +1497,7 @@ struct GgufTensor {
     Dtype dtype;
     std::vector<Matrix> parts;
     int axes;                            // 1: a vector, 2: a matrix, 3: a stack
-    int pairs = 0;                       // rows of a head that are to be brought into the order x0 x_d/2 x1 ...
+    int pairs = 0;                       // rows of a head that are to be in the order x0 x_d/2 x1 ...
 
     int rows() const { return parts[0].rows; }
     int cols() const { return parts[0].cols; }
@@ -1485,9 +1506,9 @@ struct GgufTensor {
 
 // Each head's W^UK, transposed, or its W^UV: from the one matrix that has both, or from one of their own.
 inline std::vector<Matrix> head_parts(const Checkpoint& from, const Config& c, const std::string& ours) {
-    size_t at = ours.rfind('.', ours.size() - std::strlen(".weight") - 1) + 1;
-    bool keys = ours[at] == 'k';
-    std::string both = ours.substr(0, at) + "kv_b_proj.weight";
+    size_t end = ours.size() - std::strlen("k_b_proj.weight");
+    bool keys = ours[end] == 'k';
+    std::string both = ours.substr(0, end) + "kv_b_proj.weight";
     std::vector<Matrix> heads;
     if (from.tensors.count(both)) {
         Matrix kv = matrix_of(from, both);
@@ -1501,25 +1522,30 @@ inline std::vector<Matrix> head_parts(const Checkpoint& from, const Config& c, c
     return heads;
 }
 
-// What is in the file under `name`, made of what a checkpoint has under our names; no parts if it has none.
+// What a checkpoint has for one tensor of the file: the matrices of a stack, or one, or none.
+inline std::vector<Matrix> parts_of(const Checkpoint& from, const Config& c, const std::string& ours) {
+    std::vector<Matrix> parts;
+    auto add = [&](const std::string& name) {
+        if (from.tensors.count(name)) parts.push_back(matrix_of(from, name));
+    };
+    size_t star = ours.find('*');
+    if (of_all_heads(ours)) return head_parts(from, c, ours);
+    if (star == ours.npos) add(ours);
+    else
+        for (int e = 0; e < c.E; e++) add(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1));
+    return parts;
+}
+
+// name: in the file
 inline GgufTensor gguf_tensor(const Checkpoint& from, const Config& c, const std::string& name,
                               const FileType& type) {
     std::string ours = name_from_gguf(name);
-    size_t star = ours.find('*');
-    bool heads = ours.ends_with(".k_b_proj.weight") || ours.ends_with(".v_b_proj.weight");
-    GgufTensor t{name, Dtype::F32, {}, star != ours.npos || heads ? 3 : 2};
-    auto add = [&](const std::string& part) {
-        if (from.tensors.count(part)) t.parts.push_back(matrix_of(from, part));
-    };
-    if (heads) t.parts = head_parts(from, c, ours);
-    else if (star == ours.npos) add(ours);
-    else
-        for (int e = 0; e < c.E; e++) add(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1));
+    GgufTensor t{name, Dtype::F32, parts_of(from, c, ours), 0};
     if (t.parts.empty()) return t;
-    if (t.axes == 2 && from.tensors.at(ours).shape.size() == 1) t.axes = 1;
-    else t.dtype = target_dtype(type, name, t.cols(), c).value_or(Dtype::F32);
-    bool rotated = ours.ends_with(".q_proj.weight") || ours.ends_with(".k_proj.weight");
-    if (rotated && gguf_architecture(c) == "llama" && !t.parts[0].pairs) t.pairs = c.head_dim;
+    bool stack = of_all_heads(ours) || ours.find('*') != ours.npos;
+    t.axes = stack ? 3 : int(from.tensors.at(ours).shape.size());
+    if (t.axes > 1) t.dtype = target_dtype(type, name, t.cols(), c).value_or(Dtype::F32);
+    if (of_turned_heads(ours) && gguf_architecture(c) == "llama" && !t.parts[0].pairs) t.pairs = c.head_dim;
     return t;
 }
 
@@ -1533,8 +1559,9 @@ inline std::vector<GgufTensor> gguf_tensors(const Checkpoint& from, const Config
     };
     for (const TensorName& n : MODEL_NAMES)
         if (!c.tied || n.gguf != std::string("output.weight")) add(n.gguf);
-    Matrix d{reinterpret_cast<const std::byte*>(divisors.data()), nullptr, Dtype::F32, 1, int(divisors.size())};
-    if (!divisors.empty()) all.push_back({"rope_freqs.weight", Dtype::F32, {d}, 1});
+    Matrix d{reinterpret_cast<const std::byte*>(divisors.data()), nullptr, Dtype::F32};
+    d.rows = 1, d.cols = int(divisors.size());
+    if (d.cols) all.push_back({"rope_freqs.weight", Dtype::F32, {d}, 1});
     for (int l = 0; l < c.n_layers + c.n_mtp; l++)
         for (const TensorName& n : LAYER_NAMES) add(text_of("blk.%d.%s", l, n.gguf));
     return all;
@@ -1550,6 +1577,7 @@ inline std::vector<float> rows_in_file(const GgufTensor& t, const Matrix& part, 
     return out;
 }
 
+// One part of a tensor; some rows at a time, as a model may be larger than memory.
 inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part) {
     const int at_once = part.transposed ? part.rows : t.pairs ? t.pairs : 1024;     // rows
     for (int begin = 0; begin < part.rows && !interrupted; begin += at_once) {
@@ -1586,10 +1614,11 @@ inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
     return total;
 }
 
-// Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.1) in the format of
-// `type`.   source: the folder or file that they came from, for its vocabulary;   progress: bytes done, in all
-inline void write_gguf(const std::string& out, const Checkpoint& from, const Config& c, const fs::path& source,
-                       const FileType& type, const std::function<void(uint64_t, uint64_t)>& progress) {
+// Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.1).   source: the
+// folder or file that they came from, for its vocabulary;   progress: bytes done, in all
+inline void write_gguf(const std::string& out, const Checkpoint& from, const Config& c,
+                       const fs::path& source, const FileType& type,
+                       const std::function<void(uint64_t, uint64_t)>& progress) {
     require_tellable(c);
     AtomicFile file(out);
     GgufHead keys;

@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 COLUMNS = 110
-FILE_LINES = {"deepseek.cpp": 5750, "deepseek.cu": 3500, "tokenizer.h": 700, "simd.h": 3000}
+FILE_LINES = {"deepseek.cpp": 4300, "deepseek.cu": 3500, "tokenizer.h": 700, "simd.h": 3000, "gguf.h": 1700}
 CHAPTER_LINES = 500
 FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_MAX = 20, 60, 130
 PARAMETERS = 8
@@ -149,12 +149,12 @@ def check_sections(report, name, lines):
 # -- rules for functions ---------------------------------------------------------------------------------
 
 def tidy(root, name):
-    """clang-tidy's report on each function of a file and of tokenizer.h."""
+    """clang-tidy's report on each function of a file and of the headers that it includes."""
     options = {"LineThreshold": 0, "StatementThreshold": 0, "ParameterThreshold": PARAMETERS,
                "NestingThreshold": NESTING + 1}      # clang-tidy counts the function's body as the first
     config = ", ".join(f"{{key: readability-function-size.{k}, value: {v}}}" for k, v in options.items())
     command = ["clang-tidy", "--quiet", "--checks=-*,readability-function-size",
-               f"--config={{CheckOptions: [{config}]}}", r"--header-filter=(tokenizer|simd)\.h$",
+               f"--config={{CheckOptions: [{config}]}}", r"--header-filter=(tokenizer|simd|gguf)\.h$",
                str(root / name), "--", "-std=c++20", "-fopenmp-simd"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout

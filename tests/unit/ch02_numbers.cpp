@@ -3,10 +3,6 @@
 
 #include "weights.h"
 
-static bool same_value(double a, double b) {
-    return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
-}
-
 // -- 2.1 widening -----------------------------------------------------------------------------------
 
 TEST(E4m3, All256ValuesFollowTheFormula) {
@@ -43,36 +39,35 @@ TEST(Load, ReadsAtAnyAddress) {
     EXPECT_EQ(load<float>(bytes + 1), 1.0f);
 }
 
-// The sizes, types and minimums of ggml-common.h; F64 and F8_E4M3 are not in GGUF files.
+// The sizes and minimums of ggml-common.h.
 TEST(Format, EachDtype) {
     struct Expected {
         Dtype dtype;
         const char* name;
-        int values, bytes, ggml_type;
+        int values, bytes;
         bool minimums;
     };
-    const Expected all[] = {{Dtype::F64, "F64", 1, 8, -1, false},
-                            {Dtype::F32, "F32", 1, 4, 0, false},
-                            {Dtype::BF16, "BF16", 1, 2, 30, false},
-                            {Dtype::F16, "F16", 1, 2, 1, false},
-                            {Dtype::F8_E4M3, "F8_E4M3", 1, 1, -1, false},
-                            {Dtype::Q4_0, "Q4_0", 32, 2 + 16, 2, false},
-                            {Dtype::Q4_1, "Q4_1", 32, 4 + 16, 3, true},
-                            {Dtype::Q5_0, "Q5_0", 32, 2 + 4 + 16, 6, false},
-                            {Dtype::Q5_1, "Q5_1", 32, 4 + 4 + 16, 7, true},
-                            {Dtype::Q8_0, "Q8_0", 32, 2 + 32, 8, false},
-                            {Dtype::Q2_K, "Q2_K", 256, 16 + 64 + 4, 10, true},
-                            {Dtype::Q3_K, "Q3_K", 256, 32 + 64 + 12 + 2, 11, false},
-                            {Dtype::Q4_K, "Q4_K", 256, 4 + 12 + 128, 12, true},
-                            {Dtype::Q5_K, "Q5_K", 256, 4 + 12 + 32 + 128, 13, true},
-                            {Dtype::Q6_K, "Q6_K", 256, 128 + 64 + 16 + 2, 14, false}};
+    const Expected all[] = {{Dtype::F64, "F64", 1, 8, false},
+                            {Dtype::F32, "F32", 1, 4, false},
+                            {Dtype::BF16, "BF16", 1, 2, false},
+                            {Dtype::F16, "F16", 1, 2, false},
+                            {Dtype::F8_E4M3, "F8_E4M3", 1, 1, false},
+                            {Dtype::Q4_0, "Q4_0", 32, 2 + 16, false},
+                            {Dtype::Q4_1, "Q4_1", 32, 4 + 16, true},
+                            {Dtype::Q5_0, "Q5_0", 32, 2 + 4 + 16, false},
+                            {Dtype::Q5_1, "Q5_1", 32, 4 + 4 + 16, true},
+                            {Dtype::Q8_0, "Q8_0", 32, 2 + 32, false},
+                            {Dtype::Q2_K, "Q2_K", 256, 16 + 64 + 4, true},
+                            {Dtype::Q3_K, "Q3_K", 256, 32 + 64 + 12 + 2, false},
+                            {Dtype::Q4_K, "Q4_K", 256, 4 + 12 + 128, true},
+                            {Dtype::Q5_K, "Q5_K", 256, 4 + 12 + 32 + 128, true},
+                            {Dtype::Q6_K, "Q6_K", 256, 128 + 64 + 16 + 2, false}};
     EXPECT_EQ(std::size(all), std::size(ALL_DTYPES));
     for (const Expected& e : all) {
         const Format& f = format_of(e.dtype);
         EXPECT_STREQ(f.name, e.name);
         EXPECT_EQ(f.values, e.values) << e.name;
         EXPECT_EQ(f.bytes, e.bytes) << e.name;
-        EXPECT_EQ(f.ggml_type, e.ggml_type) << e.name;
         EXPECT_EQ(f.minimums, e.minimums) << e.name;
         EXPECT_EQ(quantised(e.dtype), e.values > 1) << e.name;
         EXPECT_EQ(row_bytes(e.dtype, 768), size_t(768 / e.values * e.bytes)) << e.name;
@@ -171,104 +166,6 @@ TEST(Matrix, OfTheProgramsOwnNumbers) {
     EXPECT_TRUE(same_bits(row, data + 3, 3));
     EXPECT_TRUE(m.rows == 2 && m.cols == 3 && m.dtype == REAL);
 }
-TEST(Matrix, ViewsOfQuantisedRows) {
-    for (Dtype dtype : QUANTISED) {
-        RandomMatrix w(dtype, 7, 512, 1);
-        Vector row(512);
-        widen_plain(row.data(), w.matrix.view(2, 4).view(1, 3), 2);
-        EXPECT_TRUE(same_bits(row, w.row(5))) << format_of(dtype).name;
-    }
-}
-
-// -- 2.3 blocks -------------------------------------------------------------------------------------
-
-// A block's integers, scales and minimums are those of the definition, value by value, and the numbers are
-// the exact ones, rounded once: no tolerance.
-static void expect_block(Dtype dtype, const char* bytes) {
-    int values = format_of(dtype).values;
-    Block block;
-    unpack(block, reinterpret_cast<const std::byte*>(bytes), dtype);
-    Defined expected = define(dtype, bytes);
-    ASSERT_EQ(expected.q.size(), size_t(values));
-    EXPECT_TRUE(same_value(double(block.d), expected.d));
-    EXPECT_TRUE(same_value(double(block.m), expected.m));
-    Vector out(256, 7);
-    dequantise(out.data(), block, values);
-    for (int i = 0; i < values; i++) {
-        size_t at = size_t(i);
-        ASSERT_EQ(block.q[i], expected.q[at]) << format_of(dtype).name << " " << i;
-        ASSERT_EQ(block.scale[i / 16], expected.scale[at]) << format_of(dtype).name << " " << i;
-        ASSERT_EQ(block.minimum[i / 16], expected.minimum[at]) << format_of(dtype).name << " " << i;
-        if (!std::isfinite(expected.d) || !std::isfinite(expected.m)) continue;
-        ASSERT_TRUE(same_value(double(out[at]), double(float(expected.value(at)))))
-            << format_of(dtype).name << " " << i;
-    }
-    for (size_t i = size_t(values); i < 256; i++) ASSERT_EQ(out[i], 7);       // and no further
-}
-
-TEST(Blocks, UnpackAsTheirFormatsAreDefined) {
-    for (Dtype dtype : QUANTISED) {
-        Noise noise;
-        for (int round = 0; round < 300; round++) {
-            Contents contents = round % 2 ? Contents::ANY : Contents::TAME;
-            std::string bytes = "x" + random_weights(dtype, format_of(dtype).values, noise, contents);
-            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, bytes.data() + 1));
-        }
-        for (int all : {0x00, 0x0F, 0x80, 0xF0, 0xFF}) {
-            std::string bytes(size_t(format_of(dtype).bytes), char(all));
-            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, bytes.data()));
-        }
-    }
-}
-// Each bit of a block that is no part of d or m is one bit of one integer, scale or minimum.
-TEST(Blocks, EachBitCounts) {
-    for (Dtype dtype : QUANTISED) {
-        Noise noise;
-        std::string bytes = random_weights(dtype, format_of(dtype).values, noise);
-        for (size_t bit = 0; bit < 8 * bytes.size(); bit++) {
-            std::string other = bytes;
-            other[bit / 8] = char(other[bit / 8] ^ 1 << bit % 8);
-            Block a, b;
-            unpack(a, reinterpret_cast<const std::byte*>(bytes.data()), dtype);
-            unpack(b, reinterpret_cast<const std::byte*>(other.data()), dtype);
-            size_t n = size_t(format_of(dtype).values);
-            bool same = a.d == b.d && a.m == b.m && std::equal(a.q, a.q + n, b.q) &&
-                        std::equal(a.scale, a.scale + n / 16, b.scale) &&
-                        std::equal(a.minimum, a.minimum + n / 16, b.minimum);
-            ASSERT_FALSE(same) << format_of(dtype).name << ", bit " << bit;
-            ASSERT_NO_FATAL_FAILURE(expect_block(dtype, other.data()));
-        }
-    }
-}
-
-// tests/golden/blocks: blocks of each format and what gguf-py, llama.cpp's own Python package, makes of them.
-TEST(Blocks, AreTheNumbersOfGgufPy) {
-    fs::path path = "tests/golden/blocks/blocks.safetensors";
-    Mapping mapping(path);
-    TensorFile file = parse_safetensors({mapping.data(), mapping.size()}, path.string());
-    std::map<std::string, const std::byte*> data;
-    std::map<std::string, uint64_t> rows;
-    for (const TensorInfo& t : file.tensors)
-        data[t.name] = mapping.data() + file.data_begin + t.begin, rows[t.name] = t.shape.at(0);
-    EXPECT_EQ(data.size(), 2 * std::size(QUANTISED));
-    for (Dtype dtype : QUANTISED) {
-        std::string name = format_of(dtype).name;
-        uint64_t blocks = rows.at(name);
-        int values = format_of(dtype).values;
-        ASSERT_GE(blocks, 8u) << name;
-        Matrix w{data.at(name), nullptr, dtype, int(blocks), values, 0, 0};
-        Vector row(static_cast<size_t>(values));
-        for (int r = 0; r < w.rows; r++) {
-            widen_plain(row.data(), w, r);
-            for (int i = 0; i < values; i++) {
-                size_t at = size_t(r) * row.size() + size_t(i);
-                float expected = load<float>(data.at(name + ".values") + 4 * at);
-                ASSERT_TRUE(same_value(double(row[size_t(i)]), double(expected)))
-                    << name << ", block " << r << ", value " << i;
-            }
-        }
-    }
-}
 
 // -- narrowing --------------------------------------------------------------------------------------
 
@@ -325,6 +222,22 @@ TEST(Narrow, AtTheEnds) {
     EXPECT_EQ(float_to_f16(std::numeric_limits<float>::denorm_min()), 0);
     EXPECT_EQ(float_to_f16(0x1p-25f), 0);                                               // ties to even
     EXPECT_EQ(float_to_f16(0x1.000002p-25f), 1);
+}
+
+// All floats near a code of e4m3 or between two of them: the nearest, of two the even one, at most 448.
+TEST(NarrowToE4m3, TakesTheNearestAndOfTwoTheEvenOne) {
+    for (int code = 0; code < 126; code++) {
+        float low = E4M3[size_t(code)], high = E4M3[size_t(code) + 1], middle = (low + high) / 2;     // exact
+        for (int sign : {0, 128}) {
+            float s = sign ? -1.0f : 1.0f;
+            EXPECT_EQ(float_to_e4m3(s * low), sign | code);
+            EXPECT_EQ(float_to_e4m3(s * middle), sign | (code + code % 2)) << code;
+            EXPECT_EQ(float_to_e4m3(s * std::nextafter(middle, 0.0f)), sign | code) << code;
+            EXPECT_EQ(float_to_e4m3(s * std::nextafter(middle, 500.0f)), sign | (code + 1)) << code;
+        }
+    }
+    for (float large : {448.0f, 464.0f, 1e30f, INFINITY}) EXPECT_EQ(float_to_e4m3(-large), 0x80 | 126);
+    EXPECT_EQ(float_to_e4m3(NAN) & 127, 127);
 }
 
 static Vector widened_q8_0(const std::string& bytes) {

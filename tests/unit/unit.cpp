@@ -10,6 +10,8 @@
 #include "ch02_numbers.cpp"
 #include "ch03_files.cpp"
 #include "ch03_hostile.cpp"
+#include "gguf_blocks.cpp"
+#include "gguf_models.cpp"
 #include "ch05_operations.cpp"
 #include "ch06_positions.cpp"
 #include "ch07_gqa.cpp"

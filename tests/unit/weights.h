@@ -10,6 +10,10 @@ constexpr Dtype ALL_DTYPES[] = {Dtype::F64,  Dtype::F32,  Dtype::BF16, Dtype::F1
 
 // -- values by definition ---------------------------------------------------------------------------
 
+inline bool same_value(double a, double b) {
+    return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
+
 // The value of a floating-point code with `exponent_bits` and `fraction_bits`, as IEEE 754 defines it:
 // subnormals below exponent 1, and for `has_infinity` the largest exponent is infinity and NaN.
 inline double value_of(uint32_t code, int exponent_bits, int fraction_bits, bool has_infinity) {
