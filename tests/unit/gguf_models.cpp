@@ -127,10 +127,10 @@ TEST(Transposed, MultipliesAsWhatIsStoredDoes) {
     Matrix m = real_matrix(data.data(), ROWS, COLS);
     Vector expected(T * COLS), out(T * COLS, 7);
     matmul_transposed({expected.data(), COLS}, {tall.data(), ROWS}, m, T);
-    matmul_alone({out.data(), COLS}, {tall.data(), ROWS}, m.transpose(), T);
+    matmul({out.data(), COLS}, {tall.data(), ROWS}, m.transpose(), T);
     EXPECT_TRUE(same_bits(out, expected));
     Vector expected2(T * ROWS), out2(T * ROWS, 7);
-    matmul_alone({expected2.data(), ROWS}, {wide.data(), COLS}, m, T);
+    matmul({expected2.data(), ROWS}, {wide.data(), COLS}, m, T);
     matmul_transposed({out2.data(), ROWS}, {wide.data(), COLS}, m.transpose(), T);
     EXPECT_TRUE(same_bits(out2, expected2));
 }
