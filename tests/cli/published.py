@@ -119,7 +119,8 @@ def memory_table():
             for size in sizes:
                 if weights + more <= 0.9 * size:
                     best[size, quant] = f"{name.split('Distill-')[1]}: {weights:.1f} + {more:.1f} GB"
-    lines = ["| memory | " + " | ".join(f"`--type {t}`" for t in types) + " |", "|---" * (1 + len(types)) + "|"]
+    lines = ["| memory | " + " | ".join(f"`--type {t}`" for t in types) + " |",
+             "|---" * (1 + len(types)) + "|"]
     for size in sizes:
         lines.append(f"| {size} GB | " + " | ".join(best[size, quant] for quant in types.values()) + " |")
     return "\n".join(lines)
