@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What fewer bits and integer arithmetic change, on weights/tiny: the table of README.
+"""What fewer bits and integer arithmetic change, on weights/tiny: the table in RESULTS.md.
 
     tests/bench/formats.py
 

@@ -1,10 +1,11 @@
-"""The shapes of the published models, as in their config.json, and README.md's table made from them.
+"""The shapes of the published models, as in their config.json, and README.md's tables made from them.
 
-    python3 tests/cli/published.py          prints the table, as `deepseek info` computes it
+    python3 tests/cli/published.py          prints the tables, as `deepseek info` computes them
 """
 import json
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 
@@ -95,5 +96,35 @@ def table():
     return "\n".join([head] + [row(name, config) for name, config in MODELS.items()])
 
 
+def quantised_weights(config, quant):
+    """Bytes of the weights when they are quantised, as the memory plan bills them, in GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
+        command = [PROGRAM, "info", "-m", folder, "--quant", quant, "--ctx", "4096"]
+        plan = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(re.search(rf"--quant {quant}: weights ([\d.]+) GB", plan)[1])
+
+
+def memory_table():
+    """For some sizes of memory, the largest R1-Distill that leaves a tenth of it to other programs."""
+    sizes, types = (8, 16, 32, 64), {"q4_k_m": "q4_k", "q8_0": "q8_0"}       # --type and its --quant
+    best = {}
+    for name, config in MODELS.items():                                  # smaller ones come first
+        if "Distill" not in name:
+            continue
+        memory = info(config, 4096)["memory"]
+        more = (memory["cache"] + memory["activations"]) / 1e9
+        for quant in types.values():
+            weights = quantised_weights(config, quant)
+            for size in sizes:
+                if weights + more <= 0.9 * size:
+                    best[size, quant] = f"{name.split('Distill-')[1]}: {weights:.1f} + {more:.1f} GB"
+    lines = ["| memory | " + " | ".join(f"`--type {t}`" for t in types) + " |",
+             "|---" * (1 + len(types)) + "|"]
+    for size in sizes:
+        lines.append(f"| {size} GB | " + " | ".join(best[size, quant] for quant in types.values()) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), memory_table(), sep="\n\n")

@@ -43,7 +43,8 @@ def anywhere():
 class Readme(unittest.TestCase):
     def setUp(self):
         self.home = pathlib.Path(tempfile.mkdtemp())
-        for name in ("Makefile", "README.md", "deepseek.cpp", "tokenizer.h", "build/flags", "build/have-run"):
+        headers = [path.name for path in ROOT.glob("*.h")]
+        for name in ("Makefile", "README.md", "deepseek.cpp", *headers, "build/flags", "build/have-run"):
             (self.home / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, self.home / name)
         shutil.copy2(published.PROGRAM, self.home / "deepseek")
@@ -77,9 +78,18 @@ class Readme(unittest.TestCase):
             done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, done.stderr)
 
-    def test_table(self):
-        """The table of models is what `deepseek info` computes from their config.json."""
+    def test_tables(self):
+        """The tables of models and of memory are what `deepseek info` computes from their config.json."""
         self.assertIn(published.table(), self.text)
+        self.assertIn(published.memory_table(), self.text)
+
+    def test_speed(self):
+        """Every line of the table of speed is in RESULTS.md."""
+        results = (ROOT / "tests" / "bench" / "RESULTS.md").read_text().splitlines()
+        lines = re.findall(r"^\|.*\| [\d.]+ \|$", self.text, re.MULTILINE)
+        self.assertTrue(6 <= len(lines) <= 12, lines)
+        for line in lines:
+            self.assertIn(line, results)
 
     def test_totals(self):
         """Parameter counts as the hub and the papers state them, so the shapes above are the true ones."""
@@ -97,7 +107,7 @@ class Readme(unittest.TestCase):
     def test_files_named(self):
         """Every path that README.md and weights/README.md name exists."""
         for text in (self.text, (ROOT / "weights" / "README.md").read_text()):
-            for path in re.findall(r"`((?:tests|weights)/[\w./-]+|deepseek\.cpp|tokenizer\.h)`", text):
+            for path in re.findall(r"`((?:tests|weights)/[\w./-]+|\w+\.(?:cpp|h))`", text):
                 if "NAME" not in path:
                     self.assertTrue((ROOT / path).exists(), path)
 
