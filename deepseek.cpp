@@ -3264,7 +3264,7 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     Distribution q = distribution(logits.data(), c.V, g.sampling);
     int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
     forward(s, pair, s.length);
-    Vector both = last_logits(s, 2);       // row 0: what follows the last token; row 1: what follows the draft
+    Vector both = last_logits(s, 2);       // row 0: after the last token; row 1: after the draft
     int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
     stats.drafted++;
     if (next != draft) return {next};      // row 1 is void; `generate` shortens the cache by the draft's row

@@ -1,7 +1,7 @@
 // Chapter 19: what this machine gives to the process, and the memory plan.
 #include "unit.h"
 
-// -- 19.2, 19.3 memory, processors ---------------------------------------------------------------------------
+// -- 19.2, 19.3 memory, processors ------------------------------------------------------------------
 
 TEST(Memory, AControlGroupLeavesItsLimitLessWhatIsNotAFile) {
     fs::path v1 = scratch("group_v1"), v2 = scratch("group_v2");

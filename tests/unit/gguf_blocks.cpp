@@ -127,7 +127,8 @@ TEST(Pack, IsTheInverseOfUnpacking) {
     for (Dtype dtype : WRITTEN) {
         Noise noise;
         for (int round = 0; round < 300; round++) {
-            std::string bytes = random_weights(dtype, format_of(dtype).values, noise), again(bytes.size(), 'x');
+            std::string bytes = random_weights(dtype, format_of(dtype).values, noise);
+            std::string again(bytes.size(), 'x');
             Block block;
             unpack(block, reinterpret_cast<const std::byte*>(bytes.data()), dtype);
             pack(reinterpret_cast<std::byte*>(again.data()), block, dtype);
@@ -160,8 +161,8 @@ static std::vector<float> noisy_block(Dtype dtype, Noise& noise) {
 
 // The plainest choice is that of ggml's reference code: the range of all values in equal steps, the outermost
 // value at the end that has one step more, each value to the nearest. A block's search begins there. It must
-// not end higher, but for d and m being rounded to f16 after it: that moves the outermost of 127 steps by up to
-// 127 * 2^-12 of a step, its square is 0.001, and the square of a step's own rounding 1 / 12 on average.
+// not end higher, but for d and m being rounded to f16 after it: that moves the outermost of 127 steps by up
+// to 127 * 2^-12 of a step, its square is 0.001, and the square of a step's own rounding 1 / 12 on average.
 TEST(Quantise, IsNoWorseThanEqualStepsOverTheRange) {
     for (Dtype dtype : WRITTEN) {
         Noise noise;

@@ -10,7 +10,8 @@ TEST(GgufNames, EachHasItsPlaceOnBothSides) {
         EXPECT_EQ(name_from_gguf(n.gguf), n.ours);
         EXPECT_EQ(name_in_gguf(n.ours), n.gguf);
     }
-    for (std::span<const TensorName> names : {std::span<const TensorName>(LAYER_NAMES), {OTHER_LAYER_NAMES}}) {
+    using Names = std::span<const TensorName>;
+    for (Names names : {Names(LAYER_NAMES), Names(OTHER_LAYER_NAMES)}) {
         for (const TensorName& n : names) {
             std::string gguf = text_of("blk.17.%s", n.gguf), ours = text_of("model.layers.17.%s", n.ours);
             EXPECT_EQ(name_from_gguf(gguf), ours);
@@ -24,7 +25,8 @@ TEST(GgufNames, HaveOneSpelling) {
     for (const char* name : {"blk.07.attn_q.weight", "blk..attn_q.weight", "blk.-1.attn_q.weight",
                              "blk.1.token_embd.weight", "blk.99999999999.attn_q.weight", "attn_q.weight", ""})
         EXPECT_EQ(name_from_gguf(name), "") << name;
-    EXPECT_EQ(name_in_gguf("model.layers.01.self_attn.q_proj.weight"), "model.layers.01.self_attn.q_proj.weight");
+    EXPECT_EQ(name_in_gguf("model.layers.01.self_attn.q_proj.weight"),
+              "model.layers.01.self_attn.q_proj.weight");
 }
 
 // -- 4 Llama ----------------------------------------------------------------------------------------
@@ -52,7 +54,8 @@ TEST(Llama3Divisors, AreThoseOfChapter6) {
 }
 static Tensor divisors_tensor(std::vector<float>& memory, const RopeConfig& rope, int dim) {
     for (double d : llama3_divisors(rope, dim)) memory.push_back(float(d));
-    return {"freqs", "F32", {memory.size()}, reinterpret_cast<const std::byte*>(memory.data()), 4 * memory.size()};
+    const std::byte* data = reinterpret_cast<const std::byte*>(memory.data());
+    return {"freqs", "F32", {memory.size()}, data, 4 * memory.size()};
 }
 TEST(Llama3Divisors, TellTheScaling) {
     for (auto [factor, context] : {std::pair{8.0, 8192.0}, {32.0, 8192.0}, {4.0, 1024.0}}) {
@@ -73,7 +76,8 @@ TEST(Llama3Divisors, OfAnotherRuleAreRefused) {
     bare.theta = 500000;
     Tensor t = divisors_tensor(memory, llama31(8, 8192), 128);
     memory[40] *= 1.001f;
-    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); }, "'rope_freqs.weight' is not Llama 3.1's scaling"));
+    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); },
+                        "'rope_freqs.weight' is not Llama 3.1's scaling"));
     EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 64); }, "'rope_freqs.weight' is not 32 F32"));
     t.dtype = "F16";
     EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); }, "'rope_freqs.weight' is not 64 F32"));
@@ -90,7 +94,8 @@ TEST(Pairs, MatmulPutsThemInOrder) {
             paired.insert(paired.end(), rows.begin() + from * COLS, rows.begin() + (from + 1) * COLS);
         }
     }
-    Matrix plain = real_matrix(rows.data(), HEADS * D, COLS), pairs = real_matrix(paired.data(), HEADS * D, COLS);
+    Matrix plain = real_matrix(rows.data(), HEADS * D, COLS);
+    Matrix pairs = real_matrix(paired.data(), HEADS * D, COLS);
     pairs.pairs = D;
     for (int T : {0, 1, 3, 40}) {
         Vector x = noise.vector(size_t(T * COLS)), expected(size_t(T * HEADS * D)), out(expected.size(), 7);
