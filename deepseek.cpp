@@ -11,8 +11,8 @@
 //   0   How to read this file      contents, notation, reading routes
 //   1   Ground rules               errors, memory, the parallel loop, random numbers, taps
 //   2   Numbers                    bf16, f16, e4m3 with scale blocks, blocks of integers
-//   3   Files                      config.json, safetensors, binding a tensor to its place
-//   4   Text to tokens             one prompt on its way through tokenizer.h
+//   3   Files                      JSON, config.json, safetensors, writing whole or not at all
+//   4   Text to tokens             one prompt on its way through tokenizer.h; opening a model
 //   5   Small operations           dot, matmul, softmax, silu, rmsnorm, top_k
 //   6   Positions                  RoPE in two layouts, YaRN, llama3 scaling
 //   7   Attention I: GQA           one query against many keys; what MLA replaces
@@ -561,7 +561,17 @@ inline void quantise_q8_0(std::byte* out, const real* x) {
 // overlap, and the model and the files must name the same tensors with the same shapes. A value that this
 // program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
 
-// -- 3.1  Json: reading objects strictly ---------------------------------------------------------
+// -- 3.1  refuse, Json: reading objects strictly -------------------------------------------------
+
+// Fails with what is wrong with a file, or with a place in it.
+[[noreturn]] __attribute__((format(printf, 2, 3))) void refuse(const std::string& where, const char* format,
+                                                               ...) {
+    va_list args;
+    va_start(args, format);
+    std::string wrong = format_list(format, args);
+    va_end(args);
+    fail("%s: %s", where.c_str(), wrong.c_str());
+}
 
 using Json = simdjson::dom::element;
 
@@ -572,21 +582,21 @@ struct Document {
 
     Document(std::string_view text, const std::string& file) {
         auto error = parser.parse(text.data(), text.size(), true).get(root);
-        if (error) fail("%s: not valid JSON: %s", file.c_str(), simdjson::error_message(error));
+        if (error) refuse(file, "not valid JSON: %s", simdjson::error_message(error));
     }
 };
 
-// The members of one JSON object, each name once. Getters check type and range and name file and field.
+// The members of one JSON object, each name once. Getters check type and range and name file and field;
+// `absent` stands for a field that is missing or null.
 class Fields {
 public:
     Fields(Json json, const std::string& where) : where_(where) {
         simdjson::dom::object object;
-        if (json.get(object)) fail("%s: not a JSON object", where.c_str());
+        if (json.get(object)) refuse(where, "not a JSON object");
         for (auto [key, value] : object) {
-            if (key.find('\0') != key.npos)
-                fail("%s: a NUL in key '%s'", where.c_str(), printable(key).c_str());
-            if (!values_.emplace(std::string(key), value).second)
-                fail("%s: duplicate key '%s'", where.c_str(), printable(key).c_str());
+            if (key.find('\0') != key.npos) refuse(where, "a NUL in key '%s'", printable(key).c_str());
+            if (!values_.emplace(key, value).second)
+                refuse(where, "duplicate key '%s'", printable(key).c_str());
         }
     }
     bool has(const char* key) const { return values_.count(key) && !values_.at(key).is_null(); }
@@ -595,49 +605,51 @@ public:
 
     Json get(const char* key) const {
         auto at = values_.find(key);
-        if (at == values_.end()) fail("%s: no field '%s'", where_.c_str(), key);
+        if (at == values_.end()) refuse(where_, "no field '%s'", key);
         return at->second;
     }
+    Fields object(const char* key) const { return {get(key), where_ + ": " + key}; }
     int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> absent = {}) const {
         if (absent && !has(key)) return *absent;
-        int64_t value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not an integer", where_.c_str(), key);
+        intmax_t value = typed<int64_t>(key, "not an integer");
         if (value < low || value > high)
-            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value,
-                 (long long)low, (long long)high);
+            refuse(where_, "'%s' is %jd, outside %jd to %jd", key, value, intmax_t(low), intmax_t(high));
         return value;
     }
     double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
         if (absent && !has(key)) return *absent;
-        double value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not a number", where_.c_str(), key);
+        double value = typed<double>(key, "not a number");
         if (!(value >= low && value <= high))
-            fail("%s: '%s' is %g, outside %g to %g", where_.c_str(), key, value, low, high);
+            refuse(where_, "'%s' is %g, outside %g to %g", key, value, low, high);
         return value;
     }
     bool boolean(const char* key, std::optional<bool> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        bool value = false;
-        if (get(key).get(value)) fail("%s: '%s' is neither true nor false", where_.c_str(), key);
-        return value;
+        return absent && !has(key) ? *absent : typed<bool>(key, "neither true nor false");
     }
     std::string text(const char* key, std::optional<std::string> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        std::string_view value;
-        if (get(key).get(value)) fail("%s: '%s' is not a string", where_.c_str(), key);
-        return std::string(value);
+        return absent && !has(key) ? *absent : std::string(typed<std::string_view>(key, "not a string"));
     }
     // The position of the text in `choices`; anything else is an unknown value.
-    int choice(const char* key, std::initializer_list<const char*> choices,
+    int choice(const char* key, std::initializer_list<std::string_view> choices,
                std::optional<std::string> absent = {}) const {
         std::string value = text(key, absent);
-        int i = 0;
-        for (const char* c : choices) {
-            if (value == c) return i;
-            i++;
+        auto at = std::find(choices.begin(), choices.end(), value);
+        if (at == choices.end())
+            refuse(where_, "'%s' is \"%s\", which this program does not know", key, printable(value).c_str());
+        return int(at - choices.begin());
+    }
+    // A list of natural numbers, none above `most`.
+    template <class T = uint64_t>
+    std::vector<T> naturals(const char* key, uint64_t most = UINT64_MAX,
+                            const char* otherwise = "holds something that is no natural number") const {
+        std::vector<T> list;
+        if (!get(key).is_array()) refuse(where_, "'%s' is not a list", key);
+        for (Json item : simdjson::dom::array(get(key))) {
+            uint64_t n = 0;
+            if (item.get(n) || n > most) refuse(where_, "'%s' %s", key, otherwise);
+            list.push_back(T(n));
         }
-        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key,
-             printable(value).c_str());
+        return list;
     }
     // For messages: at most 80 bytes, control characters replaced, so that one line stays one line.
     static std::string printable(std::string_view text) {
@@ -649,35 +661,46 @@ public:
 private:
     std::string where_;
     std::map<std::string, Json> values_;
+
+    template <class T> T typed(const char* key, const char* otherwise) const {
+        T value{};
+        if (get(key).get(value)) refuse(where_, "'%s' is %s", key, otherwise);
+        return value;
+    }
 };
 
-constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000;
+// One id below V, or a list of them; absent or null gives none.
+std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
+    if (!f.has(key)) return {};
+    if (!f.get(key).is_array()) return {int(f.integer(key, 0, V - 1))};
+    return f.naturals<int>(key, uint64_t(V - 1), "is not a list of ids");
+}
+
+constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000, HEADER_LIMIT = JSON_LIMIT;
 
 // All of a stream, which may be a pipe or a device without end.
 std::string read_stream(std::istream& in, const std::string& name, size_t limit) {
     std::string text, part(size_t(1) << 16, '\0');
     while (in.read(part.data(), std::streamsize(part.size())), in.gcount() > 0) {
         text.append(part, 0, size_t(in.gcount()));
-        if (text.size() > limit) fail("%s: larger than %zu bytes", name.c_str(), limit);
+        if (text.size() > limit) refuse(name, "larger than %zu bytes", limit);
     }
-    if (in.bad()) fail("%s: cannot be read", name.c_str());
+    if (in.bad()) refuse(name, "cannot be read");
     return text;
 }
 
 std::string read_file(const fs::path& path, size_t limit = TEXT_LIMIT) {
     std::error_code error;
-    if (fs::is_directory(path, error)) fail("%s: is a directory", path.c_str());
+    if (fs::is_directory(path, error)) refuse(path, "is a directory");
     std::ifstream in(path, std::ios::binary);
-    if (!in) fail("%s: %s", path.c_str(), std::strerror(errno));
-    return read_stream(in, path.string(), limit);
+    if (!in) refuse(path, "%s", std::strerror(errno));
+    return read_stream(in, path, limit);
 }
 
 // One of a model's JSON files: a regular file, since opening a pipe could wait for ever.
 std::string read_json_file(const fs::path& path) {
     std::error_code error;
-    fs::file_status status = fs::status(path, error);
-    if (fs::exists(status) && !fs::is_directory(status) && !fs::is_regular_file(status))
-        fail("%s: not a regular file", path.c_str());
+    if (fs::is_other(path, error)) refuse(path, "not a regular file");
     return read_file(path, JSON_LIMIT);
 }
 
@@ -720,49 +743,42 @@ constexpr int MOST = 1 << 24;
 constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
 constexpr int MOST_EXPERTS_IN_ALL = 1 << 16;   // layers times experts: each has its entry in the model
 
-RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
+// rope_scaling and rope_theta; newer files keep both in rope_parameters.
+RopeConfig parse_rope(const Fields& top, bool mla) {
     static const std::set<std::string> KNOWN = {
         "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
         "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"};
-    for (auto& [key, value] : f.all()) {
-        if (!KNOWN.count(key))
-            fail("%s: unknown field '%s'", f.where().c_str(), Fields::printable(key).c_str());
-    }
+    RopeConfig rope;
+    bool newer = top.has("rope_parameters"), has_theta = top.has("rope_theta");
+    const char* place = newer ? "rope_parameters" : "rope_scaling";
+    if (newer && top.has("rope_scaling")) refuse(top.where(), "both 'rope_parameters' and 'rope_scaling'");
+    if (!newer || has_theta) rope.theta = top.number("rope_theta", 1.1, 1e12);
+    if (!top.has(place)) return rope;
+    Fields f = top.object(place);
+    if (!has_theta) f.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
+    for (auto& [key, value] : f.all())
+        if (!KNOWN.count(key)) refuse(f.where(), "unknown field '%s'", Fields::printable(key).c_str());
     rope.theta = f.number("rope_theta", 1.1, 1e12, rope.theta);
-    const char* key = f.has("type") ? "type" : "rope_type";
-    int kind = f.choice(key, {"default", "llama3", "yarn"});
-    rope.scaling = kind == 0 ? Scaling::NONE : kind == 1 ? Scaling::LLAMA3 : Scaling::YARN;
+    const char* type = f.has("type") ? "type" : "rope_type";
+    rope.scaling = Scaling(f.choice(type, {"default", "llama3", "yarn"}));
     if (rope.scaling == Scaling::NONE) return rope;
     if ((rope.scaling == Scaling::YARN) != mla)
-        fail("%s: '%s' \"%s\" is not used by this architecture", f.where().c_str(), key, f.text(key).c_str());
+        refuse(f.where(), "'%s' \"%s\" is not used by this architecture", type, f.text(type).c_str());
     rope.factor = f.number("factor", 1, 1e6);
     rope.original_context = double(f.integer("original_max_position_embeddings", 1, MOST));
     if (rope.scaling == Scaling::LLAMA3) {
         rope.low_freq_factor = f.number("low_freq_factor", 1e-6, 1e6);
         rope.high_freq_factor = f.number("high_freq_factor", 1e-6, 1e6);
         if (rope.high_freq_factor <= rope.low_freq_factor)
-            fail("%s: 'high_freq_factor' is not above 'low_freq_factor'", f.where().c_str());
-        return rope;
+            refuse(f.where(), "'high_freq_factor' is not above 'low_freq_factor'");
+    } else {
+        rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
+        rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
+        if (rope.beta_fast <= rope.beta_slow) refuse(f.where(), "'beta_fast' is not above 'beta_slow'");
+        rope.mscale = f.number("mscale", 0, 100, 1);
+        rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     }
-    rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
-    rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
-    if (rope.beta_fast <= rope.beta_slow) fail("%s: 'beta_fast' is not above 'beta_slow'", f.where().c_str());
-    rope.mscale = f.number("mscale", 0, 100, 1);
-    rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     return rope;
-}
-
-// rope_scaling and rope_theta; newer files keep both in rope_parameters.
-RopeConfig parse_rope(const Fields& f, bool mla) {
-    RopeConfig rope;
-    const char* key = f.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-    if (f.has("rope_parameters") && f.has("rope_scaling"))
-        fail("%s: both 'rope_parameters' and 'rope_scaling'", f.where().c_str());
-    if (!f.has("rope_parameters") || f.has("rope_theta")) rope.theta = f.number("rope_theta", 1.1, 1e12);
-    if (!f.has(key)) return rope;
-    Fields scaling(f.get(key), f.where() + ": " + key);
-    if (!f.has("rope_theta")) scaling.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
-    return parse_rope_scaling(scaling, rope, mla);
 }
 
 void parse_mla(Config& c, const Fields& f) {
@@ -773,25 +789,26 @@ void parse_mla(Config& c, const Fields& f) {
     c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST));
     c.Dv = int(f.integer("v_head_dim", 1, MOST));
     if (f.integer("num_key_value_heads", 1, MOST, c.H) != c.H)
-        fail("%s: 'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have",
-             c.file.c_str());
+        refuse(c.file, "'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have");
 }
 
-void check_moe(const Config& c) {
-    if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
-        fail("%s: 'n_routed_experts' times 'num_hidden_layers' is out of range", c.file.c_str());
-    if (int64_t(c.n_shared) * c.F > MOST)
-        fail("%s: 'n_shared_experts' times 'moe_intermediate_size' is out of range", c.file.c_str());
-    if (c.gate == Gate::GREEDY) return;
-    if (c.E % c.n_group)
-        fail("%s: 'n_group' %d does not divide 'n_routed_experts' %d", c.file.c_str(), c.n_group, c.E);
-    int group = c.E / c.n_group;
-    if (c.K > c.topk_group * group)
-        fail("%s: 'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.file.c_str(),
-             c.K, c.topk_group * group, c.topk_group);
-    if (c.gate == Gate::NOAUX_TC && group < 2)
-        fail("%s: 'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.file.c_str(),
-             c.n_group);
+void parse_gqa(Config& c, const Fields& f) {
+    c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
+    if (c.H % c.G)
+        refuse(c.file, "'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.G, c.H);
+    if (!f.has("head_dim") && c.D % c.H)
+        refuse(c.file, "'num_attention_heads' %d does not divide 'hidden_size' %d", c.H, c.D);
+    c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
+    for (const char* key : {"use_sliding_window", "mlp_bias"})
+        if (f.boolean(key, false)) refuse(c.file, "'%s' true is not supported", key);
+    c.qkv_bias = c.model_type == "qwen2";
+}
+
+void check_heads(const Config& c) {
+    if (c.rope_dim() % 2) refuse(c.file, "RoPE needs an even head dimension, not %d", c.rope_dim());
+    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
+    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
+        refuse(c.file, "'num_attention_heads' times the head dimension is out of range");
 }
 
 void parse_moe(Config& c, const Fields& f) {
@@ -805,62 +822,25 @@ void parse_moe(Config& c, const Fields& f) {
     c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}) == 1;
     c.norm_topk = f.boolean("norm_topk_prob");
     c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6);
-    if (c.gate != Gate::GREEDY) {
-        c.n_group = int(f.integer("n_group", 1, c.E));
-        c.topk_group = int(f.integer("topk_group", 1, c.n_group));
-    }
-    check_moe(c);
+    if (c.gate == Gate::GREEDY) return;
+    c.n_group = int(f.integer("n_group", 1, c.E));
+    c.topk_group = int(f.integer("topk_group", 1, c.n_group));
 }
 
-void parse_gqa(Config& c, const Fields& f) {
-    c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
-    if (c.H % c.G)
-        fail("%s: 'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.file.c_str(), c.G,
-             c.H);
-    if (!f.has("head_dim") && c.D % c.H)
-        fail("%s: 'num_attention_heads' %d does not divide 'hidden_size' %d", c.file.c_str(), c.H, c.D);
-    c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
-    if (f.boolean("use_sliding_window", false))
-        fail("%s: 'use_sliding_window' true is not supported", c.file.c_str());
-    if (f.boolean("mlp_bias", false)) fail("%s: 'mlp_bias' true is not supported", c.file.c_str());
-    c.qkv_bias = c.model_type == "qwen2";
-}
-
-void parse_quantization(Config& c, const Fields& f) {
-    if (!f.has("quantization_config")) return;
-    Fields q(f.get("quantization_config"), c.file + ": quantization_config");
-    q.choice("quant_method", {"fp8"});
-    q.choice("fmt", {"e4m3"}, "e4m3");
-    q.choice("activation_scheme", {"dynamic"}, "dynamic");
-    q.choice("scale_fmt", {"ue8m0", "float"}, "float");
-    simdjson::dom::array block;
-    int64_t sides[2] = {0, 0};
-    if (q.get("weight_block_size").get(block) || block.size() != 2 || block.at(0).get(sides[0]) ||
-        block.at(1).get(sides[1]) || sides[0] != SCALE_BLOCK || sides[1] != SCALE_BLOCK)
-        fail("%s: 'weight_block_size' is not [128, 128]", q.where().c_str());
-    c.fp8 = true;
-}
-
-// One id or a list of ids; absent or null gives none.
-std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
-    std::vector<int> ids;
-    if (!f.has(key)) return ids;
-    simdjson::dom::array list;
-    if (f.get(key).get(list)) return {int(f.integer(key, 0, V - 1))};
-    for (Json item : list) {
-        int64_t id = -1;
-        if (item.get(id) || id < 0 || id >= V)
-            fail("%s: '%s' is not a list of ids", f.where().c_str(), key);
-        ids.push_back(int(id));
-    }
-    return ids;
-}
-
-void check_heads(const Config& c) {
-    if (c.rope_dim() % 2) fail("%s: RoPE needs an even head dimension, not %d", c.file.c_str(), c.rope_dim());
-    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
-    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
-        fail("%s: 'num_attention_heads' times the head dimension is out of range", c.file.c_str());
+void check_moe(const Config& c) {
+    if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
+        refuse(c.file, "'n_routed_experts' times 'num_hidden_layers' is out of range");
+    if (int64_t(c.n_shared) * c.F > MOST)
+        refuse(c.file, "'n_shared_experts' times 'moe_intermediate_size' is out of range");
+    if (c.gate == Gate::GREEDY) return;
+    int group = c.E / c.n_group, best = c.topk_group * group;
+    if (c.E % c.n_group)
+        refuse(c.file, "'n_group' %d does not divide 'n_routed_experts' %d", c.n_group, c.E);
+    if (c.K > best)
+        refuse(c.file, "'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.K, best,
+               c.topk_group);
+    if (c.gate == Gate::NOAUX_TC && group < 2)
+        refuse(c.file, "'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.n_group);
 }
 
 // config.json, from its text. `file` is for messages.
@@ -868,8 +848,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     Document document(json, file);
     Fields f(document.root, file);
     Config c;
-    c.file = file;
-    c.model_type = f.text("model_type");
+    c.file = file, c.model_type = f.text("model_type");
     int kind = f.choice("model_type", {"deepseek_v2", "deepseek_v3", "qwen2", "llama"});
     bool mla = kind < 2;
     c.D = int(f.integer("hidden_size", 1, MOST_WIDTH));
@@ -881,41 +860,25 @@ Config parse_config(std::string_view json, const std::string& file) {
     c.eps = f.number("rms_norm_eps", 0, 1);
     c.tied = f.boolean("tie_word_embeddings", false);
     f.choice("hidden_act", {"silu"}, "silu");
-    if (f.boolean("attention_bias", false)) fail("%s: 'attention_bias' true is not supported", file.c_str());
+    if (f.boolean("attention_bias", false)) refuse(file, "'attention_bias' true is not supported");
     if (mla) parse_mla(c, f);
     else parse_gqa(c, f);
-    if (mla && f.has("n_routed_experts")) parse_moe(c, f);
+    if (mla && f.has("n_routed_experts")) parse_moe(c, f), check_moe(c);
     if (kind == 1) c.n_mtp = int(f.integer("num_nextn_predict_layers", 0, 1, 0));
-    parse_quantization(c, f);
+    if (f.has("quantization_config")) {
+        Fields q = f.object("quantization_config");
+        q.choice("quant_method", {"fp8"});
+        q.choice("fmt", {"e4m3"}, "e4m3");
+        q.choice("activation_scheme", {"dynamic"}, "dynamic");
+        q.choice("scale_fmt", {"ue8m0", "float"}, "float");
+        if (simdjson::minify(q.get("weight_block_size")) != "[128,128]")
+            refuse(q.where(), "'weight_block_size' is not [128, 128]");
+        c.fp8 = true;
+    }
     c.rope = parse_rope(f, mla);
     check_heads(c);
     c.eos = parse_ids(f, "eos_token_id", c.V);
     return c;
-}
-
-// How the model's makers would have it sampled (chapter 12.1).
-struct Sampling {
-    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
-    int top_k = 0;                                       // 0: off
-};
-
-struct GenerationConfig {
-    Sampling sampling;
-    std::vector<int> eos;
-};
-
-// generation_config.json, from its text. `do_sample` false means greedy.
-inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
-    Document document(json, file);
-    Fields f(document.root, file);
-    GenerationConfig g;
-    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
-    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
-    g.sampling.min_p = f.number("min_p", 0, 1, 0);
-    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
-    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
-    g.eos = parse_ids(f, "eos_token_id", V);
-    return g;
 }
 
 // -- 3.3  safetensors: a header that must be right, and bytes ------------------------------------
@@ -926,80 +889,57 @@ struct TensorInfo {
     uint64_t begin = 0, end = 0;   // bytes, from the start of the data
 };
 
-constexpr uint64_t HEADER_LIMIT = JSON_LIMIT;
-
 // Bytes of one element, 0 for a dtype that safetensors does not have.
 inline uint64_t dtype_width(const std::string& dtype) {
     static const std::map<std::string, uint64_t> WIDTH = {
-        {"F64", 8},     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1},
-        {"F8_E8M0", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},      {"U8", 1},
-        {"U16", 2},     {"U32", 4}, {"U64", 8}, {"BOOL", 1}};
+        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+        {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1},
+        {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}};
     auto at = WIDTH.find(dtype);
     return at == WIDTH.end() ? 0 : at->second;
-}
-
-std::vector<uint64_t> parse_naturals(Json json, const std::string& where, const char* key) {
-    simdjson::dom::array list;
-    if (json.get(list)) fail("%s: '%s' is not a list", where.c_str(), key);
-    std::vector<uint64_t> out;
-    for (Json item : list) {
-        uint64_t value = 0;
-        if (item.get(value)) fail("%s: '%s' holds something that is no natural number", where.c_str(), key);
-        out.push_back(value);
-    }
-    return out;
 }
 
 TensorInfo parse_tensor_info(const std::string& name, Json json, uint64_t data_bytes,
                              const std::string& file) {
     std::string where = file + ": tensor '" + Fields::printable(name) + "'";
     Fields f(json, where);
-    TensorInfo t{name, f.text("dtype"), parse_naturals(f.get("shape"), where, "shape"), 0, 0};
+    TensorInfo t{name, f.text("dtype"), f.naturals("shape")};
     uint64_t bytes = dtype_width(t.dtype);
-    if (bytes == 0) fail("%s: unknown dtype '%s'", where.c_str(), Fields::printable(t.dtype).c_str());
-    if (t.shape.size() > 8) fail("%s: 'shape' has %zu axes", where.c_str(), t.shape.size());
-    for (uint64_t n : t.shape) {
-        if (__builtin_mul_overflow(bytes, n, &bytes))
-            fail("%s: 'shape' is larger than any file", where.c_str());
-    }
-    auto range = parse_naturals(f.get("data_offsets"), where, "data_offsets");
+    if (bytes == 0) refuse(where, "unknown dtype '%s'", Fields::printable(t.dtype).c_str());
+    if (t.shape.size() > 8) refuse(where, "'shape' has %zu axes", t.shape.size());
+    for (uint64_t n : t.shape)
+        if (__builtin_mul_overflow(bytes, n, &bytes)) refuse(where, "'shape' is larger than any file");
+    std::vector<uint64_t> range = f.naturals("data_offsets");
     if (range.size() != 2 || range[0] > range[1] || range[1] > data_bytes)
-        fail("%s: 'data_offsets' outside the %llu bytes of data", where.c_str(),
-             (unsigned long long)data_bytes);
+        refuse(where, "'data_offsets' outside the %ju bytes of data", data_bytes);
     t.begin = range[0], t.end = range[1];
     if (t.end - t.begin != bytes)
-        fail("%s: shape and dtype need %llu bytes, 'data_offsets' has %llu", where.c_str(),
-             (unsigned long long)bytes, (unsigned long long)(t.end - t.begin));
+        refuse(where, "shape and dtype need %ju bytes, 'data_offsets' has %ju", bytes, t.end - t.begin);
     return t;
 }
 
 // The JSON header of a safetensors file. The tensors must cover all `data_bytes`, each byte once.
 std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t data_bytes,
                                                  const std::string& file) {
-    if (json.empty() || json[0] != '{') fail("%s: the safetensors header is not a JSON object", file.c_str());
+    if (json.empty() || json[0] != '{') refuse(file, "the safetensors header is not a JSON object");
     Document document(json, file);
     Fields header(document.root, file);
     std::vector<TensorInfo> tensors;
     for (auto& [name, value] : header.all()) {
-        if (name != "__metadata__") {
-            tensors.push_back(parse_tensor_info(name, value, data_bytes, file));
-            continue;
-        }
-        Fields metadata(value, file + ": __metadata__");
-        for (auto& [key, text] : metadata.all()) metadata.text(key.c_str());
+        if (name != "__metadata__") tensors.push_back(parse_tensor_info(name, value, data_bytes, file));
+        else
+            for (Fields metadata = header.object("__metadata__"); auto& [key, text] : metadata.all())
+                metadata.text(key.c_str());
     }
-    std::sort(tensors.begin(), tensors.end(), [](const TensorInfo& a, const TensorInfo& b) {
-        return std::tie(a.begin, a.end) < std::tie(b.begin, b.end);
-    });
+    std::ranges::sort(tensors, {}, [](const TensorInfo& t) { return std::pair(t.begin, t.end); });
     uint64_t at = 0;
     for (const TensorInfo& t : tensors) {
         if (t.begin != at)
-            fail("%s: tensor '%s' %s", file.c_str(), Fields::printable(t.name).c_str(),
-                 t.begin < at ? "overlaps another one" : "leaves a gap before it");
+            refuse(file, "tensor '%s' %s", Fields::printable(t.name).c_str(),
+                   t.begin < at ? "overlaps another one" : "leaves a gap before it");
         at = t.end;
     }
-    if (at != data_bytes)
-        fail("%s: %llu bytes after the last tensor", file.c_str(), (unsigned long long)(data_bytes - at));
+    if (at != data_bytes) refuse(file, "%ju bytes after the last tensor", data_bytes - at);
     return tensors;
 }
 
@@ -1008,26 +948,25 @@ class Mapping {
 public:
     explicit Mapping(const fs::path& path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // a pipe must not make us wait
-        if (fd < 0) fail("%s: %s", path.c_str(), std::strerror(errno));
+        if (fd < 0) refuse(path, "%s", std::strerror(errno));
         struct stat status {};
         bool regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
-        size_ = regular ? size_t(status.st_size) : 0;
-        void* p = size_ ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+        size_t size = regular ? size_t(status.st_size) : 0;
+        void* p = size ? mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
         close(fd);
-        if (!regular) fail("%s: not a regular file", path.c_str());
-        if (size_ == 0) fail("%s: empty", path.c_str());
-        if (p == MAP_FAILED) fail("%s: cannot be mapped: %s", path.c_str(), std::strerror(errno));
-        data_ = static_cast<const std::byte*>(p);
+        if (!regular) refuse(path, "not a regular file");
+        if (size == 0) refuse(path, "empty");
+        if (p == MAP_FAILED) refuse(path, "cannot be mapped: %s", std::strerror(errno));
+        bytes_ = {static_cast<const std::byte*>(p), size};
     }
-    ~Mapping() { if (data_) munmap(const_cast<std::byte*>(data_), size_); }
-    Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+    ~Mapping() { if (data()) munmap(const_cast<std::byte*>(data()), size()); }
+    Mapping(Mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
     Mapping& operator=(Mapping&&) = delete;
-    const std::byte* data() const { return data_; }
-    size_t size() const { return size_; }
+    const std::byte* data() const { return bytes_.data(); }
+    size_t size() const { return bytes_.size(); }
 
 private:
-    const std::byte* data_ = nullptr;
-    size_t size_ = 0;
+    std::span<const std::byte> bytes_;
 };
 
 // A whole safetensors file: where its data begin, and what is in them.
@@ -1037,155 +976,49 @@ struct TensorFile {
 };
 
 TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string& file) {
-    if (bytes.size() < 8) fail("%s: too short for a safetensors file", file.c_str());
+    if (bytes.size() < 8) refuse(file, "too short for a safetensors file");
     uint64_t n = load<uint64_t>(bytes.data());
-    if (n > HEADER_LIMIT)
-        fail("%s: a header of %llu bytes is beyond the limit of 100 MB", file.c_str(), (unsigned long long)n);
-    if (n > bytes.size() - 8) fail("%s: the header is longer than the file (cut off?)", file.c_str());
+    if (n > HEADER_LIMIT) refuse(file, "a header of %ju bytes is beyond the limit of 100 MB", n);
+    if (n > bytes.size() - 8) refuse(file, "the header is longer than the file (cut off?)");
     std::string_view json(reinterpret_cast<const char*>(bytes.data()) + 8, n);
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.4  Checkpoint: all tensors of a folder, by name -------------------------------------------
-
-struct Tensor {
-    std::string file, dtype;
-    std::vector<uint64_t> shape;
-    const std::byte* data = nullptr;
-    uint64_t bytes = 0;
-    int pairs = 0;                         // as in Matrix
-};
-
-struct Checkpoint {
-    std::vector<Mapping> files;
-    std::map<std::string, Tensor> tensors;
-    bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
-};
-
-// tensor -> file name, from model.safetensors.index.json.
-std::map<std::string, std::string> parse_index(std::string_view json, const std::string& file) {
-    Document document(json, file);
-    Fields top(document.root, file);
-    Fields map(top.get("weight_map"), file + ": weight_map");
-    std::map<std::string, std::string> out;
-    for (auto& [name, value] : map.all()) {
-        std::string shard = map.text(name.c_str());
-        bool plain =
-            !shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos;
-        if (!plain || !shard.ends_with(".safetensors"))
-            fail("%s: tensor '%s' names no file of this folder: '%s'", file.c_str(),
-                 Fields::printable(name).c_str(), Fields::printable(shard).c_str());
-        out[name] = shard;
-    }
-    if (out.empty()) fail("%s: 'weight_map' is empty", file.c_str());
-    return out;
-}
-
-void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
-    std::string file = path.string();
-    Mapping& mapping = checkpoint.files.emplace_back(path);
-    TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, file);
-    for (TensorInfo& t : parsed.tensors) {
-        Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
-        auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
-        if (!is_new)
-            fail("%s: tensor '%s' is also in %s", file.c_str(), Fields::printable(t.name).c_str(),
-                 at->second.file.c_str());
-    }
-}
-
-bool has_weights(const fs::path& folder) {
-    return fs::exists(folder / "model.safetensors.index.json") || fs::exists(folder / "model.safetensors");
-}
-
-Checkpoint open_checkpoint(const fs::path& folder) {
-    Checkpoint checkpoint;
-    fs::path index = folder / "model.safetensors.index.json";
-    if (!has_weights(folder))
-        fail("%s: neither model.safetensors nor model.safetensors.index.json (not a model folder, or not "
-             "fetched whole?)",
-             folder.c_str());
-    if (!fs::exists(index)) {
-        add_tensors(checkpoint, folder / "model.safetensors");
-        return checkpoint;
-    }
-    auto weight_map = parse_index(read_json_file(index), index.string());
-    std::set<std::string> shards;
-    for (auto& [name, shard] : weight_map) shards.insert(shard);
-    for (const std::string& shard : shards) add_tensors(checkpoint, folder / shard);
-    for (auto& [name, shard] : weight_map) {
-        auto at = checkpoint.tensors.find(name);
-        if (at == checkpoint.tensors.end() || at->second.file != (folder / shard).string())
-            fail("%s: no tensor '%s', which the index expects there", (folder / shard).c_str(),
-                 Fields::printable(name).c_str());
-    }
-    for (auto& [name, tensor] : checkpoint.tensors) {
-        if (!weight_map.count(name))
-            fail("%s: tensor '%s' is not in the index", tensor.file.c_str(), Fields::printable(name).c_str());
-    }
-    return checkpoint;
-}
-
-// The dtype called so, if weights may have it.
-inline std::optional<Dtype> weights_dtype(const std::string& name) {
-    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
-        if (name == format_of(Dtype(i)).name) return Dtype(i);
-    return {};
-}
-
-// A tensor of a checkpoint as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
-inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
-    const Tensor& t = checkpoint.tensors.at(name);
-    std::optional<Dtype> dtype = weights_dtype(t.dtype);
-    if (!dtype)
-        fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
-             t.dtype.c_str());
-    auto scale = checkpoint.tensors.find(name + "_scale_inv");
-    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
-    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
-    m.pairs = t.pairs;
-    return m;
-}
-
-// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------
-
-struct OutputTensor {
-    std::string name, dtype;
-    std::vector<size_t> shape;
-    const void* data;
-    size_t bytes;
-};
+// -- 3.4  write_safetensors: results, whole or not at all ----------------------------------------
 
 // Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
 class AtomicFile {
 public:
     explicit AtomicFile(const std::string& path)
         : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
-        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
+        if (fs::is_directory(path)) refuse(path, "is a directory");
+        if (fs::is_other(path)) refuse(path, "not a regular file");
         file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
+        if (!file_) refuse(path, "cannot be written: %s", std::strerror(errno));
     }
-    ~AtomicFile() {
-        if (!file_) return;
-        std::remove(temporary_.c_str());
-        std::fclose(file_);
-    }
+    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), std::fclose(file_); }
     AtomicFile(const AtomicFile&) = delete;
     void write(const void* data, size_t bytes) {
-        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
-            fail("%s: %s", path_.c_str(), std::strerror(errno));
+        require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
     }
     void commit() {
-        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
-        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                std::rename(temporary_.c_str(), path_.c_str()) == 0);
         std::fclose(std::exchange(file_, nullptr));
     }
 
 private:
     std::string path_, temporary_;
     std::FILE* file_ = nullptr;
+
+    void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
+};
+
+struct OutputTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    const void* data;
+    size_t bytes;
 };
 
 void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
@@ -1195,8 +1028,8 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
         std::string shape;
         for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
         header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
-                          at, at + t.bytes);
+                          header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(), at,
+                          at + t.bytes);
         at += t.bytes;
     }
     header += "}";
@@ -1228,14 +1061,7 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
 
 #include "tokenizer.h"
 
-// Where a model is one file of llama.cpp's, its vocabulary, its shape and its weights are all in there.
-#include "gguf.h"
-
-// -- 4.1  the tokenizer of a model ---------------------------------------------------------------
-
-inline Tokenizer load_tokenizer(const fs::path& model) {
-    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
-}
+// -- 4.1  the ids of a prompt --------------------------------------------------------------------
 
 inline std::string json_array(std::span<const int> ids) {
     std::string out = "[";
@@ -1248,14 +1074,6 @@ inline std::vector<int> encode_prompt(const Tokenizer& t, const std::string& tex
     std::vector<int> ids = t.encode(text);
     if (add_bos && t.bos >= 0 && (ids.empty() || ids[0] != t.bos)) ids.insert(ids.begin(), t.bos);
     return ids;
-}
-
-// What generation_config.json says, or the keys of a GGUF file.
-inline GenerationConfig read_generation_config(const fs::path& model, int V) {
-    fs::path file = model / "generation_config.json";
-    if (is_gguf(model)) return {gguf_sampling(model), {}};
-    if (!fs::exists(file)) return {};
-    return parse_generation_config(read_json_file(file), file.string(), V);
 }
 
 // -- 4.2  tokenize: text to ids and back, as JSON ------------------------------------------------
@@ -1301,6 +1119,154 @@ inline std::string tokenize(const Tokenizer& t, const std::string& input, const 
     std::string_view text;
     if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
     return tokens_json(t, text, o.add_bos);
+}
+
+// -- 4.3  Checkpoint: the tensors of a model, by name --------------------------------------------
+
+struct Tensor {
+    std::string file, dtype;
+    std::vector<uint64_t> shape;
+    const std::byte* data = nullptr;
+    uint64_t bytes = 0;
+    int pairs = 0;                         // as in Matrix
+};
+
+struct Checkpoint {
+    std::vector<Mapping> files;
+    std::map<std::string, Tensor> tensors;
+    bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
+};
+
+// The dtype called so, if weights may have it.
+inline std::optional<Dtype> weights_dtype(const std::string& name) {
+    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
+        if (name == format_of(Dtype(i)).name) return Dtype(i);
+    return {};
+}
+
+// A tensor as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
+    const Tensor& t = checkpoint.tensors.at(name);
+    std::optional<Dtype> dtype = weights_dtype(t.dtype);
+    if (!dtype)
+        refuse(t.file, "tensor '%s' has dtype %s, which weights do not have", name.c_str(), t.dtype.c_str());
+    auto scale = checkpoint.tensors.find(name + "_scale_inv");
+    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
+    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
+    m.pairs = t.pairs;
+    return m;
+}
+
+// How the model's makers would have it sampled (chapter 12.1).
+struct Sampling {
+    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
+    int top_k = 0;                                       // 0: off
+};
+
+// -- 4.4  a model: a folder, or one file of llama.cpp's ------------------------------------------
+//
+// Its config, its tokenizer and its weights are the files of a folder, or all in one file, which gguf.h
+// reads. Below is what is asked of both; from there on the network does not depend on which it was.
+
+#include "gguf.h"
+
+inline Tokenizer load_tokenizer(const fs::path& model) {
+    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
+}
+
+inline Config read_config(const fs::path& model) {
+    fs::path file = model / "config.json";
+    if (!fs::exists(model)) refuse(model, "no such file or folder");
+    if (is_gguf(model)) return gguf_config(model);
+    if (!fs::exists(file)) refuse(model, "no config.json (not a model folder?)");
+    return parse_config(read_json_file(file), file);
+}
+
+struct GenerationConfig {
+    Sampling sampling;
+    std::vector<int> eos;
+};
+
+// generation_config.json, from its text. `do_sample` false means greedy.
+inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
+    Document document(json, file);
+    Fields f(document.root, file);
+    GenerationConfig g;
+    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
+    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
+    g.sampling.min_p = f.number("min_p", 0, 1, 0);
+    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
+    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
+    g.eos = parse_ids(f, "eos_token_id", V);
+    return g;
+}
+
+inline GenerationConfig read_generation_config(const fs::path& model, int V) {
+    fs::path file = model / "generation_config.json";
+    if (is_gguf(model)) return {gguf_sampling(model), {}};
+    if (!fs::exists(file)) return {};
+    return parse_generation_config(read_json_file(file), file, V);
+}
+
+// tensor -> file name, from model.safetensors.index.json.
+std::map<std::string, std::string> parse_index(std::string_view json, const std::string& file) {
+    Document document(json, file);
+    Fields top(document.root, file), map = top.object("weight_map");
+    std::map<std::string, std::string> out;
+    for (auto& [name, value] : map.all()) {
+        std::string shard = map.text(name.c_str());
+        if (!shard.ends_with(".safetensors") || shard.find_first_of("/\0", 0, 2) != shard.npos)
+            refuse(file, "tensor '%s' names no file of this folder: '%s'", Fields::printable(name).c_str(),
+                   Fields::printable(shard).c_str());
+        out[name] = shard;
+    }
+    if (out.empty()) refuse(file, "'weight_map' is empty");
+    return out;
+}
+
+void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
+    std::string file = path.string();
+    Mapping& mapping = checkpoint.files.emplace_back(path);
+    TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, file);
+    for (TensorInfo& t : parsed.tensors) {
+        Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
+        auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
+        if (!is_new)
+            refuse(file, "tensor '%s' is also in %s", Fields::printable(t.name).c_str(),
+                   at->second.file.c_str());
+    }
+}
+
+inline bool has_weights(const fs::path& folder) {
+    return fs::exists(folder / "model.safetensors.index.json") || fs::exists(folder / "model.safetensors");
+}
+
+// The tensors of a model. Those of a folder must be the ones that its index lists, if it has one.
+inline Checkpoint open_checkpoint(const fs::path& model) {
+    if (is_gguf(model)) return gguf_checkpoint(model);
+    fs::path index = model / "model.safetensors.index.json";
+    Checkpoint checkpoint;
+    if (!has_weights(model))
+        refuse(model, "neither model.safetensors nor model.safetensors.index.json (not a model folder, or "
+                      "not fetched whole?)");
+    if (!fs::exists(index)) {
+        add_tensors(checkpoint, model / "model.safetensors");
+        return checkpoint;
+    }
+    auto weight_map = parse_index(read_json_file(index), index);
+    std::set<std::string> shards;
+    for (auto& [name, shard] : weight_map) shards.insert(model / shard);
+    for (const std::string& shard : shards) add_tensors(checkpoint, shard);
+    for (auto& [name, shard] : weight_map) {
+        std::string file = model / shard;
+        auto at = checkpoint.tensors.find(name);
+        if (at == checkpoint.tensors.end() || at->second.file != file)
+            refuse(file, "no tensor '%s', which the index expects there", Fields::printable(name).c_str());
+    }
+    for (auto& [name, tensor] : checkpoint.tensors)
+        if (!weight_map.count(name))
+            refuse(tensor.file, "tensor '%s' is not in the index", Fields::printable(name).c_str());
+    return checkpoint;
 }
 
 // =================================================================================================
@@ -2506,14 +2472,6 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-inline Config read_config(const fs::path& folder) {
-    fs::path file = folder / "config.json";
-    if (!fs::exists(folder)) fail("%s: no such file or folder", folder.c_str());
-    if (is_gguf(folder)) return gguf_config(folder);
-    if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
-    return parse_config(read_json_file(file), file.string());
-}
-
 // Bytes of the weights of a model that is quantised while loading, before anything is loaded.
 inline size_t quantised_bytes(const Config& c, const std::string& quant) {
     if (quant == "none") return 0;
@@ -2535,7 +2493,7 @@ inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
     Model m;
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
-    m.checkpoint = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
+    m.checkpoint = open_checkpoint(folder);
     bool quantise = loading.quant != "none";
     Quantiser quantiser{quantise ? &file_type(loading.quant) : nullptr, &m.config, {}, {}};
     if (quantise) {                                              // once for the bill, once for the weights
@@ -3297,7 +3255,7 @@ inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
         if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
     }
     if (is_gguf(folder) || has_weights(folder)) {
-        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
+        Checkpoint all = open_checkpoint(folder);
         for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
     }
     b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
