@@ -19,7 +19,7 @@
 //   8   Attention II: MLA          the latent cache, the naive and the absorbed form
 //   9   Feed-forward               SwiGLU
 //   10  Mixture of experts         three gates, dispatch, combine
-//   11  The model                  block, forward, head
+//   11  The model                  binding a tensor to its place, block, forward, head
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   19  The bill               parameters, memory, bytes of the cache
@@ -2176,7 +2176,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
-    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (11.5) of weights in another order now
+    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (12.3) of weights in another order now
     Pages quantised;                       // weights that were made smaller while loading
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
@@ -2192,44 +2192,40 @@ struct SessionOptions {
     Dtype kv = REAL;                       // how the cache is stored
 };
 
-// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
-// bill and for the pointers.
+// Everything that a forward pass writes, for at most C = chunk tokens, each array with its shape. One list,
+// walked twice: for the bill and for the pointers.
 struct Activations {
-    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after last norm
-    real* cos_sin;                         // (C, rope_dim / 2, 2)
-    real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
-    real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
-    Rows scratch, expanded;                // chapters 7 and 8: one row a thread
-    real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
-    real *router_logits, *affinity, *choice;   // (C, E)
-    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C * K, D), (C * K, D)
-    real *mtp_in, *mtp_x, *mtp_h;          // (C, 2 D), (C, D), (C, D)
-    int *seen, *expert_idx, *slot, *slot_token;   // (C), (C, K), (C, K), (C * K)
+    Arena& arena;
+    const Config& c;
+    const SessionOptions& options;
+    int threads, C = options.chunk;
 
-    Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
-        size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
-        size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
-        auto reals = [&](size_t n) { return arena.take<real>(n); };
-        auto rows = [&](int64_t n) { return Rows{reals(size_t(n) * size_t(threads)), n}; };
-        x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
-        cos_sin = reals(C * size_t(c.rope_dim()));
-        c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
-        kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
-        q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
-        scratch = rows(attention_scratch(o_.context, c.q_dim(), c.v_dim()));
-        bool naive = c.mla() && o_.mla == MlaForm::NAIVE;
-        expanded = rows(naive ? int64_t(o_.context) * latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv) : 0);
-        gate = reals(C * width), up = reals(C * width);
-        router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
-        gate_weight = reals(C * K), expert_in = reals(C * K * D), expert_out = reals(C * K * D);
-        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
-        mtp_h = reals(c.n_mtp ? C * D : 0);
-        seen = arena.take<int>(C), expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
-        slot_token = arena.take<int>(C * K);
-    }
+    template <class... Sides> real* reals(Sides... sides) { return arena.take<real>((size_t(sides) * ...)); }
+    template <class... Sides> int* ints(Sides... sides) { return arena.take<int>((size_t(sides) * ...)); }
+    Rows row_a_thread(int64_t n) { return {reals(threads, n), n}; }
+
+    real *x = reals(C, c.D), *u = reals(C, c.D);                // residual, normed
+    real *y = reals(C, c.D), *h = reals(C, c.D);                // a branch's output, after last norm
+    real* cos_sin = reals(C, c.rope_dim() / 2, 2);
+    real *c_q = reals(C, c.Rq), *q = reals(C, c.H, c.q_dim());
+    real *kv = reals(C, c.cache_width()), *o = reals(C, c.H, c.v_dim());
+    real *q_absorbed = reals(C, c.H, c.Rkv + c.Dr), *z = reals(C, c.H, c.Rkv);
+    Rows scratch = row_a_thread(attention_scratch(options.context, c.q_dim(), c.v_dim()));
+    int64_t expansion = latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv);
+    bool naive = c.mla() && options.mla == MlaForm::NAIVE;
+    Rows expanded = row_a_thread(naive ? options.context * expansion : 0);
+    // The widest FFN: a dense one, or all experts of a token.
+    size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * size_t(c.K + c.n_shared));
+    real *gate = reals(C, width), *up = reals(C, width);
+    real *router_logits = reals(C, c.E), *affinity = reals(C, c.E), *choice = reals(C, c.E);
+    real *gate_weight = reals(C, c.K), *expert_in = reals(C, c.K, c.D), *expert_out = reals(C, c.K, c.D);
+    real *mtp_in = reals(c.n_mtp, C, 2 * c.D);
+    real *mtp_x = reals(c.n_mtp, C, c.D), *mtp_h = reals(c.n_mtp, C, c.D);
+    int *seen = ints(C), *expert_idx = ints(C, c.K), *slot = ints(C, c.K), *slot_token = ints(C, c.K);
+
     static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
         Arena counter;
-        Activations(counter, c, o, threads);
+        Activations{counter, c, o, threads};
         return counter.used;
     }
 };
@@ -2259,7 +2255,7 @@ struct Session {
         : model(m), options(o), cache(m.config.n_layers + m.config.n_mtp, o.context, cache_parts(m.config),
                                       cache_part_width(m.config), o.kv),
           pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
-          a(arena, m.config, o, n_threads()) {}
+          a{arena, m.config, options, n_threads()} {}
 
     // Taps of layer l; the MTP layer's inner values have no names.
     void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
@@ -2280,41 +2276,32 @@ public:
     Matrix matrix(const std::string& name, int rows, int cols) {
         parameters += uint64_t(rows) * uint64_t(cols);
         Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
-        if (checkpoint_) {
-            m = matrix_at(name, {uint64_t(rows), uint64_t(cols)});
-            if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
-        }
+        if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
+        if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
         return quantiser_ ? quantiser_->apply(name, m) : m;
     }
     Vector vector(const std::string& name, int n) {
         parameters += uint64_t(n);
         if (!checkpoint_) return {};
-        Matrix m = matrix_at(name, {uint64_t(n)});
-        const Tensor& t = checkpoint_->tensors.at(name);
+        Matrix m = find(name, {uint64_t(n)});
         if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
-            fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(),
-                 t.dtype.c_str());
+            wrong(name, text_of("is %s, a vector cannot be", format_of(m.dtype).name));
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
-        for (real v : out) {
-            if (!std::isfinite(v))
-                fail("%s: tensor '%s' holds a number that is not finite", t.file.c_str(),
-                     shown(name).c_str());
-        }
+        for (real v : out)
+            if (!std::isfinite(v)) wrong(name, "holds a number that is not finite");
         return out;
     }
     // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
-    void ignore(const std::string& name, std::vector<uint64_t> shape) {
-        if (has(name)) find(name, shape);
+    void ignore(const std::string& name, int rows, int cols) {
+        if (has(name)) place(name, {uint64_t(rows), uint64_t(cols)});
     }
     bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
     // Every tensor of the files must have found its place.
     void finish() const {
-        for (auto& [name, tensor] : checkpoint_->tensors) {
-            if (used_.count(name) || name.ends_with("rotary_emb.inv_freq")) continue;
-            fail("%s: tensor '%s' has no place in this model", tensor.file.c_str(),
-                 Fields::printable(shown(name)).c_str());
-        }
+        for (auto& [name, tensor] : checkpoint_->tensors)
+            if (!used_.count(name) && !name.ends_with("rotary_emb.inv_freq"))
+                wrong(name, "has no place in this model");
     }
 
 private:
@@ -2324,43 +2311,44 @@ private:
     Quantiser* quantiser_;
     std::set<std::string> used_;
 
-    // A name as the files spell it.
-    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
-    const char* asks() const { return checkpoint_->gguf ? "the file's keys ask" : "config.json asks"; }
     static std::string shape_text(const std::vector<uint64_t>& shape) {
         std::string text;
         for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
         return "(" + text + ")";
     }
-    const Tensor& find(const std::string& name, const std::vector<uint64_t>& shape) {
+    // A name as the files spell it.
+    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const {
+        refuse(checkpoint_->tensors.at(name).file, "tensor '%s' %s",
+               Fields::printable(shown(name)).c_str(), what.c_str());
+    }
+    const Tensor& place(const std::string& name, const std::vector<uint64_t>& shape) {
+        const char* asks = checkpoint_->gguf ? "the file's keys ask" : "config.json asks";
         auto at = checkpoint_->tensors.find(name);
         if (at == checkpoint_->tensors.end())
-            fail("%s: no tensor '%s', which %s for", folder_.c_str(), shown(name).c_str(), asks());
+            refuse(folder_, "no tensor '%s', which %s for", shown(name).c_str(), asks);
         if (at->second.shape != shape)
-            fail("%s: tensor '%s' has shape %s, %s for %s", at->second.file.c_str(), shown(name).c_str(),
-                 shape_text(at->second.shape).c_str(), asks(), shape_text(shape).c_str());
+            wrong(name, text_of("has shape %s, %s for %s", shape_text(at->second.shape).c_str(), asks,
+                                shape_text(shape).c_str()));
         used_.insert(name);
         return at->second;
     }
-    Matrix matrix_at(const std::string& name, const std::vector<uint64_t>& shape) {
-        const Tensor& t = find(name, shape);
+    Matrix find(const std::string& name, const std::vector<uint64_t>& shape) {
+        place(name, shape);
         Matrix m = matrix_of(*checkpoint_, name);
-        if (m.dtype == Dtype::F8_E4M3 && !fp8_)
-            fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(),
-                 name.c_str());
+        bool fp8 = m.dtype == Dtype::F8_E4M3;
+        if (fp8 && !fp8_) wrong(name, "is F8_E4M3, but config.json has no quantization_config");
         return m;
     }
     void check_scales(const std::string& name, int rows, int cols) {
         auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
-        const Tensor& t = find(name + "_scale_inv", {blocks(rows), blocks(cols)});
-        if (t.dtype != "F32")
-            fail("%s: tensor '%s_scale_inv' has dtype %s, not F32", t.file.c_str(), name.c_str(),
-                 t.dtype.c_str());
-        for (uint64_t i = 0; i < t.bytes; i += 4) {
+        std::string scales = name + "_scale_inv";
+        const Tensor& weights = checkpoint_->tensors.at(name);
+        const Tensor& t = place(scales, {blocks(rows), blocks(cols)});
+        if (t.dtype != "F32") wrong(scales, "has dtype " + t.dtype + ", not F32");
+        for (uint64_t i = 0; i < t.bytes; i += 4)
             if (!std::isfinite(load<float>(t.data + i)))
-                fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(),
-                     name.c_str(), checkpoint_->tensors.at(name).file.c_str());
-        }
+                wrong(scales, "(of " + weights.file + ") holds a scale that is not finite");
     }
 };
 
@@ -2372,8 +2360,8 @@ inline Mlp bind_mlp(Binder& b, const std::string& p, int D, int width) {
 // W^UK and W^UV of the heads: in one tensor, or, as newer GGUF files have it, in two and W^UK transposed.
 // With all three, the two say nothing new.
 inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w) {
-    std::string k_b = p + "k_b_proj.weight", v_b = p + "v_b_proj.weight";
-    if (b.has(k_b) && !b.has(p + "kv_b_proj.weight")) {
+    std::string k_b = p + "k_b_proj.weight", v_b = p + "v_b_proj.weight", kv_b = p + "kv_b_proj.weight";
+    if (b.has(k_b) && !b.has(kv_b)) {
         Matrix k = b.matrix(k_b, c.H * c.Rkv, c.Dn), v = b.matrix(v_b, c.H * c.Dv, c.Rkv);
         for (int h = 0; h < c.H; h++) {
             w.wk_b.push_back(k.view(h * c.Rkv, c.Rkv).transpose());
@@ -2381,13 +2369,13 @@ inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w)
         }
         return;
     }
-    Matrix kv = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);
+    Matrix kv = b.matrix(kv_b, c.H * (c.Dn + c.Dv), c.Rkv);
     for (int first = 0; kv && first < kv.rows; first += c.Dn + c.Dv) {
         w.wk_b.push_back(kv.view(first, c.Dn));
         w.wv_b.push_back(kv.view(first + c.Dn, c.Dv));
     }
-    b.ignore(k_b, {uint64_t(c.H) * uint64_t(c.Rkv), uint64_t(c.Dn)});
-    b.ignore(v_b, {uint64_t(c.H) * uint64_t(c.Dv), uint64_t(c.Rkv)});
+    b.ignore(k_b, c.H * c.Rkv, c.Dn);
+    b.ignore(v_b, c.H * c.Dv, c.Rkv);
 }
 
 inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
@@ -2408,12 +2396,10 @@ inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
 }
 
 inline Gqa bind_gqa(Binder& b, const Config& c, const std::string& p) {
-    Gqa w;
     int q_rows = c.H * c.head_dim, kv_rows = c.G * c.head_dim;
-    w.wq = b.matrix(p + "q_proj.weight", q_rows, c.D);
-    w.wk = b.matrix(p + "k_proj.weight", kv_rows, c.D);
-    w.wv = b.matrix(p + "v_proj.weight", kv_rows, c.D);
-    w.wo = b.matrix(p + "o_proj.weight", c.D, q_rows);
+    Gqa w{b.matrix(p + "q_proj.weight", q_rows, c.D), b.matrix(p + "k_proj.weight", kv_rows, c.D),
+          b.matrix(p + "v_proj.weight", kv_rows, c.D), b.matrix(p + "o_proj.weight", c.D, q_rows),
+          {}, {}, {}};
     if (!c.qkv_bias) return w;
     w.bq = b.vector(p + "q_proj.bias", q_rows);
     w.bk = b.vector(p + "k_proj.bias", kv_rows);
@@ -2452,61 +2438,35 @@ inline Mtp bind_mtp(Binder& b, const Config& c) {
     w.norm = b.vector(p + "shared_head.norm.weight", c.D);
     w.proj = b.matrix(p + "eh_proj.weight", c.D, 2 * c.D);
     w.layer = bind_layer(b, c, c.n_layers);
-    b.ignore(p + "embed_tokens.weight", {uint64_t(c.V), uint64_t(c.D)});
-    b.ignore(p + "shared_head.head.weight", {uint64_t(c.V), uint64_t(c.D)});
+    b.ignore(p + "embed_tokens.weight", c.V, c.D);
+    b.ignore(p + "shared_head.head.weight", c.V, c.D);
     return w;
 }
 
 inline void bind_model(Binder& b, Model& m) {
     const Config& c = m.config;
     m.embed = b.matrix("model.embed_tokens.weight", c.V, c.D);
-    if (m.embed.dtype == Dtype::F8_E4M3) fail("%s: F8_E4M3 embeddings are not supported", c.file.c_str());
+    if (m.embed.dtype == Dtype::F8_E4M3) refuse(c.file, "F8_E4M3 embeddings are not supported");
     m.norm = b.vector("model.norm.weight", c.D);
-    if (c.tied) {
-        m.head = m.embed;
-        b.ignore("lm_head.weight", {uint64_t(c.V), uint64_t(c.D)});
-    } else {
-        m.head = b.matrix("lm_head.weight", c.V, c.D);
-    }
+    m.head = c.tied ? m.embed : b.matrix("lm_head.weight", c.V, c.D);
+    if (c.tied) b.ignore("lm_head.weight", c.V, c.D);
     for (int l = 0; l < c.n_layers; l++) m.layers.push_back(bind_layer(b, c, l));
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
-inline size_t quantised_bytes(const Config& c, const std::string& quant) {
-    if (quant == "none") return 0;
-    Quantiser quantiser{&file_type(quant), &c, {}, {}};
-    Binder binder(nullptr, "", false, &quantiser);
-    Model counted;
-    counted.config = c;
-    bind_model(binder, counted);
-    return quantiser.arena.used;
-}
-
-struct Loading {
-    std::string quant = "none";                                  // or q8_0, q4_k, fp8
-    std::function<void(size_t, size_t)> progress = [](size_t, size_t) {};
-};
-
-// Opens and checks a model. Weights are mapped, not read: this takes milliseconds, unless they are quantised.
-inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
+// A model's config and tensors, nothing bound yet.
+inline Model open_model(const fs::path& folder) {
     Model m;
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
     m.checkpoint = open_checkpoint(folder);
-    bool quantise = loading.quant != "none";
-    Quantiser quantiser{quantise ? &file_type(loading.quant) : nullptr, &m.config, {}, {}};
-    if (quantise) {                                              // once for the bill, once for the weights
-        Model counted;
-        counted.config = m.config;
-        Binder binder(&m.checkpoint, folder.string(), m.config.fp8, &quantiser);
-        bind_model(binder, counted);
-        size_t total = quantiser.arena.used;
-        m.quantised = Pages(total);
-        quantiser.arena = {m.quantised.data(), 0};
-        quantiser.progress = [&loading, total](size_t done) { loading.progress(done, total); };
-    }
-    Binder binder(&m.checkpoint, folder.string(), m.config.fp8, quantise ? &quantiser : nullptr);
+    return m;
+}
+
+// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
+inline Model load_model(const fs::path& folder) {
+    Model m = open_model(folder);
+    Binder binder(&m.checkpoint, folder, m.config.fp8);
     bind_model(binder, m);
     binder.finish();
     return m;
@@ -2544,15 +2504,14 @@ inline void tap_mla(const Session& s, int l, int T, int pos) {
     const Config& c = s.model.config;
     Matrix past = s.cache.matrix(l, 0);
     Vector q_nope, q_rope, c_kv, k_rope, row(size_t(past.cols));
-    for (int64_t i = 0; i < int64_t(T) * c.H; i++) {
-        const real* q = s.a.q + i * c.q_dim();
-        q_nope.insert(q_nope.end(), q, q + c.Dn);
-        q_rope.insert(q_rope.end(), q + c.Dn, q + c.q_dim());
-    }
+    auto split = [](const real* row, int at, int n, Vector& left, Vector& right) {
+        left.insert(left.end(), row, row + at), right.insert(right.end(), row + at, row + n);
+    };
+    for (int64_t i = 0; i < int64_t(T) * c.H; i++)
+        split(s.a.q + i * c.q_dim(), c.Dn, c.q_dim(), q_nope, q_rope);
     for (int t = 0; t < T; t++) {
         kernels.widen(row.data(), past, pos + t);
-        c_kv.insert(c_kv.end(), row.begin(), row.begin() + c.Rkv);
-        k_rope.insert(k_rope.end(), row.begin() + c.Rkv, row.end());
+        split(row.data(), c.Rkv, past.cols, c_kv, k_rope);
     }
     s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
     s.tap(l, "q_rope", q_rope.data(), T, {c.H, c.Dr});
@@ -2683,70 +2642,6 @@ inline void head(const Model& m, real* logits, const real* h, int T) {
     matmul({logits, m.config.V}, {h, m.config.D}, m.head, T);
 }
 
-// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
-inline void prefill(Session& s, std::span<const int> ids, int pos,
-                    const std::function<void(int, int)>& done) {
-    for (size_t at = 0; at < ids.size() && !interrupted;) {
-        size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
-        forward(s, ids.subspan(at, T), pos + int(at));
-        done(pos + int(at), int(T));
-        at += T;
-    }
-}
-
-// -- 11.5  weights in the order that is fastest --------------------------------------------------
-
-struct Fnv1a {
-    uint64_t h = 0xCBF29CE484222325u;
-    void add(const void* data, size_t n) {
-        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
-    }
-};
-// Some bytes of a tensor as a number.
-inline uint64_t sample(const std::byte* data, size_t bytes) {
-    Fnv1a hash;
-    size_t n = std::min<size_t>(bytes, 256);
-    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
-    return hash.h;
-}
-// Those of which each token needs every row, and that are faster in another order.
-inline std::vector<Matrix*> to_rearrange(Model& m) {
-    std::vector<Matrix*> all;
-    auto add = [&](Matrix& w) {
-        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
-    };
-    auto add_layer = [&](Layer& l) {
-        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
-                          &l.mla.wkv_a, &l.mla.wo})
-            add(*w);
-        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
-    };
-    add(m.head);
-    for (Layer& l : m.layers) add_layer(l);
-    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
-    return all;
-}
-
-// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done and
-// in all
-inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
-    if (!kernels.integers || !kernels.rearrange) return;
-    std::vector<Matrix*> all = to_rearrange(m);
-    size_t done = 0, total = 0;
-    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
-    if (total > memory) {
-        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
-                     double(total) / 1e9, double(memory) / 1e9);
-        return;
-    }
-    for (Matrix* w : all) {
-        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
-        m.moved[w->data] = sample(w->data, bytes);
-        if (interrupted || !kernels.rearrange(*w)) return;
-        progress(done += bytes, total);
-    }
-}
-
 // =================================================================================================
 // Chapter 12. Talking
 // =================================================================================================
@@ -2861,6 +2756,17 @@ struct Thought {
     bool spent(const Generation& g) const { return g.think_budget >= 0 && open && tokens >= g.think_budget; }
 };
 
+// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
+inline void prefill(Session& s, std::span<const int> ids, int pos,
+                    const std::function<void(int, int)>& done) {
+    for (size_t at = 0; at < ids.size() && !interrupted;) {
+        size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
+        forward(s, ids.subspan(at, T), pos + int(at));
+        done(pos + int(at), int(T));
+        at += T;
+    }
+}
+
 // How many of `ids` need no forward pass, because the cache already holds them. The last token always
 // needs one; with MTP so does the first one whose draft is missing, since the hidden state before it is
 // gone.
@@ -2937,6 +2843,20 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // file is a safetensors file of bytes as they are in memory; it says for which weights and which --kv
 // they were made, and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
+
+struct Fnv1a {
+    uint64_t h = 0xCBF29CE484222325u;
+    void add(const void* data, size_t n) {
+        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
+    }
+};
+// Some bytes of a tensor as a number.
+inline uint64_t sample(const std::byte* data, size_t bytes) {
+    Fnv1a hash;
+    size_t n = std::min<size_t>(bytes, 256);
+    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
+    return hash.h;
+}
 
 // A number that names a model's weights: names, dtypes, shapes and samples of all tensors.
 inline uint64_t fingerprint(const Model& m) {
@@ -3254,10 +3174,9 @@ inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
     for (int l = 0; l < c.n_layers; l++) {
         if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
     }
-    if (is_gguf(folder) || has_weights(folder)) {
-        Checkpoint all = open_checkpoint(folder);
-        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
-    }
+    if (is_gguf(folder) || has_weights(folder))
+        for (Checkpoint all = open_checkpoint(folder); auto& [name, t] : all.tensors)
+            b.bytes[t.dtype] += t.bytes;
     b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
     b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
     return b;
@@ -3370,7 +3289,80 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
             available_memory()};
 }
 
-// -- 19.4  the bill as text ----------------------------------------------------------------------
+// -- 19.4  loading within the plan ---------------------------------------------------------------
+
+// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
+inline size_t quantised_bytes(const Config& c, const std::string& quant) {
+    if (quant == "none") return 0;
+    Quantiser quantiser{&file_type(quant), &c, {}, {}};
+    Binder binder(nullptr, "", false, &quantiser);
+    Model counted;
+    counted.config = c;
+    bind_model(binder, counted);
+    return quantiser.arena.used;
+}
+
+struct Loading {
+    std::string quant;                                  // q8_0, q4_k, fp8, or none
+    std::function<void(size_t, size_t)> progress;       // bytes done and in all
+};
+
+// A model whose weights are made smaller while it is loaded.
+inline Model load_model(const fs::path& folder, const Loading& loading) {
+    if (loading.quant == "none") return load_model(folder);
+    Model m = open_model(folder), counted;
+    counted.config = m.config;
+    Quantiser quantiser{&file_type(loading.quant), &m.config, {}, {}};
+    Binder binder(&m.checkpoint, folder, m.config.fp8, &quantiser);
+    bind_model(binder, counted);                        // once for the bill, once for the weights
+    size_t total = quantiser.arena.used;
+    m.quantised = Pages(total);
+    quantiser.arena = {m.quantised.data(), 0};
+    quantiser.progress = [&](size_t done) { loading.progress(done, total); };
+    bind_model(binder, m);
+    binder.finish();
+    return m;
+}
+
+// Those of which each token needs every row, and that are faster in another order.
+inline std::vector<Matrix*> to_rearrange(Model& m) {
+    std::vector<Matrix*> all;
+    auto add = [&](Matrix& w) {
+        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
+    };
+    auto add_layer = [&](Layer& l) {
+        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
+                          &l.mla.wkv_a, &l.mla.wo})
+            add(*w);
+        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
+    };
+    add(m.head);
+    for (Layer& l : m.layers) add_layer(l);
+    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
+    return all;
+}
+
+// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done and
+// in all
+inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
+    if (!kernels.integers || !kernels.rearrange) return;
+    std::vector<Matrix*> all = to_rearrange(m);
+    size_t done = 0, total = 0;
+    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
+    if (total > memory) {
+        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
+                     double(total) / 1e9, double(memory) / 1e9);
+        return;
+    }
+    for (Matrix* w : all) {
+        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
+        m.moved[w->data] = sample(w->data, bytes);
+        if (interrupted || !kernels.rearrange(*w)) return;
+        progress(done += bytes, total);
+    }
+}
+
+// -- 19.5  the bill as text ----------------------------------------------------------------------
 
 inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
     std::string bytes;
