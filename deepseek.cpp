@@ -3053,6 +3053,18 @@ inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const s
     return printer.text();
 }
 
+// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
+// at `interrupted` and a read that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
+}
+
 // =================================================================================================
 // Chapter 13. Multi-token prediction
 // =================================================================================================
@@ -3362,6 +3374,24 @@ inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t
     }
 }
 
+// A model, ready to run with these options of a session.
+inline Model load_planned(const fs::path& folder, const std::string& quant, const Config& c,
+                          const SessionOptions& s) {
+    MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
+    plan.require(s.context);
+    std::unique_ptr<Progress> progress;
+    auto shown = [&progress](const std::string& what) {
+        return [&progress, what](size_t done, size_t total) {
+            if (!progress) progress = std::make_unique<Progress>(what, total);
+            progress->at(done);
+        };
+    };
+    Model model = load_model(folder, {quant, shown(text_of("quantising to %s, bytes", quant.c_str()))});
+    progress.reset();
+    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    return model;
+}
+
 // -- 19.5  the bill as text ----------------------------------------------------------------------
 
 inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
@@ -3467,9 +3497,8 @@ constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluat
 inline fs::path shipped_model() {
     std::error_code error;
     fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
-    for (const fs::path& folder : {here, here.parent_path()}) {
+    for (const fs::path& folder : {here, here.parent_path()})
         if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
-    }
     fail("no model: -m is missing, and there is no weights/tiny beside the program");
 }
 
@@ -3490,43 +3519,22 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
     s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
     s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
-    for (int n : {cache_part_width(c), c.Rkv}) {         // MLA's values are the first Rkv numbers of a row
+    for (int n : {cache_part_width(c), c.Rkv})           // MLA's values are the first Rkv numbers of a row
         if (n % format_of(s.kv).values)
             fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
-    }
     if (s.context > c.max_context)
         fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
     return s;
 }
 
-// A model, ready to run with these options.
-inline Model load_with_progress(const Options& o, const fs::path& folder, const Config& c,
-                                const SessionOptions& s) {
-    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
-    plan.require(s.context);
-    std::unique_ptr<Progress> progress;
-    auto shown = [&progress](const std::string& what) {
-        return [&progress, what](size_t done, size_t total) {
-            if (!progress) progress = std::make_unique<Progress>(what, total);
-            progress->at(done);
-        };
-    };
-    Model model = load_model(folder, {o.quant, shown(text_of("quantising to %s, bytes", o.quant.c_str()))});
-    progress.reset();
-    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
-    return model;
-}
-
 inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
                                   const Tokenizer& t) {
-    GenerationConfig defaults = read_generation_config(folder, c.V);
+    auto [defaults, eos] = read_generation_config(folder, c.V);
     Generation g;
-    g.sampling.temperature = o.temperature.value_or(defaults.sampling.temperature);
-    g.sampling.top_p = o.top_p.value_or(defaults.sampling.top_p);
-    g.sampling.min_p = o.min_p.value_or(defaults.sampling.min_p);
-    g.sampling.top_k = o.top_k.value_or(defaults.sampling.top_k);
+    g.sampling = {o.temperature.value_or(defaults.temperature), o.top_p.value_or(defaults.top_p),
+                  o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k)};
     g.stops = c.eos;
-    g.stops.insert(g.stops.end(), defaults.eos.begin(), defaults.eos.end());
+    g.stops.insert(g.stops.end(), eos.begin(), eos.end());
     if (t.eos >= 0) g.stops.push_back(t.eos);
     if (o.max_tokens >= 0) g.max_tokens = o.max_tokens;
     g.think_begin = t.token_id("<think>"), g.think_end = t.token_id("</think>");
@@ -3540,8 +3548,9 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
 
 // -- 21.2  run, chat -----------------------------------------------------------------------------
 
-// Model, tokenizer and session of run and chat.
+// Model, tokenizer and session of run and chat, and what was said.
 struct Talk {
+    const Options& o;
     fs::path folder;
     Config config;
     Tokenizer tokenizer;
@@ -3549,28 +3558,36 @@ struct Talk {
     SessionOptions options;
     Model model;
     std::unique_ptr<Session> session;
+    std::vector<Message> messages;
 
     explicit Talk(const Options& o)
-        : folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
+        : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
           generation(make_generation(o, folder, config, tokenizer)),
           options(session_options(o, config, DEFAULT_CONTEXT)) {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
-        model = load_with_progress(o, folder, config, options);
+        model = load_planned(folder, o.quant, config, options);
         session = std::make_unique<Session>(model, options);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
+        if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     }
     // Prints the answer to a prompt and returns its text.
-    std::string reply(const std::string& text, bool add_bos, bool show) {
-        std::vector<int> ids = encode_prompt(tokenizer, text, add_bos);
-        if (show) std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
+    std::string reply(const std::string& prompt, bool add_bos) {
+        std::vector<int> ids = encode_prompt(tokenizer, prompt, add_bos);
+        if (o.show_prompt)
+            std::fprintf(stderr, "prompt: %s\nids: %s\n", prompt.c_str(), json_array(ids).c_str());
         if (ids.empty()) fail("the prompt is empty");
         if (int(ids.size()) >= options.context)
             fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(),
                  options.context);
         return answer(*session, tokenizer, generation, ids);
     }
+    void ask(const std::string& question) {
+        messages.push_back({"user", question, {}});
+        messages.push_back({"assistant", reply(tokenizer.render(messages, true), false), {}});
+    }
+    void save() const { if (!o.save_kv.empty()) save_cache(*session, o.save_kv); }
 };
 
 inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
@@ -3590,42 +3607,23 @@ inline void command_run(const Options& o) {
     std::string prompt = prompt_of(o);
     if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
     Talk talk(o);
-    std::vector<Message> messages;
-    if (!o.system.empty()) messages.push_back({"system", o.system, {}});
-    messages.push_back({"user", prompt, {}});
-    std::string text = o.raw ? prompt : talk.tokenizer.render(messages, true);
-    talk.reply(text, o.raw && talk.tokenizer.add_bos, o.show_prompt);
-    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
-}
-
-// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
-// at `interrupted` and a read that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
+    if (o.raw) talk.reply(prompt, talk.tokenizer.add_bos);
+    else talk.ask(prompt);
+    talk.save();
 }
 
 inline void command_chat(const Options& o) {
     Talk talk(o);
-    std::vector<Message> messages;
-    if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     bool terminal = isatty(STDIN_FILENO);
     for (std::string line; !interrupted;) {
         if (terminal) std::fputs("> ", stderr);
         if (terminal && !wait_for_line()) break;
         if (!std::getline(std::cin, line)) break;
         if (line.empty()) continue;
-        messages.push_back({"user", line, {}});
-        std::string text = talk.tokenizer.render(messages, true);
-        messages.push_back({"assistant", talk.reply(text, false, o.show_prompt), {}});
+        talk.ask(line);
         if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
     }
-    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
+    talk.save();
 }
 
 // -- 21.3  tokenize, logits, perplexity, quantize ------------------------------------------------
@@ -3663,17 +3661,25 @@ inline std::vector<int> parse_id_list(const std::string& text, int V) {
     return ids;
 }
 
+// x as a tensor of a file: rows of `inner` numbers.
+template <class T>
+OutputTensor output_rows(const std::string& name, std::vector<size_t> inner, const std::vector<T>& x) {
+    size_t row = 1;
+    for (size_t side : inner) row *= side;
+    inner.insert(inner.begin(), x.size() / row);
+    const char* dtype = std::is_integral_v<T> ? "I32" : format_of(REAL).name;
+    return {name, dtype, inner, x.data(), x.size() * sizeof(T)};
+}
+
 inline void command_logits(const Options& o) {
-    Options unlimited = o;
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     std::vector<int> ids = parse_id_list(o.ids, c.V);
     int T = int(ids.size());
     if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
-    unlimited.context = T;
-    SessionOptions options = session_options(unlimited, c, T);
+    SessionOptions options = session_options(o, c, T);
     options.chunk = std::min(o.chunk, T);
-    Model model = load_with_progress(o, folder, c, options);
+    Model model = load_planned(folder, o.quant, c, options);
     AtomicFile file(o.out);
     Session s(model, options);
     Taps taps;
@@ -3689,20 +3695,12 @@ inline void command_logits(const Options& o) {
         progress.at(size_t(pos + n));
     });
     if (interrupted) fail("interrupted; %s not written", o.out.c_str());
-    const char* dtype = sizeof(real) == 4 ? "F32" : "F64";
     std::vector<OutputTensor> out;
-    for (const Taps::Entry& t : taps.entries) {
-        std::vector<size_t> shape = t.inner;
-        size_t row = 1, n = t.values.size() + t.integers.size();
-        for (size_t side : shape) row *= side;
-        shape.insert(shape.begin(), n / row);
-        if (t.integers.empty()) out.push_back({t.name, dtype, shape, t.values.data(), n * sizeof(real)});
-        else out.push_back({t.name, "I32", shape, t.integers.data(), n * 4});
-    }
-    out.push_back({"logits", dtype, {size_t(T), V}, logits.data(), logits.size() * sizeof(real)});
-    if (c.n_mtp)
-        out.push_back(
-            {"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
+    for (const Taps::Entry& t : taps.entries)
+        out.push_back(t.integers.empty() ? output_rows(t.name, t.inner, t.values)
+                                         : output_rows(t.name, t.inner, t.integers));
+    out.push_back(output_rows("logits", {V}, logits));
+    if (c.n_mtp) out.push_back(output_rows("mtp_logits", {V}, mtp_logits));
     write_safetensors(file, out);
 }
 
@@ -3751,11 +3749,10 @@ inline double time_tokens(Session& s, int n, bool one_by_one) {
     std::vector<int> ids;
     for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
     double start = seconds();
-    auto logits = [&](int, int) { last_logits(s, 1); };
-    if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
-    else
-        for (int i = 0; i < n && !interrupted; i++)
-            prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
+    int step = one_by_one ? 1 : n;
+    auto logits = [&](int pos, int T) { if ((pos + T) % step == 0) last_logits(s, 1); };
+    for (int i = 0; i < n && !interrupted; i += step)
+        prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), i, logits);
     return seconds() - start;
 }
 
@@ -3764,10 +3761,8 @@ inline void command_bench(const Options& o) {
     Config c = read_config(folder);
     int longest = std::max(o.bench_prompt, o.bench_tokens);
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
-    Options fitted = o;
-    fitted.context = std::max(longest, 1);
-    SessionOptions options = session_options(fitted, c, longest);
-    Model model = load_with_progress(o, folder, c, options);
+    SessionOptions options = session_options(o, c, std::max(longest, 1));
+    Model model = load_planned(folder, o.quant, c, options);
     Session s(model, options);
     for (bool decode : {false, true}) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
@@ -3799,113 +3794,106 @@ inline std::string check_seed(const std::string& text) {
     return natural ? "" : "not a natural number below 10^19: " + text;
 }
 
-// A command and the options that all commands have.
+// An option: its name, where the value goes, what that may be, what --help says.
+template <class T, class Check>
+CLI::Option* option(CLI::App* command, const char* name, T& to, const Check& check, const char* what) {
+    return command->add_option(name, to, what)->check(check);
+}
+
+// A command with the options that all commands have.
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
-                             Options& o, void (*command)(const Options&)) {
-    CLI::App* sub = app.add_subcommand(name, what);
-    sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model,
-                    "Hugging Face folder or GGUF file (default: the model in weights/)")
-        ->check(check_path);
-    sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
-    sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-    sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
-        ->check(CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}));
-    sub->add_option("--kv", o.kv, "store keys and values as f32, bf16 or q8_0")
-        ->check(CLI::IsMember({"f32", "bf16", "q8_0"}));
-    sub->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
-    sub->add_flag("--json", o.json, "machine-readable result");
-    sub->callback([&o, command] {
-        prepare(o);
-        with_team([&] { command(o); });
-    });
-    return sub;
+                             Options& o, void (*run)(const Options&)) {
+    CLI::App* c = app.add_subcommand(name, what);
+    c->footer(std::string("Example:\n  ") + example);
+    c->callback([&o, run] { prepare(o), with_team([&] { run(o); }); });
+    option(c, "-m,--model", o.model, check_path,
+           "Hugging Face folder or GGUF file (default: the model in weights/)");
+    option(c, "--threads", o.threads, CLI::Range(1, 4096), "threads (default: all cores)");
+    option(c, "--device", o.device, CLI::IsMember({"auto", "cpu", "cuda"}), "auto, cpu or cuda");
+    option(c, "--quant", o.quant, CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}),
+           "none, q8_0, q4_k or fp8: quantise while loading");
+    option(c, "--kv", o.kv, CLI::IsMember({"f32", "bf16", "q8_0"}),
+           "store keys and values as f32, bf16 or q8_0");
+    c->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
+    c->add_flag("--json", o.json, "machine-readable result");
+    return c;
 }
 
-inline void add_pass_options(CLI::App* sub, Options& o) {
-    sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")
-        ->check(CLI::Range(1, 65536));
+const CLI::Range COUNT(0, MOST), POSITIVE(1, MOST);
+
+inline void add_pass_options(CLI::App* c, Options& o) {
+    option(c, "--mla", o.mla, CLI::IsMember({"absorbed", "naive"}), "absorbed or naive");
+    option(c, "--chunk", o.chunk, CLI::Range(1, 65536), "tokens per prefill step (default: 512)");
 }
 
-inline void add_generation_options(CLI::App* sub, Options& o) {
-    const CLI::Range count(0, MOST);
-    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")->check(count);
-    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")
-        ->check(CLI::Range(0.0, 100.0))->check(check_number);
-    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
-        ->check(CLI::Range(1e-9, 1.0))->check(check_number);
-    sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(count);
-    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
-        ->check(CLI::Range(0.0, 1.0))->check(check_number);
-    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)")->check(check_seed);
-    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
-        ->check(CLI::Range(1, MOST));
-    sub->add_option("--system", o.system, "system message");
-    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")->check(count);
-    add_pass_options(sub, o);
-    sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
-    sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
-    sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
-    sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
+inline void add_generation_options(CLI::App* c, Options& o) {
+    const CLI::Range heat(0.0, 100.0), share(1e-9, 1.0), part(0.0, 1.0);
+    option(c, "-n", o.max_tokens, COUNT, "at most N tokens (default: until the model ends)");
+    option(c, "--temp", o.temperature, heat, "temperature, 0: greedy")->check(check_number);
+    option(c, "--top-p", o.top_p, share, "likeliest tokens that hold this share")->check(check_number);
+    option(c, "--top-k", o.top_k, COUNT, "K likeliest tokens, 0: all");
+    option(c, "--min-p", o.min_p, part, "tokens at least this likely, relative to the best")
+        ->check(check_number);
+    option(c, "--seed", o.seed, check_seed, "seed of the random numbers (default: 0)");
+    option(c, "--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
+    c->add_option("--system", o.system, "system message");
+    option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
+    add_pass_options(c, o);
+    c->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
+    c->add_option("--load-kv", o.load_kv, "begin with those of that file");
+    c->add_flag("--mtp", o.mtp, "draft with the MTP module");
+    c->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
 }
 
-inline void add_talking_commands(CLI::App& app, Options& o) {
-    CLI::App* run = add_command(app, "run", "generate and stream",
-                                "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
-    run->add_option("-p,--prompt", o.prompt, "the prompt");
-    run->add_option("-f,--file", o.file, "a file that holds the prompt");
-    run->add_option("stdin", o.dash, "-: read the prompt from stdin");
-    run->add_flag("--raw", o.raw, "no chat template: continue the text");
-    add_generation_options(run, o);
+inline void add_commands(CLI::App& app, Options& o) {
+    CLI::App* c = add_command(app, "run", "generate and stream",
+                              "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
+    c->add_option("-p,--prompt", o.prompt, "the prompt");
+    c->add_option("-f,--file", o.file, "a file that holds the prompt");
+    c->add_option("stdin", o.dash, "-: read the prompt from stdin");
+    c->add_flag("--raw", o.raw, "no chat template: continue the text");
+    add_generation_options(c, o);
 
-    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn",
-                                 "deepseek chat --system \"Be brief.\"", o, command_chat);
-    add_generation_options(chat, o);
+    c = add_command(app, "chat", "a conversation; each line of stdin is a turn",
+                    "deepseek chat --system \"Be brief.\"", o, command_chat);
+    add_generation_options(c, o);
 
-    CLI::App* tokens = add_command(app, "tokenize", "text to ids and back",
-                                   "echo -n hello | deepseek tokenize", o, command_tokenize);
-    tokens->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
-    tokens->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
-    tokens->add_flag("--chat", o.tokenize.chat,
-                     "stdin: a JSON list of messages; stdout: the rendered prompt");
-    tokens->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
-    tokens->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
-}
+    c = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o,
+                    command_tokenize);
+    c->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
+    c->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
+    c->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
+    c->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
+    c->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
 
-inline void add_measuring_commands(CLI::App& app, Options& o) {
-    CLI::App* logits =
-        add_command(app, "logits", "logits of every position, and every intermediate",
+    c = add_command(app, "logits", "logits of every position, and every intermediate",
                     "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o, command_logits);
-    logits->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
-    logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
-    logits->add_flag("--taps", o.taps, "every named intermediate too");
-    add_pass_options(logits, o);
+    c->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
+    option(c, "--out", o.out, check_path, "safetensors file to write")->required();
+    c->add_flag("--taps", o.taps, "every named intermediate too");
+    add_pass_options(c, o);
 
-    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text",
-                                 "deepseek perplexity -f README.md", o, command_perplexity);
-    text->add_option("-f,--file", o.file, "the text")->required();
-    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")
-        ->check(CLI::Range(2, MOST));
+    c = add_command(app, "perplexity", "negative log-likelihood of a text",
+                    "deepseek perplexity -f README.md", o, command_perplexity);
+    c->add_option("-f,--file", o.file, "the text")->required();
+    option(c, "--ctx", o.context, CLI::Range(2, MOST), "tokens per window (default: the model's context)");
 
-    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan",
-                                 "deepseek info --ctx 4096", o, command_info);
-    info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
+    c = add_command(app, "info", "architecture, parameters, cache, memory plan",
+                    "deepseek info --ctx 4096", o, command_info);
+    option(c, "--ctx", o.context, POSITIVE, "tokens of context to plan for");
 
-    CLI::App* quantize =
-        add_command(app, "quantize", "write the model as one GGUF file",
+    c = add_command(app, "quantize", "write the model as one GGUF file",
                     "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o, command_quantize);
-    quantize->add_option("-o,--out", o.out, "the file to write")->required();
-    quantize->add_option("--type", o.type, "format of the weights")
-        ->required()
-        ->check(CLI::IsMember(
-            {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
+    c->add_option("-o,--out", o.out, "the file to write")->required();
+    const CLI::IsMember types(
+        {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"});
+    option(c, "--type", o.type, types, "format of the weights")->required();
 
-    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
-                                  "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
-    bench->add_option("-p", o.bench_prompt, "tokens to prefill (default: 512)")->check(CLI::Range(0, MOST));
-    bench->add_option("-n", o.bench_tokens, "tokens to decode (default: 128)")->check(CLI::Range(0, MOST));
-    bench->add_option("-r", o.repeats, "runs (default: 5)")->check(CLI::Range(1, 1000));
+    c = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
+                    "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
+    option(c, "-p", o.bench_prompt, COUNT, "tokens to prefill (default: 512)");
+    option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
+    option(c, "-r", o.repeats, CLI::Range(1, 1000), "runs (default: 5)");
 }
 
 // One line on stderr, whatever bytes a file or an argument brought into the message.
@@ -3949,8 +3937,7 @@ int main(int argc, char** argv) {
     app.name("deepseek")
         ->require_subcommand(0, 1)
         ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
-    add_talking_commands(app, o);
-    add_measuring_commands(app, o);
+    add_commands(app, o);
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& e) {                    // --help
