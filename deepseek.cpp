@@ -12,7 +12,7 @@
 //   1   Ground rules               errors, memory, the parallel loop, random numbers, taps
 //   2   Numbers                    bf16, f16, e4m3 with scale blocks, blocks of integers
 //   3   Files                      JSON, config.json, safetensors, writing whole or not at all
-//   4   Text to tokens             one prompt on its way through tokenizer.h
+//   4   Text to tokens             one prompt on its way through tokenizer.h; opening a model
 //   5   Small operations           dot, matmul, softmax, silu, rmsnorm, top_k
 //   6   Positions                  RoPE in two layouts, YaRN, llama3 scaling
 //   7   Attention I: GQA           causal attention as two loops, the cache, grouped heads
@@ -550,7 +550,17 @@ using Vector = std::vector<real>;
 // overlap, and the model and the files must name the same tensors with the same shapes. A value that this
 // program does not implement (an activation, a rope scaling, a gate) is refused, never replaced.
 
-// -- 3.1  Json: reading objects strictly ---------------------------------------------------------
+// -- 3.1  refuse, Json: reading objects strictly -------------------------------------------------
+
+// Fails with what is wrong with a file, or with a place in it.
+[[noreturn]] __attribute__((format(printf, 2, 3))) void refuse(const std::string& where, const char* format,
+                                                               ...) {
+    va_list args;
+    va_start(args, format);
+    std::string wrong = format_list(format, args);
+    va_end(args);
+    fail("%s: %s", where.c_str(), wrong.c_str());
+}
 
 using Json = simdjson::dom::element;
 
@@ -561,21 +571,21 @@ struct Document {
 
     Document(std::string_view text, const std::string& file) {
         auto error = parser.parse(text.data(), text.size(), true).get(root);
-        if (error) fail("%s: not valid JSON: %s", file.c_str(), simdjson::error_message(error));
+        if (error) refuse(file, "not valid JSON: %s", simdjson::error_message(error));
     }
 };
 
-// The members of one JSON object, each name once. Getters check type and range and name file and field.
+// The members of one JSON object, each name once. Getters check type and range and name file and field;
+// `absent` stands for a field that is missing or null.
 class Fields {
 public:
     Fields(Json json, const std::string& where) : where_(where) {
         simdjson::dom::object object;
-        if (json.get(object)) fail("%s: not a JSON object", where.c_str());
+        if (json.get(object)) refuse(where, "not a JSON object");
         for (auto [key, value] : object) {
-            if (key.find('\0') != key.npos)
-                fail("%s: a NUL in key '%s'", where.c_str(), printable(key).c_str());
-            if (!values_.emplace(std::string(key), value).second)
-                fail("%s: duplicate key '%s'", where.c_str(), printable(key).c_str());
+            if (key.find('\0') != key.npos) refuse(where, "a NUL in key '%s'", printable(key).c_str());
+            if (!values_.emplace(key, value).second)
+                refuse(where, "duplicate key '%s'", printable(key).c_str());
         }
     }
     bool has(const char* key) const { return values_.count(key) && !values_.at(key).is_null(); }
@@ -584,49 +594,51 @@ public:
 
     Json get(const char* key) const {
         auto at = values_.find(key);
-        if (at == values_.end()) fail("%s: no field '%s'", where_.c_str(), key);
+        if (at == values_.end()) refuse(where_, "no field '%s'", key);
         return at->second;
     }
+    Fields object(const char* key) const { return {get(key), where_ + ": " + key}; }
     int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> absent = {}) const {
         if (absent && !has(key)) return *absent;
-        int64_t value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not an integer", where_.c_str(), key);
+        intmax_t value = typed<int64_t>(key, "not an integer");
         if (value < low || value > high)
-            fail("%s: '%s' is %lld, outside %lld to %lld", where_.c_str(), key, (long long)value,
-                 (long long)low, (long long)high);
+            refuse(where_, "'%s' is %jd, outside %jd to %jd", key, value, intmax_t(low), intmax_t(high));
         return value;
     }
     double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
         if (absent && !has(key)) return *absent;
-        double value = 0;
-        if (get(key).get(value)) fail("%s: '%s' is not a number", where_.c_str(), key);
+        double value = typed<double>(key, "not a number");
         if (!(value >= low && value <= high))
-            fail("%s: '%s' is %g, outside %g to %g", where_.c_str(), key, value, low, high);
+            refuse(where_, "'%s' is %g, outside %g to %g", key, value, low, high);
         return value;
     }
     bool boolean(const char* key, std::optional<bool> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        bool value = false;
-        if (get(key).get(value)) fail("%s: '%s' is neither true nor false", where_.c_str(), key);
-        return value;
+        return absent && !has(key) ? *absent : typed<bool>(key, "neither true nor false");
     }
     std::string text(const char* key, std::optional<std::string> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        std::string_view value;
-        if (get(key).get(value)) fail("%s: '%s' is not a string", where_.c_str(), key);
-        return std::string(value);
+        return absent && !has(key) ? *absent : std::string(typed<std::string_view>(key, "not a string"));
     }
     // The position of the text in `choices`; anything else is an unknown value.
-    int choice(const char* key, std::initializer_list<const char*> choices,
+    int choice(const char* key, std::initializer_list<std::string_view> choices,
                std::optional<std::string> absent = {}) const {
         std::string value = text(key, absent);
-        int i = 0;
-        for (const char* c : choices) {
-            if (value == c) return i;
-            i++;
+        auto at = std::find(choices.begin(), choices.end(), value);
+        if (at == choices.end())
+            refuse(where_, "'%s' is \"%s\", which this program does not know", key, printable(value).c_str());
+        return int(at - choices.begin());
+    }
+    // A list of natural numbers, none above `most`.
+    template <class T = uint64_t>
+    std::vector<T> naturals(const char* key, uint64_t most = UINT64_MAX,
+                            const char* otherwise = "holds something that is no natural number") const {
+        std::vector<T> list;
+        if (!get(key).is_array()) refuse(where_, "'%s' is not a list", key);
+        for (Json item : simdjson::dom::array(get(key))) {
+            uint64_t n = 0;
+            if (item.get(n) || n > most) refuse(where_, "'%s' %s", key, otherwise);
+            list.push_back(T(n));
         }
-        fail("%s: '%s' is \"%s\", which this program does not know", where_.c_str(), key,
-             printable(value).c_str());
+        return list;
     }
     // For messages: at most 80 bytes, control characters replaced, so that one line stays one line.
     static std::string printable(std::string_view text) {
@@ -638,35 +650,46 @@ public:
 private:
     std::string where_;
     std::map<std::string, Json> values_;
+
+    template <class T> T typed(const char* key, const char* otherwise) const {
+        T value{};
+        if (get(key).get(value)) refuse(where_, "'%s' is %s", key, otherwise);
+        return value;
+    }
 };
 
-constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000;
+// One id below V, or a list of them; absent or null gives none.
+std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
+    if (!f.has(key)) return {};
+    if (!f.get(key).is_array()) return {int(f.integer(key, 0, V - 1))};
+    return f.naturals<int>(key, uint64_t(V - 1), "is not a list of ids");
+}
+
+constexpr size_t TEXT_LIMIT = size_t(1) << 30, JSON_LIMIT = 100'000'000, HEADER_LIMIT = JSON_LIMIT;
 
 // All of a stream, which may be a pipe or a device without end.
 std::string read_stream(std::istream& in, const std::string& name, size_t limit) {
     std::string text, part(size_t(1) << 16, '\0');
     while (in.read(part.data(), std::streamsize(part.size())), in.gcount() > 0) {
         text.append(part, 0, size_t(in.gcount()));
-        if (text.size() > limit) fail("%s: larger than %zu bytes", name.c_str(), limit);
+        if (text.size() > limit) refuse(name, "larger than %zu bytes", limit);
     }
-    if (in.bad()) fail("%s: cannot be read", name.c_str());
+    if (in.bad()) refuse(name, "cannot be read");
     return text;
 }
 
 std::string read_file(const fs::path& path, size_t limit = TEXT_LIMIT) {
     std::error_code error;
-    if (fs::is_directory(path, error)) fail("%s: is a directory", path.c_str());
+    if (fs::is_directory(path, error)) refuse(path, "is a directory");
     std::ifstream in(path, std::ios::binary);
-    if (!in) fail("%s: %s", path.c_str(), std::strerror(errno));
-    return read_stream(in, path.string(), limit);
+    if (!in) refuse(path, "%s", std::strerror(errno));
+    return read_stream(in, path, limit);
 }
 
 // One of a model's JSON files: a regular file, since opening a pipe could wait for ever.
 std::string read_json_file(const fs::path& path) {
     std::error_code error;
-    fs::file_status status = fs::status(path, error);
-    if (fs::exists(status) && !fs::is_directory(status) && !fs::is_regular_file(status))
-        fail("%s: not a regular file", path.c_str());
+    if (fs::is_other(path, error)) refuse(path, "not a regular file");
     return read_file(path, JSON_LIMIT);
 }
 
@@ -709,49 +732,42 @@ constexpr int MOST = 1 << 24;
 constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
 constexpr int MOST_EXPERTS_IN_ALL = 1 << 16;   // layers times experts: each has its entry in the model
 
-RopeConfig parse_rope_scaling(const Fields& f, RopeConfig rope, bool mla) {
+// rope_scaling and rope_theta; newer files keep both in rope_parameters.
+RopeConfig parse_rope(const Fields& top, bool mla) {
     static const std::set<std::string> KNOWN = {
         "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
         "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"};
-    for (auto& [key, value] : f.all()) {
-        if (!KNOWN.count(key))
-            fail("%s: unknown field '%s'", f.where().c_str(), Fields::printable(key).c_str());
-    }
+    RopeConfig rope;
+    bool newer = top.has("rope_parameters"), has_theta = top.has("rope_theta");
+    const char* place = newer ? "rope_parameters" : "rope_scaling";
+    if (newer && top.has("rope_scaling")) refuse(top.where(), "both 'rope_parameters' and 'rope_scaling'");
+    if (!newer || has_theta) rope.theta = top.number("rope_theta", 1.1, 1e12);
+    if (!top.has(place)) return rope;
+    Fields f = top.object(place);
+    if (!has_theta) f.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
+    for (auto& [key, value] : f.all())
+        if (!KNOWN.count(key)) refuse(f.where(), "unknown field '%s'", Fields::printable(key).c_str());
     rope.theta = f.number("rope_theta", 1.1, 1e12, rope.theta);
-    const char* key = f.has("type") ? "type" : "rope_type";
-    int kind = f.choice(key, {"default", "llama3", "yarn"});
-    rope.scaling = kind == 0 ? Scaling::NONE : kind == 1 ? Scaling::LLAMA3 : Scaling::YARN;
+    const char* type = f.has("type") ? "type" : "rope_type";
+    rope.scaling = Scaling(f.choice(type, {"default", "llama3", "yarn"}));
     if (rope.scaling == Scaling::NONE) return rope;
     if ((rope.scaling == Scaling::YARN) != mla)
-        fail("%s: '%s' \"%s\" is not used by this architecture", f.where().c_str(), key, f.text(key).c_str());
+        refuse(f.where(), "'%s' \"%s\" is not used by this architecture", type, f.text(type).c_str());
     rope.factor = f.number("factor", 1, 1e6);
     rope.original_context = double(f.integer("original_max_position_embeddings", 1, MOST));
     if (rope.scaling == Scaling::LLAMA3) {
         rope.low_freq_factor = f.number("low_freq_factor", 1e-6, 1e6);
         rope.high_freq_factor = f.number("high_freq_factor", 1e-6, 1e6);
         if (rope.high_freq_factor <= rope.low_freq_factor)
-            fail("%s: 'high_freq_factor' is not above 'low_freq_factor'", f.where().c_str());
-        return rope;
+            refuse(f.where(), "'high_freq_factor' is not above 'low_freq_factor'");
+    } else {
+        rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
+        rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
+        if (rope.beta_fast <= rope.beta_slow) refuse(f.where(), "'beta_fast' is not above 'beta_slow'");
+        rope.mscale = f.number("mscale", 0, 100, 1);
+        rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     }
-    rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
-    rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
-    if (rope.beta_fast <= rope.beta_slow) fail("%s: 'beta_fast' is not above 'beta_slow'", f.where().c_str());
-    rope.mscale = f.number("mscale", 0, 100, 1);
-    rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     return rope;
-}
-
-// rope_scaling and rope_theta; newer files keep both in rope_parameters.
-RopeConfig parse_rope(const Fields& f, bool mla) {
-    RopeConfig rope;
-    const char* key = f.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-    if (f.has("rope_parameters") && f.has("rope_scaling"))
-        fail("%s: both 'rope_parameters' and 'rope_scaling'", f.where().c_str());
-    if (!f.has("rope_parameters") || f.has("rope_theta")) rope.theta = f.number("rope_theta", 1.1, 1e12);
-    if (!f.has(key)) return rope;
-    Fields scaling(f.get(key), f.where() + ": " + key);
-    if (!f.has("rope_theta")) scaling.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
-    return parse_rope_scaling(scaling, rope, mla);
 }
 
 void parse_mla(Config& c, const Fields& f) {
@@ -762,25 +778,26 @@ void parse_mla(Config& c, const Fields& f) {
     c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST));
     c.Dv = int(f.integer("v_head_dim", 1, MOST));
     if (f.integer("num_key_value_heads", 1, MOST, c.H) != c.H)
-        fail("%s: 'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have",
-             c.file.c_str());
+        refuse(c.file, "'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have");
 }
 
-void check_moe(const Config& c) {
-    if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
-        fail("%s: 'n_routed_experts' times 'num_hidden_layers' is out of range", c.file.c_str());
-    if (int64_t(c.n_shared) * c.F > MOST)
-        fail("%s: 'n_shared_experts' times 'moe_intermediate_size' is out of range", c.file.c_str());
-    if (c.gate == Gate::GREEDY) return;
-    if (c.E % c.n_group)
-        fail("%s: 'n_group' %d does not divide 'n_routed_experts' %d", c.file.c_str(), c.n_group, c.E);
-    int group = c.E / c.n_group;
-    if (c.K > c.topk_group * group)
-        fail("%s: 'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.file.c_str(),
-             c.K, c.topk_group * group, c.topk_group);
-    if (c.gate == Gate::NOAUX_TC && group < 2)
-        fail("%s: 'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.file.c_str(),
-             c.n_group);
+void parse_gqa(Config& c, const Fields& f) {
+    c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
+    if (c.H % c.G)
+        refuse(c.file, "'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.G, c.H);
+    if (!f.has("head_dim") && c.D % c.H)
+        refuse(c.file, "'num_attention_heads' %d does not divide 'hidden_size' %d", c.H, c.D);
+    c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
+    for (const char* key : {"use_sliding_window", "mlp_bias"})
+        if (f.boolean(key, false)) refuse(c.file, "'%s' true is not supported", key);
+    c.qkv_bias = c.model_type == "qwen2";
+}
+
+void check_heads(const Config& c) {
+    if (c.rope_dim() % 2) refuse(c.file, "RoPE needs an even head dimension, not %d", c.rope_dim());
+    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
+    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
+        refuse(c.file, "'num_attention_heads' times the head dimension is out of range");
 }
 
 void parse_moe(Config& c, const Fields& f) {
@@ -794,62 +811,25 @@ void parse_moe(Config& c, const Fields& f) {
     c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}) == 1;
     c.norm_topk = f.boolean("norm_topk_prob");
     c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6);
-    if (c.gate != Gate::GREEDY) {
-        c.n_group = int(f.integer("n_group", 1, c.E));
-        c.topk_group = int(f.integer("topk_group", 1, c.n_group));
-    }
-    check_moe(c);
+    if (c.gate == Gate::GREEDY) return;
+    c.n_group = int(f.integer("n_group", 1, c.E));
+    c.topk_group = int(f.integer("topk_group", 1, c.n_group));
 }
 
-void parse_gqa(Config& c, const Fields& f) {
-    c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
-    if (c.H % c.G)
-        fail("%s: 'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.file.c_str(), c.G,
-             c.H);
-    if (!f.has("head_dim") && c.D % c.H)
-        fail("%s: 'num_attention_heads' %d does not divide 'hidden_size' %d", c.file.c_str(), c.H, c.D);
-    c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
-    if (f.boolean("use_sliding_window", false))
-        fail("%s: 'use_sliding_window' true is not supported", c.file.c_str());
-    if (f.boolean("mlp_bias", false)) fail("%s: 'mlp_bias' true is not supported", c.file.c_str());
-    c.qkv_bias = c.model_type == "qwen2";
-}
-
-void parse_quantization(Config& c, const Fields& f) {
-    if (!f.has("quantization_config")) return;
-    Fields q(f.get("quantization_config"), c.file + ": quantization_config");
-    q.choice("quant_method", {"fp8"});
-    q.choice("fmt", {"e4m3"}, "e4m3");
-    q.choice("activation_scheme", {"dynamic"}, "dynamic");
-    q.choice("scale_fmt", {"ue8m0", "float"}, "float");
-    simdjson::dom::array block;
-    int64_t sides[2] = {0, 0};
-    if (q.get("weight_block_size").get(block) || block.size() != 2 || block.at(0).get(sides[0]) ||
-        block.at(1).get(sides[1]) || sides[0] != SCALE_BLOCK || sides[1] != SCALE_BLOCK)
-        fail("%s: 'weight_block_size' is not [128, 128]", q.where().c_str());
-    c.fp8 = true;
-}
-
-// One id or a list of ids; absent or null gives none.
-std::vector<int> parse_ids(const Fields& f, const char* key, int V) {
-    std::vector<int> ids;
-    if (!f.has(key)) return ids;
-    simdjson::dom::array list;
-    if (f.get(key).get(list)) return {int(f.integer(key, 0, V - 1))};
-    for (Json item : list) {
-        int64_t id = -1;
-        if (item.get(id) || id < 0 || id >= V)
-            fail("%s: '%s' is not a list of ids", f.where().c_str(), key);
-        ids.push_back(int(id));
-    }
-    return ids;
-}
-
-void check_heads(const Config& c) {
-    if (c.rope_dim() % 2) fail("%s: RoPE needs an even head dimension, not %d", c.file.c_str(), c.rope_dim());
-    int widest = std::max(c.q_dim() + c.v_dim() + c.Dn, c.Rkv + c.Dr);
-    if (int64_t(c.H) * widest > MOST || int64_t(c.G) * c.head_dim > MOST)
-        fail("%s: 'num_attention_heads' times the head dimension is out of range", c.file.c_str());
+void check_moe(const Config& c) {
+    if (c.E * c.n_layers > MOST_EXPERTS_IN_ALL)
+        refuse(c.file, "'n_routed_experts' times 'num_hidden_layers' is out of range");
+    if (int64_t(c.n_shared) * c.F > MOST)
+        refuse(c.file, "'n_shared_experts' times 'moe_intermediate_size' is out of range");
+    if (c.gate == Gate::GREEDY) return;
+    int group = c.E / c.n_group, best = c.topk_group * group;
+    if (c.E % c.n_group)
+        refuse(c.file, "'n_group' %d does not divide 'n_routed_experts' %d", c.n_group, c.E);
+    if (c.K > best)
+        refuse(c.file, "'num_experts_per_tok' %d exceeds the %d experts of 'topk_group' %d groups", c.K, best,
+               c.topk_group);
+    if (c.gate == Gate::NOAUX_TC && group < 2)
+        refuse(c.file, "'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.n_group);
 }
 
 // config.json, from its text. `file` is for messages.
@@ -857,8 +837,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     Document document(json, file);
     Fields f(document.root, file);
     Config c;
-    c.file = file;
-    c.model_type = f.text("model_type");
+    c.file = file, c.model_type = f.text("model_type");
     int kind = f.choice("model_type", {"deepseek_v2", "deepseek_v3", "qwen2", "llama"});
     bool mla = kind < 2;
     c.D = int(f.integer("hidden_size", 1, MOST_WIDTH));
@@ -870,41 +849,25 @@ Config parse_config(std::string_view json, const std::string& file) {
     c.eps = f.number("rms_norm_eps", 0, 1);
     c.tied = f.boolean("tie_word_embeddings", false);
     f.choice("hidden_act", {"silu"}, "silu");
-    if (f.boolean("attention_bias", false)) fail("%s: 'attention_bias' true is not supported", file.c_str());
+    if (f.boolean("attention_bias", false)) refuse(file, "'attention_bias' true is not supported");
     if (mla) parse_mla(c, f);
     else parse_gqa(c, f);
-    if (mla && f.has("n_routed_experts")) parse_moe(c, f);
+    if (mla && f.has("n_routed_experts")) parse_moe(c, f), check_moe(c);
     if (kind == 1) c.n_mtp = int(f.integer("num_nextn_predict_layers", 0, 1, 0));
-    parse_quantization(c, f);
+    if (f.has("quantization_config")) {
+        Fields q = f.object("quantization_config");
+        q.choice("quant_method", {"fp8"});
+        q.choice("fmt", {"e4m3"}, "e4m3");
+        q.choice("activation_scheme", {"dynamic"}, "dynamic");
+        q.choice("scale_fmt", {"ue8m0", "float"}, "float");
+        if (simdjson::minify(q.get("weight_block_size")) != "[128,128]")
+            refuse(q.where(), "'weight_block_size' is not [128, 128]");
+        c.fp8 = true;
+    }
     c.rope = parse_rope(f, mla);
     check_heads(c);
     c.eos = parse_ids(f, "eos_token_id", c.V);
     return c;
-}
-
-// How the model's makers would have it sampled (chapter 12.1).
-struct Sampling {
-    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
-    int top_k = 0;                                       // 0: off
-};
-
-struct GenerationConfig {
-    Sampling sampling;
-    std::vector<int> eos;
-};
-
-// generation_config.json, from its text. `do_sample` false means greedy.
-inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
-    Document document(json, file);
-    Fields f(document.root, file);
-    GenerationConfig g;
-    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
-    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
-    g.sampling.min_p = f.number("min_p", 0, 1, 0);
-    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
-    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
-    g.eos = parse_ids(f, "eos_token_id", V);
-    return g;
 }
 
 // -- 3.3  safetensors: a header that must be right, and bytes ------------------------------------
@@ -915,80 +878,57 @@ struct TensorInfo {
     uint64_t begin = 0, end = 0;   // bytes, from the start of the data
 };
 
-constexpr uint64_t HEADER_LIMIT = JSON_LIMIT;
-
 // Bytes of one element, 0 for a dtype that safetensors does not have.
 inline uint64_t dtype_width(const std::string& dtype) {
     static const std::map<std::string, uint64_t> WIDTH = {
-        {"F64", 8},     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1},
-        {"F8_E8M0", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},      {"U8", 1},
-        {"U16", 2},     {"U32", 4}, {"U64", 8}, {"BOOL", 1}};
+        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+        {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1},
+        {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}};
     auto at = WIDTH.find(dtype);
     return at == WIDTH.end() ? 0 : at->second;
-}
-
-std::vector<uint64_t> parse_naturals(Json json, const std::string& where, const char* key) {
-    simdjson::dom::array list;
-    if (json.get(list)) fail("%s: '%s' is not a list", where.c_str(), key);
-    std::vector<uint64_t> out;
-    for (Json item : list) {
-        uint64_t value = 0;
-        if (item.get(value)) fail("%s: '%s' holds something that is no natural number", where.c_str(), key);
-        out.push_back(value);
-    }
-    return out;
 }
 
 TensorInfo parse_tensor_info(const std::string& name, Json json, uint64_t data_bytes,
                              const std::string& file) {
     std::string where = file + ": tensor '" + Fields::printable(name) + "'";
     Fields f(json, where);
-    TensorInfo t{name, f.text("dtype"), parse_naturals(f.get("shape"), where, "shape"), 0, 0};
+    TensorInfo t{name, f.text("dtype"), f.naturals("shape")};
     uint64_t bytes = dtype_width(t.dtype);
-    if (bytes == 0) fail("%s: unknown dtype '%s'", where.c_str(), Fields::printable(t.dtype).c_str());
-    if (t.shape.size() > 8) fail("%s: 'shape' has %zu axes", where.c_str(), t.shape.size());
-    for (uint64_t n : t.shape) {
-        if (__builtin_mul_overflow(bytes, n, &bytes))
-            fail("%s: 'shape' is larger than any file", where.c_str());
-    }
-    auto range = parse_naturals(f.get("data_offsets"), where, "data_offsets");
+    if (bytes == 0) refuse(where, "unknown dtype '%s'", Fields::printable(t.dtype).c_str());
+    if (t.shape.size() > 8) refuse(where, "'shape' has %zu axes", t.shape.size());
+    for (uint64_t n : t.shape)
+        if (__builtin_mul_overflow(bytes, n, &bytes)) refuse(where, "'shape' is larger than any file");
+    std::vector<uint64_t> range = f.naturals("data_offsets");
     if (range.size() != 2 || range[0] > range[1] || range[1] > data_bytes)
-        fail("%s: 'data_offsets' outside the %llu bytes of data", where.c_str(),
-             (unsigned long long)data_bytes);
+        refuse(where, "'data_offsets' outside the %ju bytes of data", data_bytes);
     t.begin = range[0], t.end = range[1];
     if (t.end - t.begin != bytes)
-        fail("%s: shape and dtype need %llu bytes, 'data_offsets' has %llu", where.c_str(),
-             (unsigned long long)bytes, (unsigned long long)(t.end - t.begin));
+        refuse(where, "shape and dtype need %ju bytes, 'data_offsets' has %ju", bytes, t.end - t.begin);
     return t;
 }
 
 // The JSON header of a safetensors file. The tensors must cover all `data_bytes`, each byte once.
 std::vector<TensorInfo> parse_safetensors_header(std::string_view json, uint64_t data_bytes,
                                                  const std::string& file) {
-    if (json.empty() || json[0] != '{') fail("%s: the safetensors header is not a JSON object", file.c_str());
+    if (json.empty() || json[0] != '{') refuse(file, "the safetensors header is not a JSON object");
     Document document(json, file);
     Fields header(document.root, file);
     std::vector<TensorInfo> tensors;
     for (auto& [name, value] : header.all()) {
-        if (name != "__metadata__") {
-            tensors.push_back(parse_tensor_info(name, value, data_bytes, file));
-            continue;
-        }
-        Fields metadata(value, file + ": __metadata__");
-        for (auto& [key, text] : metadata.all()) metadata.text(key.c_str());
+        if (name != "__metadata__") tensors.push_back(parse_tensor_info(name, value, data_bytes, file));
+        else
+            for (Fields metadata = header.object("__metadata__"); auto& [key, text] : metadata.all())
+                metadata.text(key.c_str());
     }
-    std::sort(tensors.begin(), tensors.end(), [](const TensorInfo& a, const TensorInfo& b) {
-        return std::tie(a.begin, a.end) < std::tie(b.begin, b.end);
-    });
+    std::ranges::sort(tensors, {}, [](const TensorInfo& t) { return std::pair(t.begin, t.end); });
     uint64_t at = 0;
     for (const TensorInfo& t : tensors) {
         if (t.begin != at)
-            fail("%s: tensor '%s' %s", file.c_str(), Fields::printable(t.name).c_str(),
-                 t.begin < at ? "overlaps another one" : "leaves a gap before it");
+            refuse(file, "tensor '%s' %s", Fields::printable(t.name).c_str(),
+                   t.begin < at ? "overlaps another one" : "leaves a gap before it");
         at = t.end;
     }
-    if (at != data_bytes)
-        fail("%s: %llu bytes after the last tensor", file.c_str(), (unsigned long long)(data_bytes - at));
+    if (at != data_bytes) refuse(file, "%ju bytes after the last tensor", data_bytes - at);
     return tensors;
 }
 
@@ -997,26 +937,25 @@ class Mapping {
 public:
     explicit Mapping(const fs::path& path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // a pipe must not make us wait
-        if (fd < 0) fail("%s: %s", path.c_str(), std::strerror(errno));
+        if (fd < 0) refuse(path, "%s", std::strerror(errno));
         struct stat status {};
         bool regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
-        size_ = regular ? size_t(status.st_size) : 0;
-        void* p = size_ ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+        size_t size = regular ? size_t(status.st_size) : 0;
+        void* p = size ? mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
         close(fd);
-        if (!regular) fail("%s: not a regular file", path.c_str());
-        if (size_ == 0) fail("%s: empty", path.c_str());
-        if (p == MAP_FAILED) fail("%s: cannot be mapped: %s", path.c_str(), std::strerror(errno));
-        data_ = static_cast<const std::byte*>(p);
+        if (!regular) refuse(path, "not a regular file");
+        if (size == 0) refuse(path, "empty");
+        if (p == MAP_FAILED) refuse(path, "cannot be mapped: %s", std::strerror(errno));
+        bytes_ = {static_cast<const std::byte*>(p), size};
     }
-    ~Mapping() { if (data_) munmap(const_cast<std::byte*>(data_), size_); }
-    Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+    ~Mapping() { if (data()) munmap(const_cast<std::byte*>(data()), size()); }
+    Mapping(Mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
     Mapping& operator=(Mapping&&) = delete;
-    const std::byte* data() const { return data_; }
-    size_t size() const { return size_; }
+    const std::byte* data() const { return bytes_.data(); }
+    size_t size() const { return bytes_.size(); }
 
 private:
-    const std::byte* data_ = nullptr;
-    size_t size_ = 0;
+    std::span<const std::byte> bytes_;
 };
 
 // A whole safetensors file: where its data begin, and what is in them.
@@ -1026,155 +965,49 @@ struct TensorFile {
 };
 
 TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string& file) {
-    if (bytes.size() < 8) fail("%s: too short for a safetensors file", file.c_str());
+    if (bytes.size() < 8) refuse(file, "too short for a safetensors file");
     uint64_t n = load<uint64_t>(bytes.data());
-    if (n > HEADER_LIMIT)
-        fail("%s: a header of %llu bytes is beyond the limit of 100 MB", file.c_str(), (unsigned long long)n);
-    if (n > bytes.size() - 8) fail("%s: the header is longer than the file (cut off?)", file.c_str());
+    if (n > HEADER_LIMIT) refuse(file, "a header of %ju bytes is beyond the limit of 100 MB", n);
+    if (n > bytes.size() - 8) refuse(file, "the header is longer than the file (cut off?)");
     std::string_view json(reinterpret_cast<const char*>(bytes.data()) + 8, n);
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.4  Checkpoint: all tensors of a folder, by name -------------------------------------------
-
-struct Tensor {
-    std::string file, dtype;
-    std::vector<uint64_t> shape;
-    const std::byte* data = nullptr;
-    uint64_t bytes = 0;
-    int pairs = 0;                         // as in Matrix
-};
-
-struct Checkpoint {
-    std::vector<Mapping> files;
-    std::map<std::string, Tensor> tensors;
-    bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
-};
-
-// tensor -> file name, from model.safetensors.index.json.
-std::map<std::string, std::string> parse_index(std::string_view json, const std::string& file) {
-    Document document(json, file);
-    Fields top(document.root, file);
-    Fields map(top.get("weight_map"), file + ": weight_map");
-    std::map<std::string, std::string> out;
-    for (auto& [name, value] : map.all()) {
-        std::string shard = map.text(name.c_str());
-        bool plain =
-            !shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos;
-        if (!plain || !shard.ends_with(".safetensors"))
-            fail("%s: tensor '%s' names no file of this folder: '%s'", file.c_str(),
-                 Fields::printable(name).c_str(), Fields::printable(shard).c_str());
-        out[name] = shard;
-    }
-    if (out.empty()) fail("%s: 'weight_map' is empty", file.c_str());
-    return out;
-}
-
-void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
-    std::string file = path.string();
-    Mapping& mapping = checkpoint.files.emplace_back(path);
-    TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, file);
-    for (TensorInfo& t : parsed.tensors) {
-        Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
-        auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
-        if (!is_new)
-            fail("%s: tensor '%s' is also in %s", file.c_str(), Fields::printable(t.name).c_str(),
-                 at->second.file.c_str());
-    }
-}
-
-bool has_weights(const fs::path& folder) {
-    return fs::exists(folder / "model.safetensors.index.json") || fs::exists(folder / "model.safetensors");
-}
-
-Checkpoint open_checkpoint(const fs::path& folder) {
-    Checkpoint checkpoint;
-    fs::path index = folder / "model.safetensors.index.json";
-    if (!has_weights(folder))
-        fail("%s: neither model.safetensors nor model.safetensors.index.json (not a model folder, or not "
-             "fetched whole?)",
-             folder.c_str());
-    if (!fs::exists(index)) {
-        add_tensors(checkpoint, folder / "model.safetensors");
-        return checkpoint;
-    }
-    auto weight_map = parse_index(read_json_file(index), index.string());
-    std::set<std::string> shards;
-    for (auto& [name, shard] : weight_map) shards.insert(shard);
-    for (const std::string& shard : shards) add_tensors(checkpoint, folder / shard);
-    for (auto& [name, shard] : weight_map) {
-        auto at = checkpoint.tensors.find(name);
-        if (at == checkpoint.tensors.end() || at->second.file != (folder / shard).string())
-            fail("%s: no tensor '%s', which the index expects there", (folder / shard).c_str(),
-                 Fields::printable(name).c_str());
-    }
-    for (auto& [name, tensor] : checkpoint.tensors) {
-        if (!weight_map.count(name))
-            fail("%s: tensor '%s' is not in the index", tensor.file.c_str(), Fields::printable(name).c_str());
-    }
-    return checkpoint;
-}
-
-// The dtype called so, if weights may have it.
-inline std::optional<Dtype> weights_dtype(const std::string& name) {
-    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
-        if (name == format_of(Dtype(i)).name) return Dtype(i);
-    return {};
-}
-
-// A tensor as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
-inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
-    const Tensor& t = checkpoint.tensors.at(name);
-    std::optional<Dtype> dtype = weights_dtype(t.dtype);
-    if (!dtype)
-        fail("%s: tensor '%s' has dtype %s, which weights do not have", t.file.c_str(), name.c_str(),
-             t.dtype.c_str());
-    auto scale = checkpoint.tensors.find(name + "_scale_inv");
-    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
-    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
-    m.pairs = t.pairs;
-    return m;
-}
-
-// -- 3.5  write_safetensors: results, whole or not at all ----------------------------------------
-
-struct OutputTensor {
-    std::string name, dtype;
-    std::vector<size_t> shape;
-    const void* data;
-    size_t bytes;
-};
+// -- 3.4  write_safetensors: results, whole or not at all ----------------------------------------
 
 // Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
 class AtomicFile {
 public:
     explicit AtomicFile(const std::string& path)
         : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) fail("%s: is a directory", path.c_str());
-        if (fs::exists(path) && !fs::is_regular_file(path)) fail("%s: not a regular file", path.c_str());
+        if (fs::is_directory(path)) refuse(path, "is a directory");
+        if (fs::is_other(path)) refuse(path, "not a regular file");
         file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) fail("%s: cannot be written: %s", path.c_str(), std::strerror(errno));
+        if (!file_) refuse(path, "cannot be written: %s", std::strerror(errno));
     }
-    ~AtomicFile() {
-        if (!file_) return;
-        std::remove(temporary_.c_str());
-        std::fclose(file_);
-    }
+    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), std::fclose(file_); }
     AtomicFile(const AtomicFile&) = delete;
     void write(const void* data, size_t bytes) {
-        if (bytes && std::fwrite(data, 1, bytes, file_) != bytes)
-            fail("%s: %s", path_.c_str(), std::strerror(errno));
+        require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
     }
     void commit() {
-        bool whole = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                     std::rename(temporary_.c_str(), path_.c_str()) == 0;
-        if (!whole) fail("%s: %s", path_.c_str(), std::strerror(errno));
+        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                std::rename(temporary_.c_str(), path_.c_str()) == 0);
         std::fclose(std::exchange(file_, nullptr));
     }
 
 private:
     std::string path_, temporary_;
     std::FILE* file_ = nullptr;
+
+    void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
+};
+
+struct OutputTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    const void* data;
+    size_t bytes;
 };
 
 void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
@@ -1184,8 +1017,8 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
         std::string shape;
         for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
         header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                          at || header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(),
-                          at, at + t.bytes);
+                          header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(), at,
+                          at + t.bytes);
         at += t.bytes;
     }
     header += "}";
@@ -1217,15 +1050,7 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
 
 #include "tokenizer.h"
 
-// One .gguf file of llama.cpp holds all of chapters 2 to 4, and its weights may be blocks of small integers.
-// gguf.h reads it as if it were a folder, makes such blocks, and writes such files.
-#include "gguf.h"
-
-// -- 4.1  the tokenizer of a model ---------------------------------------------------------------
-
-inline Tokenizer load_tokenizer(const fs::path& model) {
-    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
-}
+// -- 4.1  the ids of a prompt --------------------------------------------------------------------
 
 inline std::string json_array(std::span<const int> ids) {
     std::string out = "[";
@@ -1238,14 +1063,6 @@ inline std::vector<int> encode_prompt(const Tokenizer& t, const std::string& tex
     std::vector<int> ids = t.encode(text);
     if (add_bos && t.bos >= 0 && (ids.empty() || ids[0] != t.bos)) ids.insert(ids.begin(), t.bos);
     return ids;
-}
-
-// What generation_config.json says, or the keys of a GGUF file.
-inline GenerationConfig read_generation_config(const fs::path& model, int V) {
-    fs::path file = model / "generation_config.json";
-    if (is_gguf(model)) return {gguf_sampling(model), {}};
-    if (!fs::exists(file)) return {};
-    return parse_generation_config(read_json_file(file), file.string(), V);
 }
 
 // -- 4.2  tokenize: text to ids and back, as JSON ------------------------------------------------
@@ -1291,6 +1108,154 @@ inline std::string tokenize(const Tokenizer& t, const std::string& input, const 
     std::string_view text;
     if (document.root.get(text)) fail("tokenize --lines: a line is not a JSON string");
     return tokens_json(t, text, o.add_bos);
+}
+
+// -- 4.3  Checkpoint: the tensors of a model, by name --------------------------------------------
+
+struct Tensor {
+    std::string file, dtype;
+    std::vector<uint64_t> shape;
+    const std::byte* data = nullptr;
+    uint64_t bytes = 0;
+    int pairs = 0;                         // as in Matrix
+};
+
+struct Checkpoint {
+    std::vector<Mapping> files;
+    std::map<std::string, Tensor> tensors;
+    bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
+};
+
+// The dtype called so, if weights may have it.
+inline std::optional<Dtype> weights_dtype(const std::string& name) {
+    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
+        if (name == format_of(Dtype(i)).name) return Dtype(i);
+    return {};
+}
+
+// A tensor as a matrix, a vector as one of one row; with the scales of e4m3 if they are there.
+inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
+    const Tensor& t = checkpoint.tensors.at(name);
+    std::optional<Dtype> dtype = weights_dtype(t.dtype);
+    if (!dtype)
+        refuse(t.file, "tensor '%s' has dtype %s, which weights do not have", name.c_str(), t.dtype.c_str());
+    auto scale = checkpoint.tensors.find(name + "_scale_inv");
+    Matrix m{t.data, nullptr, *dtype, t.shape.size() > 1 ? int(t.shape[0]) : 1, int(t.shape.back())};
+    if (m.dtype == Dtype::F8_E4M3 && scale != checkpoint.tensors.end()) m.scale = scale->second.data;
+    m.pairs = t.pairs;
+    return m;
+}
+
+// How the model's makers would have it sampled (chapter 12.1).
+struct Sampling {
+    double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
+    int top_k = 0;                                       // 0: off
+};
+
+// -- 4.4  a model: a folder, or one file of llama.cpp's ------------------------------------------
+//
+// Its config, its tokenizer and its weights are the files of a folder, or all in one file, which gguf.h
+// reads. Below is what is asked of both; from there on the network does not depend on which it was.
+
+#include "gguf.h"
+
+inline Tokenizer load_tokenizer(const fs::path& model) {
+    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
+}
+
+inline Config read_config(const fs::path& model) {
+    fs::path file = model / "config.json";
+    if (!fs::exists(model)) refuse(model, "no such file or folder");
+    if (is_gguf(model)) return gguf_config(model);
+    if (!fs::exists(file)) refuse(model, "no config.json (not a model folder?)");
+    return parse_config(read_json_file(file), file);
+}
+
+struct GenerationConfig {
+    Sampling sampling;
+    std::vector<int> eos;
+};
+
+// generation_config.json, from its text. `do_sample` false means greedy.
+inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
+    Document document(json, file);
+    Fields f(document.root, file);
+    GenerationConfig g;
+    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
+    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
+    g.sampling.min_p = f.number("min_p", 0, 1, 0);
+    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
+    if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
+    g.eos = parse_ids(f, "eos_token_id", V);
+    return g;
+}
+
+inline GenerationConfig read_generation_config(const fs::path& model, int V) {
+    fs::path file = model / "generation_config.json";
+    if (is_gguf(model)) return {gguf_sampling(model), {}};
+    if (!fs::exists(file)) return {};
+    return parse_generation_config(read_json_file(file), file, V);
+}
+
+// tensor -> file name, from model.safetensors.index.json.
+std::map<std::string, std::string> parse_index(std::string_view json, const std::string& file) {
+    Document document(json, file);
+    Fields top(document.root, file), map = top.object("weight_map");
+    std::map<std::string, std::string> out;
+    for (auto& [name, value] : map.all()) {
+        std::string shard = map.text(name.c_str());
+        if (!shard.ends_with(".safetensors") || shard.find_first_of("/\0", 0, 2) != shard.npos)
+            refuse(file, "tensor '%s' names no file of this folder: '%s'", Fields::printable(name).c_str(),
+                   Fields::printable(shard).c_str());
+        out[name] = shard;
+    }
+    if (out.empty()) refuse(file, "'weight_map' is empty");
+    return out;
+}
+
+void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
+    std::string file = path.string();
+    Mapping& mapping = checkpoint.files.emplace_back(path);
+    TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, file);
+    for (TensorInfo& t : parsed.tensors) {
+        Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
+        auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
+        if (!is_new)
+            refuse(file, "tensor '%s' is also in %s", Fields::printable(t.name).c_str(),
+                   at->second.file.c_str());
+    }
+}
+
+inline bool has_weights(const fs::path& folder) {
+    return fs::exists(folder / "model.safetensors.index.json") || fs::exists(folder / "model.safetensors");
+}
+
+// The tensors of a model. Those of a folder must be the ones that its index lists, if it has one.
+inline Checkpoint open_checkpoint(const fs::path& model) {
+    if (is_gguf(model)) return gguf_checkpoint(model);
+    fs::path index = model / "model.safetensors.index.json";
+    Checkpoint checkpoint;
+    if (!has_weights(model))
+        refuse(model, "neither model.safetensors nor model.safetensors.index.json (not a model folder, or "
+                      "not fetched whole?)");
+    if (!fs::exists(index)) {
+        add_tensors(checkpoint, model / "model.safetensors");
+        return checkpoint;
+    }
+    auto weight_map = parse_index(read_json_file(index), index);
+    std::set<std::string> shards;
+    for (auto& [name, shard] : weight_map) shards.insert(model / shard);
+    for (const std::string& shard : shards) add_tensors(checkpoint, shard);
+    for (auto& [name, shard] : weight_map) {
+        std::string file = model / shard;
+        auto at = checkpoint.tensors.find(name);
+        if (at == checkpoint.tensors.end() || at->second.file != file)
+            refuse(file, "no tensor '%s', which the index expects there", Fields::printable(name).c_str());
+    }
+    for (auto& [name, tensor] : checkpoint.tensors)
+        if (!weight_map.count(name))
+            refuse(tensor.file, "tensor '%s' is not in the index", Fields::printable(name).c_str());
+    return checkpoint;
 }
 
 // =================================================================================================
@@ -2214,7 +2179,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
-    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (11.5) of weights in another order now
+    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (12.3) of weights in another order now
     Pages quantised;                       // weights that were made smaller while loading
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
@@ -2230,44 +2195,40 @@ struct SessionOptions {
     Dtype kv = REAL;                       // how the cache is stored
 };
 
-// Everything that a forward pass writes, for at most C = chunk tokens. One list, walked twice: for the
-// bill and for the pointers.
+// Everything that a forward pass writes, for at most C = chunk tokens, each array with its shape. One list,
+// walked twice: for the bill and for the pointers.
 struct Activations {
-    real *x, *u, *y, *h;                   // (C, D): residual, normed, a branch's output, after last norm
-    real* cos_sin;                         // (C, rope_dim / 2, 2)
-    real *c_q, *q, *kv, *o;                // (C, Rq), (C, H, q_dim), (C, cache_width), (C, H, v_dim)
-    real *q_absorbed, *z;                  // (C, H, Rkv + Dr), (C, H, Rkv)
-    Rows scratch, expanded;                // chapters 7 and 8: one row a thread
-    real *gate, *up;                       // (C, widest FFN): a dense one, or all experts of a token
-    real *router_logits, *affinity, *choice;   // (C, E)
-    real *gate_weight, *expert_in, *expert_out;   // (C, K), (C * K, D), (C * K, D)
-    real *mtp_in, *mtp_x, *mtp_h;          // (C, 2 D), (C, D), (C, D)
-    int *seen, *expert_idx, *slot, *slot_token;   // (C), (C, K), (C, K), (C * K)
+    Arena& arena;
+    const Config& c;
+    const SessionOptions& options;
+    int threads, C = options.chunk;
 
-    Activations(Arena& arena, const Config& c, const SessionOptions& o_, int threads) {
-        size_t C = size_t(o_.chunk), D = size_t(c.D), H = size_t(c.H), E = size_t(c.E), K = size_t(c.K);
-        size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * (K + size_t(c.n_shared)));
-        auto reals = [&](size_t n) { return arena.take<real>(n); };
-        auto rows = [&](int64_t n) { return Rows{reals(size_t(n) * size_t(threads)), n}; };
-        x = reals(C * D), u = reals(C * D), y = reals(C * D), h = reals(C * D);
-        cos_sin = reals(C * size_t(c.rope_dim()));
-        c_q = reals(C * size_t(c.Rq)), q = reals(C * H * size_t(c.q_dim()));
-        kv = reals(C * size_t(c.cache_width())), o = reals(C * H * size_t(c.v_dim()));
-        q_absorbed = reals(c.mla() ? C * H * size_t(c.Rkv + c.Dr) : 0), z = reals(C * H * size_t(c.Rkv));
-        scratch = rows(attention_scratch(o_.context, c.q_dim(), c.v_dim()));
-        bool naive = c.mla() && o_.mla == MlaForm::NAIVE;
-        expanded = rows(naive ? int64_t(o_.context) * latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv) : 0);
-        gate = reals(C * width), up = reals(C * width);
-        router_logits = reals(C * E), affinity = reals(C * E), choice = reals(C * E);
-        gate_weight = reals(C * K), expert_in = reals(C * K * D), expert_out = reals(C * K * D);
-        mtp_in = reals(c.n_mtp ? 2 * C * D : 0), mtp_x = reals(c.n_mtp ? C * D : 0),
-        mtp_h = reals(c.n_mtp ? C * D : 0);
-        seen = arena.take<int>(C), expert_idx = arena.take<int>(C * K), slot = arena.take<int>(C * K),
-        slot_token = arena.take<int>(C * K);
-    }
+    template <class... Sides> real* reals(Sides... sides) { return arena.take<real>((size_t(sides) * ...)); }
+    template <class... Sides> int* ints(Sides... sides) { return arena.take<int>((size_t(sides) * ...)); }
+    Rows row_a_thread(int64_t n) { return {reals(threads, n), n}; }
+
+    real *x = reals(C, c.D), *u = reals(C, c.D);                // residual, normed
+    real *y = reals(C, c.D), *h = reals(C, c.D);                // a branch's output, after last norm
+    real* cos_sin = reals(C, c.rope_dim() / 2, 2);
+    real *c_q = reals(C, c.Rq), *q = reals(C, c.H, c.q_dim());
+    real *kv = reals(C, c.cache_width()), *o = reals(C, c.H, c.v_dim());
+    real *q_absorbed = reals(C, c.H, c.Rkv + c.Dr), *z = reals(C, c.H, c.Rkv);
+    Rows scratch = row_a_thread(attention_scratch(options.context, c.q_dim(), c.v_dim()));
+    int64_t expansion = latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv);
+    bool naive = c.mla() && options.mla == MlaForm::NAIVE;
+    Rows expanded = row_a_thread(naive ? options.context * expansion : 0);
+    // The widest FFN: a dense one, or all experts of a token.
+    size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * size_t(c.K + c.n_shared));
+    real *gate = reals(C, width), *up = reals(C, width);
+    real *router_logits = reals(C, c.E), *affinity = reals(C, c.E), *choice = reals(C, c.E);
+    real *gate_weight = reals(C, c.K), *expert_in = reals(C, c.K, c.D), *expert_out = reals(C, c.K, c.D);
+    real *mtp_in = reals(c.n_mtp, C, 2 * c.D);
+    real *mtp_x = reals(c.n_mtp, C, c.D), *mtp_h = reals(c.n_mtp, C, c.D);
+    int *seen = ints(C), *expert_idx = ints(C, c.K), *slot = ints(C, c.K), *slot_token = ints(C, c.K);
+
     static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
         Arena counter;
-        Activations(counter, c, o, threads);
+        Activations{counter, c, o, threads};
         return counter.used;
     }
 };
@@ -2297,7 +2258,7 @@ struct Session {
         : model(m), options(o), cache(m.config.n_layers + m.config.n_mtp, o.context, cache_parts(m.config),
                                       cache_part_width(m.config), o.kv),
           pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
-          a(arena, m.config, o, n_threads()) {}
+          a{arena, m.config, options, n_threads()} {}
 
     // Taps of layer l; the MTP layer's inner values have no names.
     void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
@@ -2318,41 +2279,32 @@ public:
     Matrix matrix(const std::string& name, int rows, int cols) {
         parameters += uint64_t(rows) * uint64_t(cols);
         Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
-        if (checkpoint_) {
-            m = matrix_at(name, {uint64_t(rows), uint64_t(cols)});
-            if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
-        }
+        if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
+        if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
         return quantiser_ ? quantiser_->apply(name, m) : m;
     }
     Vector vector(const std::string& name, int n) {
         parameters += uint64_t(n);
         if (!checkpoint_) return {};
-        Matrix m = matrix_at(name, {uint64_t(n)});
-        const Tensor& t = checkpoint_->tensors.at(name);
+        Matrix m = find(name, {uint64_t(n)});
         if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
-            fail("%s: tensor '%s' is %s, a vector cannot be", t.file.c_str(), shown(name).c_str(),
-                 t.dtype.c_str());
+            wrong(name, text_of("is %s, a vector cannot be", format_of(m.dtype).name));
         Vector out(static_cast<size_t>(n));
         widen_plain(out.data(), m, 0);
-        for (real v : out) {
-            if (!std::isfinite(v))
-                fail("%s: tensor '%s' holds a number that is not finite", t.file.c_str(),
-                     shown(name).c_str());
-        }
+        for (real v : out)
+            if (!std::isfinite(v)) wrong(name, "holds a number that is not finite");
         return out;
     }
     // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
-    void ignore(const std::string& name, std::vector<uint64_t> shape) {
-        if (has(name)) find(name, shape);
+    void ignore(const std::string& name, int rows, int cols) {
+        if (has(name)) place(name, {uint64_t(rows), uint64_t(cols)});
     }
     bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
     // Every tensor of the files must have found its place.
     void finish() const {
-        for (auto& [name, tensor] : checkpoint_->tensors) {
-            if (used_.count(name) || name.ends_with("rotary_emb.inv_freq")) continue;
-            fail("%s: tensor '%s' has no place in this model", tensor.file.c_str(),
-                 Fields::printable(shown(name)).c_str());
-        }
+        for (auto& [name, tensor] : checkpoint_->tensors)
+            if (!used_.count(name) && !name.ends_with("rotary_emb.inv_freq"))
+                wrong(name, "has no place in this model");
     }
 
 private:
@@ -2362,43 +2314,44 @@ private:
     Quantiser* quantiser_;
     std::set<std::string> used_;
 
-    // A name as the files spell it.
-    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
-    const char* asks() const { return checkpoint_->gguf ? "the file's keys ask" : "config.json asks"; }
     static std::string shape_text(const std::vector<uint64_t>& shape) {
         std::string text;
         for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
         return "(" + text + ")";
     }
-    const Tensor& find(const std::string& name, const std::vector<uint64_t>& shape) {
+    // A name as the files spell it.
+    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const {
+        refuse(checkpoint_->tensors.at(name).file, "tensor '%s' %s",
+               Fields::printable(shown(name)).c_str(), what.c_str());
+    }
+    const Tensor& place(const std::string& name, const std::vector<uint64_t>& shape) {
+        const char* asks = checkpoint_->gguf ? "the file's keys ask" : "config.json asks";
         auto at = checkpoint_->tensors.find(name);
         if (at == checkpoint_->tensors.end())
-            fail("%s: no tensor '%s', which %s for", folder_.c_str(), shown(name).c_str(), asks());
+            refuse(folder_, "no tensor '%s', which %s for", shown(name).c_str(), asks);
         if (at->second.shape != shape)
-            fail("%s: tensor '%s' has shape %s, %s for %s", at->second.file.c_str(), shown(name).c_str(),
-                 shape_text(at->second.shape).c_str(), asks(), shape_text(shape).c_str());
+            wrong(name, text_of("has shape %s, %s for %s", shape_text(at->second.shape).c_str(), asks,
+                                shape_text(shape).c_str()));
         used_.insert(name);
         return at->second;
     }
-    Matrix matrix_at(const std::string& name, const std::vector<uint64_t>& shape) {
-        const Tensor& t = find(name, shape);
+    Matrix find(const std::string& name, const std::vector<uint64_t>& shape) {
+        place(name, shape);
         Matrix m = matrix_of(*checkpoint_, name);
-        if (m.dtype == Dtype::F8_E4M3 && !fp8_)
-            fail("%s: tensor '%s' is F8_E4M3, but config.json has no quantization_config", t.file.c_str(),
-                 name.c_str());
+        bool fp8 = m.dtype == Dtype::F8_E4M3;
+        if (fp8 && !fp8_) wrong(name, "is F8_E4M3, but config.json has no quantization_config");
         return m;
     }
     void check_scales(const std::string& name, int rows, int cols) {
         auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
-        const Tensor& t = find(name + "_scale_inv", {blocks(rows), blocks(cols)});
-        if (t.dtype != "F32")
-            fail("%s: tensor '%s_scale_inv' has dtype %s, not F32", t.file.c_str(), name.c_str(),
-                 t.dtype.c_str());
-        for (uint64_t i = 0; i < t.bytes; i += 4) {
+        std::string scales = name + "_scale_inv";
+        const Tensor& weights = checkpoint_->tensors.at(name);
+        const Tensor& t = place(scales, {blocks(rows), blocks(cols)});
+        if (t.dtype != "F32") wrong(scales, "has dtype " + t.dtype + ", not F32");
+        for (uint64_t i = 0; i < t.bytes; i += 4)
             if (!std::isfinite(load<float>(t.data + i)))
-                fail("%s: tensor '%s_scale_inv' (of %s) holds a scale that is not finite", t.file.c_str(),
-                     name.c_str(), checkpoint_->tensors.at(name).file.c_str());
-        }
+                wrong(scales, "(of " + weights.file + ") holds a scale that is not finite");
     }
 };
 
@@ -2410,8 +2363,8 @@ inline Mlp bind_mlp(Binder& b, const std::string& p, int D, int width) {
 // W^UK and W^UV of the heads: in one tensor, or, as newer GGUF files have it, in two and W^UK transposed.
 // With all three, the two say nothing new.
 inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w) {
-    std::string k_b = p + "k_b_proj.weight", v_b = p + "v_b_proj.weight";
-    if (b.has(k_b) && !b.has(p + "kv_b_proj.weight")) {
+    std::string k_b = p + "k_b_proj.weight", v_b = p + "v_b_proj.weight", kv_b = p + "kv_b_proj.weight";
+    if (b.has(k_b) && !b.has(kv_b)) {
         Matrix k = b.matrix(k_b, c.H * c.Rkv, c.Dn), v = b.matrix(v_b, c.H * c.Dv, c.Rkv);
         for (int h = 0; h < c.H; h++) {
             w.wk_b.push_back(k.view(h * c.Rkv, c.Rkv).transpose());
@@ -2419,13 +2372,13 @@ inline void bind_heads(Binder& b, const Config& c, const std::string& p, Mla& w)
         }
         return;
     }
-    Matrix kv = b.matrix(p + "kv_b_proj.weight", c.H * (c.Dn + c.Dv), c.Rkv);
+    Matrix kv = b.matrix(kv_b, c.H * (c.Dn + c.Dv), c.Rkv);
     for (int first = 0; kv && first < kv.rows; first += c.Dn + c.Dv) {
         w.wk_b.push_back(kv.view(first, c.Dn));
         w.wv_b.push_back(kv.view(first + c.Dn, c.Dv));
     }
-    b.ignore(k_b, {uint64_t(c.H) * uint64_t(c.Rkv), uint64_t(c.Dn)});
-    b.ignore(v_b, {uint64_t(c.H) * uint64_t(c.Dv), uint64_t(c.Rkv)});
+    b.ignore(k_b, c.H * c.Rkv, c.Dn);
+    b.ignore(v_b, c.H * c.Dv, c.Rkv);
 }
 
 inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
@@ -2446,12 +2399,10 @@ inline Mla bind_mla(Binder& b, const Config& c, const std::string& p) {
 }
 
 inline Gqa bind_gqa(Binder& b, const Config& c, const std::string& p) {
-    Gqa w;
     int q_rows = c.H * c.head_dim, kv_rows = c.G * c.head_dim;
-    w.wq = b.matrix(p + "q_proj.weight", q_rows, c.D);
-    w.wk = b.matrix(p + "k_proj.weight", kv_rows, c.D);
-    w.wv = b.matrix(p + "v_proj.weight", kv_rows, c.D);
-    w.wo = b.matrix(p + "o_proj.weight", c.D, q_rows);
+    Gqa w{b.matrix(p + "q_proj.weight", q_rows, c.D), b.matrix(p + "k_proj.weight", kv_rows, c.D),
+          b.matrix(p + "v_proj.weight", kv_rows, c.D), b.matrix(p + "o_proj.weight", c.D, q_rows),
+          {}, {}, {}};
     if (!c.qkv_bias) return w;
     w.bq = b.vector(p + "q_proj.bias", q_rows);
     w.bk = b.vector(p + "k_proj.bias", kv_rows);
@@ -2490,69 +2441,35 @@ inline Mtp bind_mtp(Binder& b, const Config& c) {
     w.norm = b.vector(p + "shared_head.norm.weight", c.D);
     w.proj = b.matrix(p + "eh_proj.weight", c.D, 2 * c.D);
     w.layer = bind_layer(b, c, c.n_layers);
-    b.ignore(p + "embed_tokens.weight", {uint64_t(c.V), uint64_t(c.D)});
-    b.ignore(p + "shared_head.head.weight", {uint64_t(c.V), uint64_t(c.D)});
+    b.ignore(p + "embed_tokens.weight", c.V, c.D);
+    b.ignore(p + "shared_head.head.weight", c.V, c.D);
     return w;
 }
 
 inline void bind_model(Binder& b, Model& m) {
     const Config& c = m.config;
     m.embed = b.matrix("model.embed_tokens.weight", c.V, c.D);
-    if (m.embed.dtype == Dtype::F8_E4M3) fail("%s: F8_E4M3 embeddings are not supported", c.file.c_str());
+    if (m.embed.dtype == Dtype::F8_E4M3) refuse(c.file, "F8_E4M3 embeddings are not supported");
     m.norm = b.vector("model.norm.weight", c.D);
-    if (c.tied) {
-        m.head = m.embed;
-        b.ignore("lm_head.weight", {uint64_t(c.V), uint64_t(c.D)});
-    } else {
-        m.head = b.matrix("lm_head.weight", c.V, c.D);
-    }
+    m.head = c.tied ? m.embed : b.matrix("lm_head.weight", c.V, c.D);
+    if (c.tied) b.ignore("lm_head.weight", c.V, c.D);
     for (int l = 0; l < c.n_layers; l++) m.layers.push_back(bind_layer(b, c, l));
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
 }
 
-inline Config read_config(const fs::path& folder) {
-    fs::path file = folder / "config.json";
-    if (!fs::exists(folder)) fail("%s: no such file or folder", folder.c_str());
-    if (is_gguf(folder)) return gguf_config(folder);
-    if (!fs::exists(file)) fail("%s: no config.json (not a model folder?)", folder.c_str());
-    return parse_config(read_json_file(file), file.string());
-}
-
-// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
-inline size_t quantised_bytes(const Config& c, const std::string& quant) {
-    if (quant == "none") return 0;
-    Quantiser quantiser{&file_type(quant), &c, {}, {}};
-    Binder binder(nullptr, "", false, &quantiser);
-    Model counted;
-    counted.config = c;
-    bind_model(binder, counted);
-    return quantiser.arena.used;
-}
-
-struct Loading {
-    std::string quant = "none";                                  // or q8_0, q4_k, fp8
-    std::function<void(size_t, size_t)> progress = [](size_t, size_t) {};
-};
-
-// Opens and checks a model. Weights are mapped, not read: this takes milliseconds, unless they are quantised.
-inline Model load_model(const fs::path& folder, const Loading& loading = {}) {
+// A model's config and tensors, nothing bound yet.
+inline Model open_model(const fs::path& folder) {
     Model m;
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
-    m.checkpoint = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
-    bool quantise = loading.quant != "none";
-    Quantiser quantiser{quantise ? &file_type(loading.quant) : nullptr, &m.config, {}, {}};
-    if (quantise) {                                              // once for the bill, once for the weights
-        Model counted;
-        counted.config = m.config;
-        Binder binder(&m.checkpoint, folder.string(), m.config.fp8, &quantiser);
-        bind_model(binder, counted);
-        size_t total = quantiser.arena.used;
-        m.quantised = Pages(total);
-        quantiser.arena = {m.quantised.data(), 0};
-        quantiser.progress = [&loading, total](size_t done) { loading.progress(done, total); };
-    }
-    Binder binder(&m.checkpoint, folder.string(), m.config.fp8, quantise ? &quantiser : nullptr);
+    m.checkpoint = open_checkpoint(folder);
+    return m;
+}
+
+// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
+inline Model load_model(const fs::path& folder) {
+    Model m = open_model(folder);
+    Binder binder(&m.checkpoint, folder, m.config.fp8);
     bind_model(binder, m);
     binder.finish();
     return m;
@@ -2590,15 +2507,14 @@ inline void tap_mla(const Session& s, int l, int T, int pos) {
     const Config& c = s.model.config;
     Matrix past = s.cache.matrix(l, 0);
     Vector q_nope, q_rope, c_kv, k_rope, row(size_t(past.cols));
-    for (int64_t i = 0; i < int64_t(T) * c.H; i++) {
-        const real* q = s.a.q + i * c.q_dim();
-        q_nope.insert(q_nope.end(), q, q + c.Dn);
-        q_rope.insert(q_rope.end(), q + c.Dn, q + c.q_dim());
-    }
+    auto split = [](const real* row, int at, int n, Vector& left, Vector& right) {
+        left.insert(left.end(), row, row + at), right.insert(right.end(), row + at, row + n);
+    };
+    for (int64_t i = 0; i < int64_t(T) * c.H; i++)
+        split(s.a.q + i * c.q_dim(), c.Dn, c.q_dim(), q_nope, q_rope);
     for (int t = 0; t < T; t++) {
         kernels.widen(row.data(), past, pos + t);
-        c_kv.insert(c_kv.end(), row.begin(), row.begin() + c.Rkv);
-        k_rope.insert(k_rope.end(), row.begin() + c.Rkv, row.end());
+        split(row.data(), c.Rkv, past.cols, c_kv, k_rope);
     }
     s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
     s.tap(l, "q_rope", q_rope.data(), T, {c.H, c.Dr});
@@ -2729,70 +2645,6 @@ inline void head(const Model& m, real* logits, const real* h, int T) {
     matmul({logits, m.config.V}, {h, m.config.D}, m.head, T);
 }
 
-// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
-inline void prefill(Session& s, std::span<const int> ids, int pos,
-                    const std::function<void(int, int)>& done) {
-    for (size_t at = 0; at < ids.size() && !interrupted;) {
-        size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
-        forward(s, ids.subspan(at, T), pos + int(at));
-        done(pos + int(at), int(T));
-        at += T;
-    }
-}
-
-// -- 11.5  weights in the order that is fastest --------------------------------------------------
-
-struct Fnv1a {
-    uint64_t h = 0xCBF29CE484222325u;
-    void add(const void* data, size_t n) {
-        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
-    }
-};
-// Some bytes of a tensor as a number.
-inline uint64_t sample(const std::byte* data, size_t bytes) {
-    Fnv1a hash;
-    size_t n = std::min<size_t>(bytes, 256);
-    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
-    return hash.h;
-}
-// Those of which each token needs every row, and that are faster in another order.
-inline std::vector<Matrix*> to_rearrange(Model& m) {
-    std::vector<Matrix*> all;
-    auto add = [&](Matrix& w) {
-        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
-    };
-    auto add_layer = [&](Layer& l) {
-        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
-                          &l.mla.wkv_a, &l.mla.wo})
-            add(*w);
-        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
-    };
-    add(m.head);
-    for (Layer& l : m.layers) add_layer(l);
-    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
-    return all;
-}
-
-// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done and
-// in all
-inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
-    if (!kernels.integers || !kernels.rearrange) return;
-    std::vector<Matrix*> all = to_rearrange(m);
-    size_t done = 0, total = 0;
-    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
-    if (total > memory) {
-        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
-                     double(total) / 1e9, double(memory) / 1e9);
-        return;
-    }
-    for (Matrix* w : all) {
-        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
-        m.moved[w->data] = sample(w->data, bytes);
-        if (interrupted || !kernels.rearrange(*w)) return;
-        progress(done += bytes, total);
-    }
-}
-
 // =================================================================================================
 // Chapter 12. Talking
 // =================================================================================================
@@ -2907,6 +2759,17 @@ struct Thought {
     bool spent(const Generation& g) const { return g.think_budget >= 0 && open && tokens >= g.think_budget; }
 };
 
+// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
+inline void prefill(Session& s, std::span<const int> ids, int pos,
+                    const std::function<void(int, int)>& done) {
+    for (size_t at = 0; at < ids.size() && !interrupted;) {
+        size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
+        forward(s, ids.subspan(at, T), pos + int(at));
+        done(pos + int(at), int(T));
+        at += T;
+    }
+}
+
 // How many of `ids` need no forward pass, because the cache already holds them. The last token always
 // needs one; with MTP so does the first one whose draft is missing, since the hidden state before it is
 // gone.
@@ -2984,6 +2847,20 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // file is a safetensors file of bytes as they are in memory; it says for which weights and which --kv
 // they were made, and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
+
+struct Fnv1a {
+    uint64_t h = 0xCBF29CE484222325u;
+    void add(const void* data, size_t n) {
+        for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
+    }
+};
+// Some bytes of a tensor as a number.
+inline uint64_t sample(const std::byte* data, size_t bytes) {
+    Fnv1a hash;
+    size_t n = std::min<size_t>(bytes, 256);
+    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
+    return hash.h;
+}
 
 // A number that names a model's weights: names, dtypes, shapes and samples of all tensors.
 inline uint64_t fingerprint(const Model& m) {
@@ -3180,6 +3057,18 @@ inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const s
     return printer.text();
 }
 
+// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
+// at `interrupted` and a read that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
+}
+
 // =================================================================================================
 // Chapter 13. Multi-token prediction
 // =================================================================================================
@@ -3301,10 +3190,9 @@ inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
     for (int l = 0; l < c.n_layers; l++) {
         if (c.is_moe(l)) b.active -= uint64_t(c.E - c.K) * 3 * uint64_t(c.D) * uint64_t(c.F) + biases;
     }
-    if (is_gguf(folder) || has_weights(folder)) {
-        Checkpoint all = is_gguf(folder) ? gguf_checkpoint(folder) : open_checkpoint(folder);
-        for (auto& [name, t] : all.tensors) b.bytes[t.dtype] += t.bytes;
-    }
+    if (is_gguf(folder) || has_weights(folder))
+        for (Checkpoint all = open_checkpoint(folder); auto& [name, t] : all.tensors)
+            b.bytes[t.dtype] += t.bytes;
     b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
     b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
     return b;
@@ -3417,7 +3305,98 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
             available_memory()};
 }
 
-// -- 19.4  the bill as text ----------------------------------------------------------------------
+// -- 19.4  loading within the plan ---------------------------------------------------------------
+
+// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
+inline size_t quantised_bytes(const Config& c, const std::string& quant) {
+    if (quant == "none") return 0;
+    Quantiser quantiser{&file_type(quant), &c, {}, {}};
+    Binder binder(nullptr, "", false, &quantiser);
+    Model counted;
+    counted.config = c;
+    bind_model(binder, counted);
+    return quantiser.arena.used;
+}
+
+struct Loading {
+    std::string quant;                                  // q8_0, q4_k, fp8, or none
+    std::function<void(size_t, size_t)> progress;       // bytes done and in all
+};
+
+// A model whose weights are made smaller while it is loaded.
+inline Model load_model(const fs::path& folder, const Loading& loading) {
+    if (loading.quant == "none") return load_model(folder);
+    Model m = open_model(folder), counted;
+    counted.config = m.config;
+    Quantiser quantiser{&file_type(loading.quant), &m.config, {}, {}};
+    Binder binder(&m.checkpoint, folder, m.config.fp8, &quantiser);
+    bind_model(binder, counted);                        // once for the bill, once for the weights
+    size_t total = quantiser.arena.used;
+    m.quantised = Pages(total);
+    quantiser.arena = {m.quantised.data(), 0};
+    quantiser.progress = [&](size_t done) { loading.progress(done, total); };
+    bind_model(binder, m);
+    binder.finish();
+    return m;
+}
+
+// Those of which each token needs every row, and that are faster in another order.
+inline std::vector<Matrix*> to_rearrange(Model& m) {
+    std::vector<Matrix*> all;
+    auto add = [&](Matrix& w) {
+        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
+    };
+    auto add_layer = [&](Layer& l) {
+        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
+                          &l.mla.wkv_a, &l.mla.wo})
+            add(*w);
+        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
+    };
+    add(m.head);
+    for (Layer& l : m.layers) add_layer(l);
+    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
+    return all;
+}
+
+// Weights in the order that is fastest, if those take no more than `memory` bytes. progress: bytes done and
+// in all
+inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
+    if (!kernels.integers || !kernels.rearrange) return;
+    std::vector<Matrix*> all = to_rearrange(m);
+    size_t done = 0, total = 0;
+    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
+    if (total > memory) {
+        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
+                     double(total) / 1e9, double(memory) / 1e9);
+        return;
+    }
+    for (Matrix* w : all) {
+        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
+        m.moved[w->data] = sample(w->data, bytes);
+        if (interrupted || !kernels.rearrange(*w)) return;
+        progress(done += bytes, total);
+    }
+}
+
+// A model, ready to run with these options of a session.
+inline Model load_planned(const fs::path& folder, const std::string& quant, const Config& c,
+                          const SessionOptions& s) {
+    MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
+    plan.require(s.context);
+    std::unique_ptr<Progress> progress;
+    auto shown = [&progress](const std::string& what) {
+        return [&progress, what](size_t done, size_t total) {
+            if (!progress) progress = std::make_unique<Progress>(what, total);
+            progress->at(done);
+        };
+    };
+    Model model = load_model(folder, {quant, shown(text_of("quantising to %s, bytes", quant.c_str()))});
+    progress.reset();
+    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    return model;
+}
+
+// -- 19.5  the bill as text ----------------------------------------------------------------------
 
 inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
     std::string bytes;
@@ -3522,9 +3501,8 @@ constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluat
 inline fs::path shipped_model() {
     std::error_code error;
     fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
-    for (const fs::path& folder : {here, here.parent_path()}) {
+    for (const fs::path& folder : {here, here.parent_path()})
         if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
-    }
     fail("no model: -m is missing, and there is no weights/tiny beside the program");
 }
 
@@ -3545,43 +3523,22 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
     s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
     s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
     s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
-    for (int n : {cache_part_width(c), c.Rkv}) {         // MLA's values are the first Rkv numbers of a row
+    for (int n : {cache_part_width(c), c.Rkv})           // MLA's values are the first Rkv numbers of a row
         if (n % format_of(s.kv).values)
             fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
-    }
     if (s.context > c.max_context)
         fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
     return s;
 }
 
-// A model, ready to run with these options.
-inline Model load_with_progress(const Options& o, const fs::path& folder, const Config& c,
-                                const SessionOptions& s) {
-    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
-    plan.require(s.context);
-    std::unique_ptr<Progress> progress;
-    auto shown = [&progress](const std::string& what) {
-        return [&progress, what](size_t done, size_t total) {
-            if (!progress) progress = std::make_unique<Progress>(what, total);
-            progress->at(done);
-        };
-    };
-    Model model = load_model(folder, {o.quant, shown(text_of("quantising to %s, bytes", o.quant.c_str()))});
-    progress.reset();
-    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
-    return model;
-}
-
 inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
                                   const Tokenizer& t) {
-    GenerationConfig defaults = read_generation_config(folder, c.V);
+    auto [defaults, eos] = read_generation_config(folder, c.V);
     Generation g;
-    g.sampling.temperature = o.temperature.value_or(defaults.sampling.temperature);
-    g.sampling.top_p = o.top_p.value_or(defaults.sampling.top_p);
-    g.sampling.min_p = o.min_p.value_or(defaults.sampling.min_p);
-    g.sampling.top_k = o.top_k.value_or(defaults.sampling.top_k);
+    g.sampling = {o.temperature.value_or(defaults.temperature), o.top_p.value_or(defaults.top_p),
+                  o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k)};
     g.stops = c.eos;
-    g.stops.insert(g.stops.end(), defaults.eos.begin(), defaults.eos.end());
+    g.stops.insert(g.stops.end(), eos.begin(), eos.end());
     if (t.eos >= 0) g.stops.push_back(t.eos);
     if (o.max_tokens >= 0) g.max_tokens = o.max_tokens;
     g.think_begin = t.token_id("<think>"), g.think_end = t.token_id("</think>");
@@ -3595,8 +3552,9 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
 
 // -- 21.2  run, chat -----------------------------------------------------------------------------
 
-// Model, tokenizer and session of run and chat.
+// Model, tokenizer and session of run and chat, and what was said.
 struct Talk {
+    const Options& o;
     fs::path folder;
     Config config;
     Tokenizer tokenizer;
@@ -3604,28 +3562,36 @@ struct Talk {
     SessionOptions options;
     Model model;
     std::unique_ptr<Session> session;
+    std::vector<Message> messages;
 
     explicit Talk(const Options& o)
-        : folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
+        : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
           generation(make_generation(o, folder, config, tokenizer)),
           options(session_options(o, config, DEFAULT_CONTEXT)) {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
-        model = load_with_progress(o, folder, config, options);
+        model = load_planned(folder, o.quant, config, options);
         session = std::make_unique<Session>(model, options);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
+        if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     }
     // Prints the answer to a prompt and returns its text.
-    std::string reply(const std::string& text, bool add_bos, bool show) {
-        std::vector<int> ids = encode_prompt(tokenizer, text, add_bos);
-        if (show) std::fprintf(stderr, "prompt: %s\nids: %s\n", text.c_str(), json_array(ids).c_str());
+    std::string reply(const std::string& prompt, bool add_bos) {
+        std::vector<int> ids = encode_prompt(tokenizer, prompt, add_bos);
+        if (o.show_prompt)
+            std::fprintf(stderr, "prompt: %s\nids: %s\n", prompt.c_str(), json_array(ids).c_str());
         if (ids.empty()) fail("the prompt is empty");
         if (int(ids.size()) >= options.context)
             fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(),
                  options.context);
         return answer(*session, tokenizer, generation, ids);
     }
+    void ask(const std::string& question) {
+        messages.push_back({"user", question, {}});
+        messages.push_back({"assistant", reply(tokenizer.render(messages, true), false), {}});
+    }
+    void save() const { if (!o.save_kv.empty()) save_cache(*session, o.save_kv); }
 };
 
 inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
@@ -3645,42 +3611,23 @@ inline void command_run(const Options& o) {
     std::string prompt = prompt_of(o);
     if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
     Talk talk(o);
-    std::vector<Message> messages;
-    if (!o.system.empty()) messages.push_back({"system", o.system, {}});
-    messages.push_back({"user", prompt, {}});
-    std::string text = o.raw ? prompt : talk.tokenizer.render(messages, true);
-    talk.reply(text, o.raw && talk.tokenizer.add_bos, o.show_prompt);
-    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
-}
-
-// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
-// at `interrupted` and a read that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
+    if (o.raw) talk.reply(prompt, talk.tokenizer.add_bos);
+    else talk.ask(prompt);
+    talk.save();
 }
 
 inline void command_chat(const Options& o) {
     Talk talk(o);
-    std::vector<Message> messages;
-    if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     bool terminal = isatty(STDIN_FILENO);
     for (std::string line; !interrupted;) {
         if (terminal) std::fputs("> ", stderr);
         if (terminal && !wait_for_line()) break;
         if (!std::getline(std::cin, line)) break;
         if (line.empty()) continue;
-        messages.push_back({"user", line, {}});
-        std::string text = talk.tokenizer.render(messages, true);
-        messages.push_back({"assistant", talk.reply(text, false, o.show_prompt), {}});
+        talk.ask(line);
         if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
     }
-    if (!o.save_kv.empty()) save_cache(*talk.session, o.save_kv);
+    talk.save();
 }
 
 // -- 21.3  tokenize, logits, perplexity, quantize ------------------------------------------------
@@ -3718,17 +3665,25 @@ inline std::vector<int> parse_id_list(const std::string& text, int V) {
     return ids;
 }
 
+// x as a tensor of a file: rows of `inner` numbers.
+template <class T>
+OutputTensor output_rows(const std::string& name, std::vector<size_t> inner, const std::vector<T>& x) {
+    size_t row = 1;
+    for (size_t side : inner) row *= side;
+    inner.insert(inner.begin(), x.size() / row);
+    const char* dtype = std::is_integral_v<T> ? "I32" : format_of(REAL).name;
+    return {name, dtype, inner, x.data(), x.size() * sizeof(T)};
+}
+
 inline void command_logits(const Options& o) {
-    Options unlimited = o;
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     std::vector<int> ids = parse_id_list(o.ids, c.V);
     int T = int(ids.size());
     if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
-    unlimited.context = T;
-    SessionOptions options = session_options(unlimited, c, T);
+    SessionOptions options = session_options(o, c, T);
     options.chunk = std::min(o.chunk, T);
-    Model model = load_with_progress(o, folder, c, options);
+    Model model = load_planned(folder, o.quant, c, options);
     AtomicFile file(o.out);
     Session s(model, options);
     Taps taps;
@@ -3744,20 +3699,12 @@ inline void command_logits(const Options& o) {
         progress.at(size_t(pos + n));
     });
     if (interrupted) fail("interrupted; %s not written", o.out.c_str());
-    const char* dtype = sizeof(real) == 4 ? "F32" : "F64";
     std::vector<OutputTensor> out;
-    for (const Taps::Entry& t : taps.entries) {
-        std::vector<size_t> shape = t.inner;
-        size_t row = 1, n = t.values.size() + t.integers.size();
-        for (size_t side : shape) row *= side;
-        shape.insert(shape.begin(), n / row);
-        if (t.integers.empty()) out.push_back({t.name, dtype, shape, t.values.data(), n * sizeof(real)});
-        else out.push_back({t.name, "I32", shape, t.integers.data(), n * 4});
-    }
-    out.push_back({"logits", dtype, {size_t(T), V}, logits.data(), logits.size() * sizeof(real)});
-    if (c.n_mtp)
-        out.push_back(
-            {"mtp_logits", dtype, {size_t(T - 1), V}, mtp_logits.data(), mtp_logits.size() * sizeof(real)});
+    for (const Taps::Entry& t : taps.entries)
+        out.push_back(t.integers.empty() ? output_rows(t.name, t.inner, t.values)
+                                         : output_rows(t.name, t.inner, t.integers));
+    out.push_back(output_rows("logits", {V}, logits));
+    if (c.n_mtp) out.push_back(output_rows("mtp_logits", {V}, mtp_logits));
     write_safetensors(file, out);
 }
 
@@ -3806,11 +3753,10 @@ inline double time_tokens(Session& s, int n, bool one_by_one) {
     std::vector<int> ids;
     for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
     double start = seconds();
-    auto logits = [&](int, int) { last_logits(s, 1); };
-    if (!one_by_one) prefill(s, ids, 0, [](int, int) {}), last_logits(s, 1);
-    else
-        for (int i = 0; i < n && !interrupted; i++)
-            prefill(s, std::span(ids).subspan(size_t(i), 1), i, logits);
+    int step = one_by_one ? 1 : n;
+    auto logits = [&](int pos, int T) { if ((pos + T) % step == 0) last_logits(s, 1); };
+    for (int i = 0; i < n && !interrupted; i += step)
+        prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), i, logits);
     return seconds() - start;
 }
 
@@ -3819,10 +3765,8 @@ inline void command_bench(const Options& o) {
     Config c = read_config(folder);
     int longest = std::max(o.bench_prompt, o.bench_tokens);
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
-    Options fitted = o;
-    fitted.context = std::max(longest, 1);
-    SessionOptions options = session_options(fitted, c, longest);
-    Model model = load_with_progress(o, folder, c, options);
+    SessionOptions options = session_options(o, c, std::max(longest, 1));
+    Model model = load_planned(folder, o.quant, c, options);
     Session s(model, options);
     for (bool decode : {false, true}) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
@@ -3854,113 +3798,106 @@ inline std::string check_seed(const std::string& text) {
     return natural ? "" : "not a natural number below 10^19: " + text;
 }
 
-// A command and the options that all commands have.
+// An option: its name, where the value goes, what that may be, what --help says.
+template <class T, class Check>
+CLI::Option* option(CLI::App* command, const char* name, T& to, const Check& check, const char* what) {
+    return command->add_option(name, to, what)->check(check);
+}
+
+// A command with the options that all commands have.
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
-                             Options& o, void (*command)(const Options&)) {
-    CLI::App* sub = app.add_subcommand(name, what);
-    sub->footer(std::string("Example:\n  ") + example);
-    sub->add_option("-m,--model", o.model,
-                    "Hugging Face folder or GGUF file (default: the model in weights/)")
-        ->check(check_path);
-    sub->add_option("--threads", o.threads, "threads (default: all cores)")->check(CLI::Range(1, 4096));
-    sub->add_option("--device", o.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-    sub->add_option("--quant", o.quant, "none, q8_0, q4_k or fp8: quantise while loading")
-        ->check(CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}));
-    sub->add_option("--kv", o.kv, "store keys and values as f32, bf16 or q8_0")
-        ->check(CLI::IsMember({"f32", "bf16", "q8_0"}));
-    sub->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
-    sub->add_flag("--json", o.json, "machine-readable result");
-    sub->callback([&o, command] {
-        prepare(o);
-        with_team([&] { command(o); });
-    });
-    return sub;
+                             Options& o, void (*run)(const Options&)) {
+    CLI::App* c = app.add_subcommand(name, what);
+    c->footer(std::string("Example:\n  ") + example);
+    c->callback([&o, run] { prepare(o), with_team([&] { run(o); }); });
+    option(c, "-m,--model", o.model, check_path,
+           "Hugging Face folder or GGUF file (default: the model in weights/)");
+    option(c, "--threads", o.threads, CLI::Range(1, 4096), "threads (default: all cores)");
+    option(c, "--device", o.device, CLI::IsMember({"auto", "cpu", "cuda"}), "auto, cpu or cuda");
+    option(c, "--quant", o.quant, CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}),
+           "none, q8_0, q4_k or fp8: quantise while loading");
+    option(c, "--kv", o.kv, CLI::IsMember({"f32", "bf16", "q8_0"}),
+           "store keys and values as f32, bf16 or q8_0");
+    c->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
+    c->add_flag("--json", o.json, "machine-readable result");
+    return c;
 }
 
-inline void add_pass_options(CLI::App* sub, Options& o) {
-    sub->add_option("--mla", o.mla, "absorbed or naive")->check(CLI::IsMember({"absorbed", "naive"}));
-    sub->add_option("--chunk", o.chunk, "tokens per prefill step (default: 512)")
-        ->check(CLI::Range(1, 65536));
+const CLI::Range COUNT(0, MOST), POSITIVE(1, MOST);
+
+inline void add_pass_options(CLI::App* c, Options& o) {
+    option(c, "--mla", o.mla, CLI::IsMember({"absorbed", "naive"}), "absorbed or naive");
+    option(c, "--chunk", o.chunk, CLI::Range(1, 65536), "tokens per prefill step (default: 512)");
 }
 
-inline void add_generation_options(CLI::App* sub, Options& o) {
-    const CLI::Range count(0, MOST);
-    sub->add_option("-n", o.max_tokens, "at most N tokens (default: until the model ends)")->check(count);
-    sub->add_option("--temp", o.temperature, "temperature, 0: greedy")
-        ->check(CLI::Range(0.0, 100.0))->check(check_number);
-    sub->add_option("--top-p", o.top_p, "likeliest tokens that hold this share")
-        ->check(CLI::Range(1e-9, 1.0))->check(check_number);
-    sub->add_option("--top-k", o.top_k, "K likeliest tokens, 0: all")->check(count);
-    sub->add_option("--min-p", o.min_p, "tokens at least this likely, relative to the best")
-        ->check(CLI::Range(0.0, 1.0))->check(check_number);
-    sub->add_option("--seed", o.seed, "seed of the random numbers (default: 0)")->check(check_seed);
-    sub->add_option("--ctx", o.context, "tokens of context (default: the model's, at most 32768)")
-        ->check(CLI::Range(1, MOST));
-    sub->add_option("--system", o.system, "system message");
-    sub->add_option("--think-budget", o.think_budget, "end the thought after N tokens")->check(count);
-    add_pass_options(sub, o);
-    sub->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
-    sub->add_option("--load-kv", o.load_kv, "begin with those of that file");
-    sub->add_flag("--mtp", o.mtp, "draft with the MTP module");
-    sub->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
+inline void add_generation_options(CLI::App* c, Options& o) {
+    const CLI::Range heat(0.0, 100.0), share(1e-9, 1.0), part(0.0, 1.0);
+    option(c, "-n", o.max_tokens, COUNT, "at most N tokens (default: until the model ends)");
+    option(c, "--temp", o.temperature, heat, "temperature, 0: greedy")->check(check_number);
+    option(c, "--top-p", o.top_p, share, "likeliest tokens that hold this share")->check(check_number);
+    option(c, "--top-k", o.top_k, COUNT, "K likeliest tokens, 0: all");
+    option(c, "--min-p", o.min_p, part, "tokens at least this likely, relative to the best")
+        ->check(check_number);
+    option(c, "--seed", o.seed, check_seed, "seed of the random numbers (default: 0)");
+    option(c, "--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
+    c->add_option("--system", o.system, "system message");
+    option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
+    add_pass_options(c, o);
+    c->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
+    c->add_option("--load-kv", o.load_kv, "begin with those of that file");
+    c->add_flag("--mtp", o.mtp, "draft with the MTP module");
+    c->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
 }
 
-inline void add_talking_commands(CLI::App& app, Options& o) {
-    CLI::App* run = add_command(app, "run", "generate and stream",
-                                "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
-    run->add_option("-p,--prompt", o.prompt, "the prompt");
-    run->add_option("-f,--file", o.file, "a file that holds the prompt");
-    run->add_option("stdin", o.dash, "-: read the prompt from stdin");
-    run->add_flag("--raw", o.raw, "no chat template: continue the text");
-    add_generation_options(run, o);
+inline void add_commands(CLI::App& app, Options& o) {
+    CLI::App* c = add_command(app, "run", "generate and stream",
+                              "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
+    c->add_option("-p,--prompt", o.prompt, "the prompt");
+    c->add_option("-f,--file", o.file, "a file that holds the prompt");
+    c->add_option("stdin", o.dash, "-: read the prompt from stdin");
+    c->add_flag("--raw", o.raw, "no chat template: continue the text");
+    add_generation_options(c, o);
 
-    CLI::App* chat = add_command(app, "chat", "a conversation; each line of stdin is a turn",
-                                 "deepseek chat --system \"Be brief.\"", o, command_chat);
-    add_generation_options(chat, o);
+    c = add_command(app, "chat", "a conversation; each line of stdin is a turn",
+                    "deepseek chat --system \"Be brief.\"", o, command_chat);
+    add_generation_options(c, o);
 
-    CLI::App* tokens = add_command(app, "tokenize", "text to ids and back",
-                                   "echo -n hello | deepseek tokenize", o, command_tokenize);
-    tokens->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
-    tokens->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
-    tokens->add_flag("--chat", o.tokenize.chat,
-                     "stdin: a JSON list of messages; stdout: the rendered prompt");
-    tokens->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
-    tokens->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
-}
+    c = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o,
+                    command_tokenize);
+    c->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
+    c->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
+    c->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
+    c->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
+    c->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
 
-inline void add_measuring_commands(CLI::App& app, Options& o) {
-    CLI::App* logits =
-        add_command(app, "logits", "logits of every position, and every intermediate",
+    c = add_command(app, "logits", "logits of every position, and every intermediate",
                     "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o, command_logits);
-    logits->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
-    logits->add_option("--out", o.out, "safetensors file to write")->required()->check(check_path);
-    logits->add_flag("--taps", o.taps, "every named intermediate too");
-    add_pass_options(logits, o);
+    c->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
+    option(c, "--out", o.out, check_path, "safetensors file to write")->required();
+    c->add_flag("--taps", o.taps, "every named intermediate too");
+    add_pass_options(c, o);
 
-    CLI::App* text = add_command(app, "perplexity", "negative log-likelihood of a text",
-                                 "deepseek perplexity -f README.md", o, command_perplexity);
-    text->add_option("-f,--file", o.file, "the text")->required();
-    text->add_option("--ctx", o.context, "tokens per window (default: the model's context)")
-        ->check(CLI::Range(2, MOST));
+    c = add_command(app, "perplexity", "negative log-likelihood of a text",
+                    "deepseek perplexity -f README.md", o, command_perplexity);
+    c->add_option("-f,--file", o.file, "the text")->required();
+    option(c, "--ctx", o.context, CLI::Range(2, MOST), "tokens per window (default: the model's context)");
 
-    CLI::App* info = add_command(app, "info", "architecture, parameters, cache, memory plan",
-                                 "deepseek info --ctx 4096", o, command_info);
-    info->add_option("--ctx", o.context, "tokens of context to plan for")->check(CLI::Range(1, MOST));
+    c = add_command(app, "info", "architecture, parameters, cache, memory plan",
+                    "deepseek info --ctx 4096", o, command_info);
+    option(c, "--ctx", o.context, POSITIVE, "tokens of context to plan for");
 
-    CLI::App* quantize =
-        add_command(app, "quantize", "write the model as one GGUF file",
+    c = add_command(app, "quantize", "write the model as one GGUF file",
                     "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o, command_quantize);
-    quantize->add_option("-o,--out", o.out, "the file to write")->required();
-    quantize->add_option("--type", o.type, "format of the weights")
-        ->required()
-        ->check(CLI::IsMember(
-            {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"}));
+    c->add_option("-o,--out", o.out, "the file to write")->required();
+    const CLI::IsMember types(
+        {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"});
+    option(c, "--type", o.type, types, "format of the weights")->required();
 
-    CLI::App* bench = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
-                                  "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
-    bench->add_option("-p", o.bench_prompt, "tokens to prefill (default: 512)")->check(CLI::Range(0, MOST));
-    bench->add_option("-n", o.bench_tokens, "tokens to decode (default: 128)")->check(CLI::Range(0, MOST));
-    bench->add_option("-r", o.repeats, "runs (default: 5)")->check(CLI::Range(1, 1000));
+    c = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
+                    "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
+    option(c, "-p", o.bench_prompt, COUNT, "tokens to prefill (default: 512)");
+    option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
+    option(c, "-r", o.repeats, CLI::Range(1, 1000), "runs (default: 5)");
 }
 
 // One line on stderr, whatever bytes a file or an argument brought into the message.
@@ -4004,8 +3941,7 @@ int main(int argc, char** argv) {
     app.name("deepseek")
         ->require_subcommand(0, 1)
         ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
-    add_talking_commands(app, o);
-    add_measuring_commands(app, o);
+    add_commands(app, o);
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& e) {                    // --help
