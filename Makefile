@@ -81,13 +81,13 @@ build/have-run:
 	$(call packages,the program,g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev,\
 		$(call includes,simdjson.h utf8proc.h CLI/CLI.hpp) && \
 		printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <pcre2.h>\n' | $(CXX) -E -x c++ - -o /dev/null,\
-		a C++20 compiler$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
+		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
 
 build/have-test: | build/have-run
-	$(call packages,make test,libgtest-dev clang libclang-rt-dev python3 curl,\
+	$(call packages,make test,libgtest-dev clang libclang-rt-dev libomp-dev python3 curl,\
 		$(call includes,gtest/gtest.h) && python3 --version && curl --version && \
-		echo 'int main() {}' | $(CLANGXX) -fsanitize=address -x c++ - -o /dev/null,\
-		GoogleTest$(comma) clang++ with its sanitizers$(comma) Python 3 and curl)
+		echo 'int main() {}' | $(CLANGXX) -fopenmp -fsanitize=address -x c++ - -o /dev/null,\
+		GoogleTest$(comma) clang++ with its sanitizers and OpenMP$(comma) Python 3 and curl)
 
 build/have-style: | build/have-run
 	$(call packages,make style,clang-tidy python3 git,\
@@ -133,23 +133,20 @@ build/compilers/deepseek-clang: deepseek.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)
 build/compilers/deepseek-gcc: deepseek
 	@mkdir -p $(@D); cp $< $@
+build/tests: tests/tests.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
+build/golden-double: tests/golden/golden.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(TEST_FLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
+# Parts of build/tests, for who works on one of them.
 build/unit: tests/unit/unit.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
 build/golden: tests/golden/golden.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(TEST_FLAGS),$<,$(GTEST))
-build/golden-double: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(TEST_FLAGS) -DDEEPSEEK_REAL=double,$<,$(GTEST))
-build/replay: tests/fuzz/replay.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(TEST_FLAGS),$<)
 
 build/asan/deepseek: deepseek.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(SANITIZE),$<)
-build/asan/unit: tests/unit/unit.cpp build/flags | build/have-test
+build/asan/tests: tests/tests.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
-build/asan/golden: tests/golden/golden.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(SANITIZE),$<,$(GTEST))
-build/asan/replay: tests/fuzz/replay.cpp build/flags | build/have-test
-	$(call compile,$(CXX),$(SANITIZE),$<)
 
 $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer -Wno-pass-failed,$<)
@@ -158,15 +155,15 @@ $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | bui
 
 # -- tests -----------------------------------------------------------------------------------------------
 #
-# The programs are built side by side, then tests/run runs the suites of its list one after the other.
+# The programs are built side by side, the longest first; then tests/run runs the suites of its list one after
+# the other.
 
-TEST_PROGRAMS := deepseek $(addprefix build/,unit golden golden-double replay compilers/deepseek-clang \
-	compilers/deepseek-gcc)
+TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
-asan: $(addprefix build/asan/,deepseek unit golden replay) build/golden-double
+asan: build/asan/tests build/asan/deepseek build/golden-double
 	@tests/run --asan
 
 fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)

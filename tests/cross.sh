@@ -30,15 +30,13 @@ END
     mv "$cross/unpacked" "$cross/sysroot"
 fi
 
-for name in unit golden; do
-    program=$cross/$name
-    [ -x "$program" ] && [ -z "$(find deepseek.cpp tokenizer.h tests/$name -newer "$program")" ] && continue
+program=$cross/tests
+sources=(./*.cpp ./*.h tests/tests.cpp tests/{unit,golden,fuzz})
+if [ ! -x "$program" ] || [ -n "$(find "${sources[@]}" -newer "$program")" ]; then
     echo "compiling $program"
-    aarch64-linux-gnu-g++ -O2 -std=c++20 -ffp-contract=off -fopenmp-simd -fpeel-loops -pthread -Wall -Wextra \
-        -Wpedantic -Werror -Wno-psabi -I. -I"$cross/sysroot/usr/include" tests/$name/$name.cpp -o "$program" \
+    aarch64-linux-gnu-g++ -O2 -std=c++20 -ffp-contract=off -fopenmp -fpeel-loops -pthread -Wall -Wextra \
+        -Wpedantic -Werror -Wno-psabi -I. -I"$cross/sysroot/usr/include" tests/tests.cpp -o "$program" \
         -L"$cross/sysroot/$lib" -lsimdjson -lpcre2-8 -lutf8proc -lgtest -lgtest_main
-done
-for name in unit golden; do
-    QEMU_LD_PREFIX=/usr/aarch64-linux-gnu qemu-aarch64 -E LD_LIBRARY_PATH="$cross/sysroot/$lib" \
-        "$cross/$name" --gtest_brief=1 "$@"
-done
+fi
+QEMU_LD_PREFIX=/usr/aarch64-linux-gnu qemu-aarch64 -E LD_LIBRARY_PATH="$cross/sysroot/$lib" \
+    "$program" --gtest_brief=1 "--gtest_filter=-Fuzz*" "$@"

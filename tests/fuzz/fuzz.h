@@ -1,8 +1,10 @@
 // What the targets share. A target may refuse its input with one of the program's two errors; anything else
 // that leaves it, a sanitizer's report or a broken CHECK is a find.
 #pragma once
+#ifndef TESTS_TOGETHER                // tests/tests.cpp has it already
 #define DEEPSEEK_NO_MAIN
 #include "../../deepseek.cpp"
+#endif
 
 #define FUZZ_CHECK(condition) CHECK(condition, "a property of the fuzz target")
 

@@ -1,13 +1,16 @@
 // Runs every target on every file of its corpus, without libFuzzer: seeds, and inputs that once broke one.
 //
-//   g++ -std=c++20 -O1 -pthread tests/fuzz/replay.cpp -o build/replay -lsimdjson -lpcre2-8 -lutf8proc
-//   build/replay [CORPUS]       default: tests/fuzz/corpus
+//   build/tests --gtest_filter='Fuzz*'        tests/tests.cpp includes this file
 //
 // Each file runs in a process of its own, as a find ends it. It runs whole, cut short, and with single bits
 // changed: near neighbours that a fuzzer would try first.
+#include <gtest/gtest.h>
+
 #include "fuzz.h"
 
 #include <sys/wait.h>
+
+namespace fuzz {
 
 #define LLVMFuzzerTestOneInput fuzz_safetensors
 #include "safetensors.cpp"
@@ -62,7 +65,7 @@ bool survives(const Target& target, const std::string& text) {
     pid_t child = fork();
     if (child == 0) {
         alarm(300);
-        run_near(target, text);
+        [&]() noexcept { run_near(target, text); }();    // an exception ends it: GoogleTest would catch it
         _exit(0);
     }
     int status = 0;
@@ -77,24 +80,38 @@ std::vector<fs::path> files_of(const fs::path& folder) {
     return files;
 }
 
-int main(int argc, char** argv) {
-    fs::path corpus = argc > 1 ? argv[1] : "tests/fuzz/corpus";
-    int passed = 0, failed = 0;
-    auto count = [&](bool good, const std::string& name) {
-        (good ? passed : failed)++;
-        if (!good) std::fprintf(stderr, "FAILED %s\n", name.c_str());
-    };
+struct Input {
+    Target target;
+    fs::path file;
+};
+void PrintTo(const Input& input, std::ostream* out) { *out << input.file.string(); }
+
+std::vector<Input> all_inputs() {
+    std::vector<Input> inputs;
+    for (const Target& target : TARGETS)
+        for (const fs::path& file : files_of(fs::path("tests/fuzz/corpus") / target.name))
+            inputs.push_back({target, file});
+    return inputs;
+}
+
+// Death tests run first, so these processes are forked before any loop has started threads.
+class CorpusDeathTest : public testing::TestWithParam<Input> {};
+INSTANTIATE_TEST_SUITE_P(Fuzz, CorpusDeathTest, testing::ValuesIn(all_inputs()));
+TEST_P(CorpusDeathTest, Survives) { EXPECT_TRUE(survives(GetParam().target, read_file(GetParam().file))); }
+
+TEST(FuzzDeathTest, HasFilesForEachTarget) {
+    for (const Target& target : TARGETS)
+        EXPECT_FALSE(files_of(fs::path("tests/fuzz/corpus") / target.name).empty()) << target.name;
+}
+
+TEST(FuzzDeathTest, AFindIsSeen) {
     Target broken = {"broken", [](const uint8_t* data, size_t size) {
         return fuzz_one(data, size, [](std::string_view text) {
             if (text == "ab") throw std::logic_error("planted, to see that it is seen");
         });
     }};
-    count(survives(broken, "a") && !survives(broken, "abc"), "a find must be seen");
-    for (const Target& target : TARGETS) {
-        std::vector<fs::path> files = files_of(corpus / target.name);
-        if (files.empty()) count(false, (corpus / target.name).string() + ": no files");
-        for (const fs::path& file : files) count(survives(target, read_file(file)), file.string());
-    }
-    std::printf("fuzz-corpus: %d passed, %d failed\n", passed, failed);
-    return failed ? 1 : 0;
+    EXPECT_TRUE(survives(broken, "a"));
+    EXPECT_FALSE(survives(broken, "abc"));
 }
+
+}  // namespace fuzz

@@ -20,8 +20,8 @@ check() {                                    # check NAME COMMAND...
 }
 
 build() {                                    # build COMPILER PROGRAM
-    [ "$2" -nt deepseek.cpp ] && [ "$2" -nt tokenizer.h ] && return 0
-    "$1" -std=c++20 -O2 -ffp-contract=off -fopenmp-simd -pthread deepseek.cpp -o "$2" \
+    [ -x "$2" ] && [ -z "$(find ./*.cpp ./*.h -newer "$2")" ] && return 0
+    "$1" -std=c++20 -O2 -ffp-contract=off -fopenmp -pthread deepseek.cpp -o "$2" \
         -lsimdjson -lpcre2-8 -lutf8proc
 }
 

@@ -1,10 +1,10 @@
 // The golden tests: each step of each tiny model against a float64 reference that shares no code with ours
 // (tests/golden/reference.py, itself compared with the published programs: tests/golden/README.md).
 //
-//   F="-std=c++20 -O2 -ffp-contract=off -fopenmp-simd -pthread -Wall -Wextra -DDEEPSEEK_NO_MAIN -I."
+//   F="-std=c++20 -O2 -ffp-contract=off -fopenmp -pthread -Wall -Wextra -DDEEPSEEK_NO_MAIN -I."
 //   L="-lgtest -lgtest_main -lsimdjson -lpcre2-8 -lutf8proc"
 //   g++ $F -DDEEPSEEK_REAL=double tests/golden/golden.cpp -o build/golden-double $L && build/golden-double
-//   g++ $F tests/golden/golden.cpp -o build/golden $L && build/golden
+//   g++ $F tests/golden/golden.cpp -o build/golden $L && build/golden       (or build/tests: tests/tests.cpp)
 //
 // Two programs from this one text, both run from the root of the repository. The double build shows that the
 // formulas are right, to the last digit that the golden files hold, and leaves its results in
@@ -38,14 +38,16 @@
 //           (No row of these models has a multiple of 32 numbers: --kv q8_0 is left to the unit tests.)
 //   ids     expert_idx: equal. The prompts are chosen so that no choice is nearer than 2e-4 to another one,
 //           some 100 times R of the router's scores.
+#include <gtest/gtest.h>
+
+#ifndef TESTS_TOGETHER                // tests/tests.cpp has it already
 #ifndef DEEPSEEK_NO_MAIN
 #define DEEPSEEK_NO_MAIN
 #endif
-#include <gtest/gtest.h>
-
 #include "deepseek.cpp"
+#endif
 
-namespace {
+namespace golden {
 
 constexpr bool IN_DOUBLE = sizeof(real) == 8;
 constexpr double U = 0x1p-24, PROMISED = 3, SAME_SIZE = 4, KV_BF16 = 0x1p16;
@@ -570,7 +572,7 @@ std::vector<Sample> read_samples() {
     return out;
 }
 
-class Talking : public testing::Test {
+class GoldenText : public testing::Test {
 protected:
     Model model = load_model("weights/tiny");
     Tokenizer tokenizer = Tokenizer::load("weights/tiny");
@@ -593,14 +595,14 @@ protected:
     }
 };
 
-TEST_F(Talking, SaysWhatTheReferenceSays) {
+TEST_F(GoldenText, SaysWhatTheReferenceSays) {
     std::vector<Sample> samples = read_samples();
     ASSERT_GE(samples.size(), 24u);
     for (const Sample& s : samples) EXPECT_EQ(answer(s.question, false), s.text) << s.question;
 }
 
 #ifdef DEEPSEEK_FLOAT
-TEST_F(Talking, SaysTheSameWithDrafts) {
+TEST_F(GoldenText, SaysTheSameWithDrafts) {
     for (const Sample& s : read_samples()) EXPECT_EQ(answer(s.question, true), s.text) << s.question;
     EXPECT_GT(total.drafted, 0);
     EXPECT_GT(total.accepted, total.drafted / 2) << "of " << total.drafted;   // or little was tested
@@ -608,7 +610,7 @@ TEST_F(Talking, SaysTheSameWithDrafts) {
 #endif
 
 // tests/golden/text/ids.jsonl: ids that the Rust library `tokenizers` makes, prompts that Jinja renders.
-TEST(Tokens, AreThoseOfTheLibrary) {
+TEST(GoldenTokens, AreThoseOfTheLibrary) {
     std::map<std::string, Tokenizer> tokenizers;
     int texts = 0, chats = 0;
     for (const std::string& line : lines_of("tests/golden/text/ids.jsonl")) {
@@ -634,7 +636,7 @@ TEST(Tokens, AreThoseOfTheLibrary) {
 
 // -- the tests themselves -----------------------------------------------------------------------------------
 
-TEST(Checker, EveryFolderIsInTheList) {
+TEST(GoldenChecker, EveryFolderIsInTheList) {
     std::set<std::string> folders = {"tiny"};
     for (auto& entry : fs::directory_iterator("tests/golden/models"))
         folders.insert(entry.path().filename().string());
@@ -644,7 +646,7 @@ TEST(Checker, EveryFolderIsInTheList) {
 
 // A single wrong number anywhere is seen and named, and so is a row of zeros among many, which a global
 // calc_diff below 1e-3 lets pass.
-TEST(Checker, SeesOneWrongNumberAndOneEmptyRow) {
+TEST(GoldenChecker, SeesOneWrongNumberAndOneEmptyRow) {
     Rng rng{1};
     Values golden{"x", {1000, 3, 2}, {}, {}};
     for (int i = 0; i < 6000; i++) golden.reals.push_back(rng.uniform() - 0.5);
@@ -669,7 +671,7 @@ TEST(Checker, SeesOneWrongNumberAndOneEmptyRow) {
     EXPECT_NE(text.find("(1, 1): ours 5, golden 4"), std::string::npos) << text;
 }
 
-TEST(Checker, SeesOneOtherBit) {
+TEST(GoldenChecker, SeesOneOtherBit) {
     Taps a, b;
     std::vector<real> x = {1, 2, 3, 4}, y = {1, 2, std::nextafter(real(3), real(4)), 4};
     a.add("x", x.data(), 2, {2}), b.add("x", x.data(), 2, {2});
@@ -678,4 +680,4 @@ TEST(Checker, SeesOneOtherBit) {
     EXPECT_NE(bit_difference(a, b).find("y: row 1, number 0"), std::string::npos);
 }
 
-}  // namespace
+}  // namespace golden

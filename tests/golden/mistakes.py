@@ -251,8 +251,8 @@ def planted(source, file):
 
 
 def compile_program(name, options):
-    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-w",
-               "-DDEEPSEEK_NO_MAIN", f"-I{OUT}", *options, str(ROOT / "tests/golden/golden.cpp"),
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-ffp-contract=off", "-fopenmp", "-w",
+               "-DDEEPSEEK_NO_MAIN", f"-I{OUT}", f"-I{ROOT}", *options, str(ROOT / "tests/golden/golden.cpp"),
                "-o", str(OUT / name), "-lgtest", "-lgtest_main", "-lsimdjson", "-lpcre2-8", "-lutf8proc"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
