@@ -59,6 +59,8 @@ template <class T> T as_bf16(T x) {              // 8 significant bits
     T fraction = std::frexp(x, &exponent);
     return std::isfinite(x) ? std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8) : x;
 }
+inline const int* planted_slot = nullptr;        // for a mistake in two places
+inline const void* planted_weight = nullptr;
 inline std::string_view kept(const std::string& text) { return *new std::string(text); }
 inline std::string with_ascii_letters(std::string regex) {
     for (size_t at; (at = regex.find("\\\\p{L}")) != std::string::npos;) regex.replace(at, 5, "A-Za-z");
@@ -66,26 +68,33 @@ inline std::string with_ascii_letters(std::string regex) {
 }
 """
 
-SCORES = "«kernels.softmax(scores[i], past.scale, n[size_t(i)]);»"
-SCORES_OF = """for (int j = 0; j < n[size_t(i)]; j++) scores[i][j] = as_f16(FACTOR * scores[i][j]);
-        kernels.softmax(scores[i], 1, n[size_t(i)]);"""
+SCORES = "«softmax_plain(p, a.scale, n);»"
+SCORES_OF = """for (int j = 0; j < n; j++) p[j] = as_f16(FACTOR * p[j]);
+        softmax_plain(p, 1, n);"""
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
 UP_TO_2 = "std::exp2(std::ceil(std::log2(load<float>(scale))))"
-GATE = "case Gate::NOAUX_TC: «gate_noaux_tc(r, bias, c);» break;"
+GATE = "case Gate::NOAUX_TC: «return gate_noaux_tc(r, w.gate_bias.data(), shape);»"
+RECOVERED = """gate_noaux_tc(r, w.gate_bias.data(), shape);
+        for (size_t e = 0; e < w.gate_bias.size(); e++)
+            r.affinity[e] = as_bf16(r.choice[e]) - w.gate_bias[e];
+        return mixture_weights(r, shape);"""
 SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]]»;"
 ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
 TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
         ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
-DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.expert_in + i * D);»"
-MIX = "«kernels.weigh({mix, 0}, {a.gate_weight + t * c.K + k, 0}, real_matrix(out, 1, c.D), 1, 1);»"
-WEIGHTED_INPUT = """int64_t pair = std::find(a.slot, a.slot + slots, int(i)) - a.slot;
+EXPERTS = """«run_experts({a.u, T, first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up},
+    w);»"""
+DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.in + i * D);»"
+MIX = "«kernels.weigh({sum, 0}, {weight + k, 0}, expert, 1, 1);»"
+WEIGHTED_INPUT = """int64_t pair = std::find(planted_slot, planted_slot + slots, int(i)) - planted_slot;
     const real* u = a.u + a.slot_token[i] * D;
-    for (int d = 0; d < D; d++) a.expert_in[i * D + d] = a.gate_weight[pair] * u[d];"""
+    for (int d = 0; d < D; d++)
+        a.in[i * D + d] = static_cast<const real*>(planted_weight)[pair] * u[d];"""
 SWAP = """for (int t = 0; t < T; t++) {
         real* in = a.mtp_in + 2 * int64_t(t) * c.D;
         std::swap_ranges(in, in + c.D, in + c.D);
     }
-    matmul(a.mtp_x, a.mtp_in, w.proj, T);"""
+    matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);"""
 MAGNITUDE = "rope.magnitude = «yarn_mscale(c.factor, c.mscale) / all»;"
 MSCALE = "yarn_mscale(c.factor, c.mscale)"
 BITS = "HasTheSameBits"
@@ -108,20 +117,20 @@ MISTAKES = [
 
     # 2. RoPE: which two numbers form a pair.
     Mistake("rope", "half layout in MLA", "v3-bf16", "layers.0.q_rope",
-            [("«rope_interleaved(a.kv + t * width + c.Rkv, cos_sin, c.Dr);»",
-              "rope_half(a.kv + t * width + c.Rkv, cos_sin, c.Dr);"),
-             ("«rope_interleaved(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);»",
-              "rope_half(a.q + (t * c.H + h) * q_dim + c.Dn, cos_sin, c.Dr);")]),
+            [("«rope_interleaved(kv[t] + c.Rkv, cos_sin, c.Dr);»",
+              "rope_half(kv[t] + c.Rkv, cos_sin, c.Dr);"),
+             ("«rope_interleaved(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);»",
+              "rope_half(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);")]),
     Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.attn_out",
             [("«rope_half(key, cos_sin, d);»", "rope_interleaved(key, cos_sin, d);"),
-             ("«rope_half(query, cos_sin, d);»", "rope_interleaved(query, cos_sin, d);")]),
+             ("«rope_half(a.q + (t * c.H + h) * d, cos_sin, d);»",
+              "rope_interleaved(a.q + (t * c.H + h) * d, cos_sin, d);")]),
 
     # 3. The correction bias picks experts and must not enter the mixture.
     Mistake("bias", "mixture weights from biased scores", "v3-bf16", "layers.1.expert_weight",
             [(SUM, "sum += r.choice[r.idx[k]];"), (SHARE, "r.choice[r.idx[k]]")]),
     Mistake("bias", "scores recovered as (score + bias) - bias, in bf16", "v3-bf16", "layers.1.expert_weight",
-            [(GATE, "gate_noaux_tc(r, bias, c); for (int e = 0; e < c.E; e++) "
-                    "r.affinity[e] = as_bf16(r.choice[e]) - bias[e];")]),
+            [(GATE, RECOVERED)]),
     Mistake("bias", "bias stored in bf16", "v3-bf16", "layers.1.expert_idx",
             [(ADD_BIAS, "as_bf16(bias[e])")]),
     Mistake("bias", "negative bias rejected", "v3-negative", "layers.1.expert_idx",
@@ -131,11 +140,11 @@ MISTAKES = [
     Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.expert_idx",
             [('c.sigmoid_affinity = «f.choice("scoring_func", {"softmax", "sigmoid"}) == 1»;', "false")]),
     Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.expert_idx",
-            [(GATE, "gate_group_limited_greedy(r, bias, c);")]),
+            [(GATE, "return gate_group_limited_greedy(r, shape);")]),
     Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.expert_idx",
             [("score.push_back(«choice[best[0]] + choice[best[1]]»);", "choice[best[0]]")]),
     Mistake("gate", "masked groups filled with 0", "v3-negative", "layers.1.expert_idx",
-            [("r.choice + g * size, size, «-std::numeric_limits<real>::infinity()»", "real(0)")]),
+            [("r.choice + i * size, size, «-std::numeric_limits<real>::infinity()»", "real(0)")]),
 
     # 5. Ties.
     Mistake("ties", "the higher id wins (sigmoid)", "v3-ties", "layers.1.expert_idx", TIES),
@@ -158,11 +167,12 @@ MISTAKES = [
     # 8. The routing weight belongs to an expert's output. Before the down projection it would only round
     # differently (a product commutes with a matrix); before the activation it changes the result.
     Mistake("weight", "routing weight on an expert's input", "v3-bf16", "layers.1.ffn_out",
-            [(DISPATCH, WEIGHTED_INPUT), (MIX, "add(mix, out, size_t(c.D));")]),
+            [(EXPERTS, "planted_slot = a.slot, planted_weight = a.gate_weight; " + EXPERTS.strip("«»")),
+             (DISPATCH, WEIGHTED_INPUT), (MIX, "add(sum, expert_out + int64_t(slot[k]) * D, size_t(D));")]),
 
     # 9. MTP. (Positions shifted by one would not show: RoPE sees distances alone.)
     Mistake("mtp", "hidden state first, embedding second", "v3-mtp", "mtp.in",
-            [("«matmul(a.mtp_x, a.mtp_in, w.proj, T);»", SWAP)]),
+            [("«matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);»", SWAP)]),
     Mistake("mtp", "hidden state before the final norm", "v3-mtp", "mtp.in",
             [("const real* h = «s.a.h» + int64_t(begin", "s.a.x")]),
     Mistake("mtp", "enorm and hnorm exchanged", "v3-mtp", "mtp.in",
@@ -189,27 +199,26 @@ MISTAKES = [
 
     # 11. fp16, and what breaks when a prompt takes two forward passes.
     Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.attn_out",
-            [(SCORES, SCORES_OF.replace("FACTOR", "past.scale"))]),
+            [(SCORES, SCORES_OF.replace("FACTOR", "a.scale"))]),
     Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.attn_out",
             [(SCORES, SCORES_OF.replace("FACTOR", "real(0x1p20)"))]),
     Mistake("fp16", "residual stream in fp16", "v3-bf16", "layers.0.out",
             [('"ffn_out", a.y, T, {c.D}); «add(x, a.y, n);»',
               "add(x, a.y, n); for (size_t i = 0; i < n; i++) x[i] = as_f16(x[i]);")]),
     Mistake("chunks", "positions restart with " + CHUNK, "v3-bf16", "layers.0.q_rope",
-            [("rope_table(a.cos_sin, m.rope, T, «pos»); for (int t = 0; t < T; t++) kernels.widen(a.x", "0")],
-            BITS),
+            [("rope_table(s.a.cos_sin, s.model.rope, T, «pos»);", "0")], BITS),
     Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
-            [("s.cache.store(l, 0, «pos» + int(t), a.kv + t * width);", "0")], BITS),
+            [("s.cache.store(l, 0, «pos» + int(t), kv[t]);", "0")], BITS),
     Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
-            [("n[k] = «pos + (int(first) + k) / c.H + 1»;", "(int(first) + k) / c.H + 1")], BITS),
+            [("s.a.seen[t] = «pos + t + 1»;", "t + 1")], BITS),
     Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
-            [("n[i] = «pos + t0 + i / heads + 1»;", "t0 + i / heads + 1")], BITS),
+            [("s.a.seen[t] = «pos + t + 1»;", "t + 1")], BITS),
 
     # 12. Expert parallelism: physical and logical experts confused, a combine that takes another's rows.
     Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.ffn_out",
             [("in, &«w.experts[e]».w_gate, n", "w.experts[(e + 1) % w.experts.size()]")]),
     Mistake("experts", "combine takes another pick's row", "v3-bf16", "layers.1.ffn_out",
-            [("a.expert_out + int64_t(«a.slot[t * c.K + k]») * c.D", "a.slot[t * c.K + (k + 1) % c.K]")]),
+            [("real_matrix(expert_out + int64_t(«slot[k]») * D", "slot[t * K + (k + 1) % K]")]),
 
     # And one that only an unusual config shows.
     Mistake("eps", "the config's eps in the latent norms", "v2-noyarn", "layers.0.c_q",
