@@ -27,8 +27,8 @@
 //           8 which format for which matrix; 9 writing: keys; 10 writing: the vocabulary of a folder;
 //           11 writing: tensors.
 //
-// Needs chapters 1 (errors, Arena, parallel_for), 2 (Dtype, Matrix) and 3 (Fields, Config, Checkpoint,
-// Sampling, AtomicFile) of deepseek.cpp, and tokenizer.h.
+// Needs chapters 1 (errors, Arena, parallel_for), 2 (Dtype, Matrix), 3 (Fields, Config, AtomicFile) and 4.3
+// (Checkpoint, Sampling) of deepseek.cpp, and tokenizer.h.
 #pragma once
 
 // -- 1  the container: every length is checked before it is believed -----------------------------
@@ -1614,7 +1614,7 @@ inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
     return total;
 }
 
-// Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.1).   source: the
+// Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.2).   source: the
 // folder or file that they came from, for its vocabulary;   progress: bytes done, in all
 inline void write_gguf(const std::string& out, const Checkpoint& from, const Config& c,
                        const fs::path& source, const FileType& type,
