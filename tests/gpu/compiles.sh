@@ -3,7 +3,7 @@
 #
 #   tests/gpu/compiles.sh        from anywhere; NVCC names another nvcc, CXX the host compiler
 #
-# Where there is no nvcc the suite says so and is skipped. Not optimised, for one GPU, it takes a minute. It is
+# Where there is no nvcc the suite says so and is skipped. Not optimised, for one GPU: a minute, and that is
 # not done again while build/nvcc/deepseek.o is newer than every source. System headers may warn (nvcc takes
 # /usr/include for such). simdjson's own SIMD is off: nvcc fails in it.
 set -u
