@@ -2762,12 +2762,13 @@ struct Thought {
 // Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
 inline void prefill(Session& s, std::span<const int> ids, int pos,
                     const std::function<void(int, int)>& done) {
-    for (size_t at = 0; at < ids.size() && !interrupted;) {
-        size_t T = std::min(ids.size() - at, size_t(s.options.chunk));
-        forward(s, ids.subspan(at, T), pos + int(at));
-        done(pos + int(at), int(T));
-        at += T;
-    }
+    with_team([&] {
+        for (size_t at = 0, T = 0; at < ids.size() && !interrupted; at += T) {
+            T = std::min(ids.size() - at, size_t(s.options.chunk));
+            forward(s, ids.subspan(at, T), pos + int(at));
+            done(pos + int(at), int(T));
+        }
+    });
 }
 
 // How many of `ids` need no forward pass, because the cache already holds them. The last token always
@@ -3050,7 +3051,8 @@ inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const s
         progress.reset();
         printer.emit(id);
     };
-    Statistics stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit);
+    Statistics stats;
+    with_team([&] { stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit); });
     progress.reset();
     printer.finish();
     print_statistics(stats, g);
@@ -3755,8 +3757,10 @@ inline double time_tokens(Session& s, int n, bool one_by_one) {
     double start = seconds();
     int step = one_by_one ? 1 : n;
     auto logits = [&](int pos, int T) { if ((pos + T) % step == 0) last_logits(s, 1); };
-    for (int i = 0; i < n && !interrupted; i += step)
-        prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), i, logits);
+    with_team([&] {
+        for (int i = 0; i < n && !interrupted; i += step)
+            prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), i, logits);
+    });
     return seconds() - start;
 }
 
@@ -3809,7 +3813,7 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
                              Options& o, void (*run)(const Options&)) {
     CLI::App* c = app.add_subcommand(name, what);
     c->footer(std::string("Example:\n  ") + example);
-    c->callback([&o, run] { prepare(o), with_team([&] { run(o); }); });
+    c->callback([&o, run] { prepare(o), run(o); });
     option(c, "-m,--model", o.model, check_path,
            "Hugging Face folder or GGUF file (default: the model in weights/)");
     option(c, "--threads", o.threads, CLI::Range(1, 4096), "threads (default: all cores)");

@@ -272,9 +272,7 @@ def build(workers):
     OUT.mkdir(parents=True, exist_ok=True)
     for file in (CPP, TOKENIZER):
         text = planted((ROOT / file).read_text(), file)
-        if file == TOKENIZER:
-            text = text.replace("#pragma once", "#pragma once" + PRELUDE, 1)
-        (OUT / file).write_text(text)
+        (OUT / file).write_text(PRELUDE * (file == CPP) + text)       # which includes the other one
     jobs = [workers.submit(compile_program, "golden-double", ["-DDEEPSEEK_REAL=double"]),
             workers.submit(compile_program, "golden", [])]
     for job in jobs:
