@@ -1,6 +1,6 @@
 // All unit tests in one program: deepseek.cpp is compiled once.
 //
-//   g++ -std=c++20 -O1 -ffp-contract=off -pthread -I. tests/unit/unit.cpp -o build/unit
+//   g++ -std=c++20 -O1 -ffp-contract=off -fopenmp -I. tests/unit/unit.cpp -o build/unit
 //       -lgtest -lgtest_main -lsimdjson -lpcre2-8 -lutf8proc
 //   build/unit                            from the top of the repository
 //   build/unit --gtest_filter='Gate*'     one chapter's tests: names begin with its subject
@@ -22,8 +22,8 @@
 #include "ch12_talking.cpp"
 #include "ch13_mtp.cpp"
 #include "ch19_bill.cpp"
-#include "chA_fast_cpu.cpp"
-#include "chO_interleaved.cpp"
+#include "simd_kernels.cpp"
+#include "simd_interleaved.cpp"
 #if __has_include("tokenizer.cpp")
 #include "tokenizer.cpp"
 #endif

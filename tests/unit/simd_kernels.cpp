@@ -1,4 +1,4 @@
-// Appendix A: every kernel gives the bits of its plain twin.
+// simd.h: every kernel gives the bits of its plain twin.
 #include "unit.h"
 
 #include "weights.h"
@@ -25,7 +25,7 @@ static Vector activations(int T, int stride, bool wild, Noise& noise) {
     return x;
 }
 
-// -- A.2, A.3, A.6, A.7 products --------------------------------------------------------------------
+// -- products ---------------------------------------------------------------------------------------
 
 // T tokens on the rows begin .. end. What else is in the output must stay.
 struct Part {
@@ -134,7 +134,7 @@ TEST(FastCpu, ProductsEqualPlainForTameWeightsAndWildActivations) {
     });
 }
 // Around ARRANGE_FROM tokens, more than a block has, and rows so long that few tokens are taken at once and a
-// lane in parts. Appendix M packs rows of bf16 in another way if their columns fill 32 places: 160 do.
+// lane in parts. AVX-512 packs rows of bf16 in another way if their columns fill 32 places: 160 do.
 TEST(FastCpu, MatmulEqualsPlain) {
     for_each([](const Kernels& k, Dtype dtype) {
         for (int n : {columns(dtype, 150, 2), columns(dtype, 160, 3), columns(dtype, 41000, 161)}) {
@@ -206,7 +206,7 @@ TEST(FastCpu, IntegersDoNotOverflow) {
     }
 }
 
-// -- A.1 widening -----------------------------------------------------------------------------------
+// -- widening ---------------------------------------------------------------------------------------
 
 TEST(FastCpu, WidenEqualsPlain) {
     for_each([](const Kernels& k, Dtype dtype) {
@@ -257,7 +257,7 @@ TEST(FastCpu, DotRealEqualsPlain) {
     }
 }
 
-// -- A.4 weighted sums ------------------------------------------------------------------------------
+// -- weighted sums ----------------------------------------------------------------------------------
 
 static void expect_weigh(const Kernels& k, const Matrix& v, int T, int n, bool wild) {
     Noise noise{{uint64_t(T * 1000 + n)}};
@@ -301,7 +301,7 @@ TEST(FastCpu, WeighReadsRowsThatAreApart) {
     });
 }
 
-// -- A.7 activations in small integers --------------------------------------------------------------
+// -- activations in small integers ------------------------------------------------------------------
 
 static void expect_quantise(const Kernels& k, const Vector& x, int block) {
     Ints expected(x, 1, block), out(x, 1, block, k);
@@ -343,7 +343,7 @@ TEST(FastCpu, QuantiseEqualsPlainAtTiesAndEnds) {
     }
 }
 
-// -- A.8 exp ----------------------------------------------------------------------------------------
+// -- exp --------------------------------------------------------------------------------------------
 
 // A sweep over all floats: normal, subnormal, infinite, NaN, of both signs.
 static Vector all_kinds_of_numbers() {
@@ -397,7 +397,7 @@ TEST(FastCpu, SiluTimesEqualsPlain) {
     }
 }
 
-// -- A.9 choose_kernels -----------------------------------------------------------------------------
+// -- choose_kernels ---------------------------------------------------------------------------------
 
 TEST(ChooseKernels, TakesTheLastOfTheList) {
     ScopedKernels before(kernels);

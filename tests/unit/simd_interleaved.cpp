@@ -1,9 +1,9 @@
-// Appendix O: interleaved rows give the bits of the rows as they were.
+// simd.h: interleaved rows give the bits of the rows as they were.
 #include "unit.h"
 
 #include "weights.h"
 
-constexpr Dtype INTERLEAVED[] = {Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K};
+constexpr Dtype INTERLEAVED[] = {Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K};
 
 static std::vector<Kernels> interleaving_kernels() {
     std::vector<Kernels> all = available_kernels();
@@ -23,7 +23,7 @@ struct Interleaved {
     }
 };
 
-// -- O.1 the order ----------------------------------------------------------------------------------
+// -- the order --------------------------------------------------------------------------------------
 
 TEST(Interleaved, EachDwordHasItsLine) {
     for (Dtype d : INTERLEAVED) {
@@ -48,7 +48,7 @@ TEST(Interleaved, RowsComeBack) {
     }
 }
 
-// -- O.3, O.4 products ------------------------------------------------------------------------------
+// -- products ---------------------------------------------------------------------------------------
 
 // T tokens on the rows begin .. end of a matrix of 48, on one core and without a look at parts.
 static void expect_products(const Matrix& w, const Matrix& side, int T, int begin, int end, bool wild) {
@@ -93,37 +93,33 @@ TEST(Interleaved, ProductsEqualPlainForAnyBits) {
         }
     }
 }
-// The largest sums that 16 bits must hold: all weights at their most, all x at theirs.
+// The largest sums that 16 bits must hold: all weights at their most, or all bits set; all x at their most.
 TEST(Interleaved, ProductsEqualPlainForTheLargestSums) {
     for (const Kernels& k : interleaving_kernels()) {
         ScopedKernels scoped(k);
         for (Dtype d : INTERLEAVED) {
-            RandomMatrix w(d, SIDE, 512, 1);
-            std::memset(&w.bytes[1], 0xFF, w.bytes.size() - 1);
-            for (int r = 0; r < SIDE; r++) {
-                for (int b = 0; b < 2; b++) {                   // the halves d and m: 1
-                    size_t at = 1 + size_t(r) * row_bytes(d, 512) + size_t(b * format_of(d).bytes);
-                    if (d == Dtype::Q6_K) at += 208;
-                    w.bytes[at] = 0, w.bytes[at + 1] = 0x3C;
-                    if (d != Dtype::Q6_K) w.bytes[at + 2] = 0, w.bytes[at + 3] = 0x3C;
-                }
-            }
-            Interleaved side(w.matrix);
-            for (real x : {real(1), real(-1)}) {
-                for (int T : {1, 3}) {
-                    Vector same(size_t(T) * 512, x);
-                    Ints ints(same, T, 256, k);
-                    Vector expected(size_t(T) * SIDE), out = expected;
-                    int_rows_plain({expected.data(), SIDE}, {same.data(), 512}, w.matrix, T, 0, SIDE);
-                    k.target->interleaved_rows({out.data(), SIDE}, ints.rows, side.matrix, T, 0, SIDE);
-                    EXPECT_TRUE(same_bits(expected, out)) << k.name << ", " << format_of(d).name;
+            std::string ones(size_t(format_of(d).bytes), '\xFF');
+            for (size_t place : places_of_halves(d)) ones.replace(place, 2, std::string("\x00\x3C", 2));  // 1
+            for (const std::string& block : {ones, extreme_block(d)}) {
+                RandomMatrix w(d, SIDE, 512, 1);
+                for (size_t at = 1; at < w.bytes.size(); at += block.size())
+                    w.bytes.replace(at, block.size(), block);
+                Interleaved side(w.matrix);
+                for (real x : {real(1), real(-1)}) {
+                    for (int T : {1, 3}) {
+                        Vector same(size_t(T) * 512, x), expected(size_t(T) * SIDE), out = expected;
+                        Ints ints(same, T, 256, k);
+                        int_rows_plain({expected.data(), SIDE}, {same.data(), 512}, w.matrix, T, 0, SIDE);
+                        k.target->interleaved_rows({out.data(), SIDE}, ints.rows, side.matrix, T, 0, SIDE);
+                        EXPECT_TRUE(same_bits(expected, out)) << k.name << ", " << format_of(d).name;
+                    }
                 }
             }
         }
     }
 }
 
-// -- O.2 models -------------------------------------------------------------------------------------
+// -- models -----------------------------------------------------------------------------------------
 
 #ifdef DEEPSEEK_FLOAT
 // Sides that a K format can have: dense, and latent attention with experts and an MTP module.
