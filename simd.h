@@ -88,7 +88,6 @@ inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
 
 // The kernels of an instruction set. Rows begin .. end of W, T vectors.
 struct SimdTarget {
-    const char* name;
     void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
     void (*weigh)(Rows out, ConstRows p, const Matrix& v, int T, int n);
     void (*widen)(real* out, const Matrix& w, int r);
@@ -97,11 +96,11 @@ struct SimdTarget {
     void (*silu_times)(real* gate, const real* up, int n);
     void (*quantise)(const IntRows& out, const real* x);
     void (*int_rows)(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end);
-    // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
-    void (*arrange)(real* out, ConstRows x, int T, int n);
-    void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end);
-    // `int_rows` for interleaved W, or none.
     void (*interleaved_rows)(Rows, const IntRows& x, const Matrix& w, int T, int begin, int end);
+    // `rows` for ARRANGE_FROM tokens and more, whose x was arranged before, 8 vectors at a time; or none.
+    void (*arrange)(real* out, ConstRows x, int T, int n) = nullptr;
+    void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end) = nullptr;
+    const char* name = nullptr;
 };
 
 
@@ -1963,6 +1962,13 @@ inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T,
         if constexpr (!of_32(D)) for_few(T, [&]<int N>() { side_rows<D, N>(out, x, w, begin, end); });
     });
 }
+
+constexpr SimdTarget TARGET = {rows, weigh, widen, dot_real, softmax, silu_times, quantise, int_rows,
+#if SIMD_BITS > 128
+                               interleaved_rows, arrange, arranged_rows};
+#else
+                               interleaved_rows};
+#endif
 #endif
 
 #ifndef SIMD_BITS
@@ -2000,16 +2006,15 @@ namespace avx512 {
 }  // namespace avx512
 END_TARGET
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
-namespace neon {
 #define SIMD_BITS 128
+namespace neon {
 #include "simd.h"
 }  // namespace neon
 namespace dotprod {
 #define SIMD_DOTPROD 1
 #include "simd.h"
-#undef SIMD_DOTPROD
-#undef SIMD_BITS
 }  // namespace dotprod
+#undef SIMD_BITS
 #endif
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
@@ -2319,7 +2324,7 @@ END_TARGET
 #pragma GCC diagnostic pop
 #endif
 
-// -- @D@  Products -------------------------------------------------------------------------------
+// -- 10  Products --------------------------------------------------------------------------------
 
 // x as its product wants it: in small integers, or arranged, or as it is.
 struct Input {
@@ -2434,6 +2439,8 @@ inline void fast_matmul(std::span<const Product> products) {
     }, cost / std::max<int64_t>(first.back(), 1));
 }
 
+// -- 11  Attention -------------------------------------------------------------------------------
+
 // Queries `first` to first + Q of a key head, Q <= QUERY_TILE, on this thread: keys and values are read once
 // for all of them.   scratch: attention_scratch numbers
 inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
@@ -2474,35 +2481,25 @@ inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
     }, int64_t(tile) * one.n.back() * (one.k.cols + one.v.cols) / 2);
 }
 
-// -- choose_kernels: once, at start --------------------------------------------------------------
+// -- 12  The choice ------------------------------------------------------------------------------
 
 // Those that this processor has, the fastest last.
 inline std::vector<SimdTarget> make_targets() {
     std::vector<SimdTarget> targets;
+    [[maybe_unused]] auto add = [&](const char* name, SimdTarget t) { t.name = name, targets.push_back(t); };
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        targets.push_back({"avx2", avx2::rows, avx2::weigh, avx2::widen, avx2::dot_real, avx2::softmax,
-                           avx2::silu_times, avx2::quantise, avx2::int_rows, avx2::arrange,
-                           avx2::arranged_rows, avx2::interleaved_rows});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("avx2", avx2::TARGET);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
-        targets.push_back({"avx512", avx512::rows, avx512::weigh, avx512::widen, avx512::dot_real,
-                           avx512::softmax, avx512::silu_times, avx512::quantise, avx512::int_rows,
-                           avx512::arrange, avx512::arranged_rows, avx512::interleaved_rows});
-        SimdTarget t = targets.back();
-        t.name = "amx", t.int_rows = amx::int_rows;
-        if (amx::available()) targets.push_back(t);
+        SimdTarget tiles = avx512::TARGET;
+        tiles.int_rows = amx::int_rows;
+        add("avx512", avx512::TARGET);
+        if (amx::available()) add("amx", tiles);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
-    targets.push_back({"neon", neon::rows, neon::weigh, neon::widen, neon::dot_real, neon::softmax,
-                       neon::silu_times, neon::quantise, neon::int_rows, nullptr, nullptr,
-                       neon::interleaved_rows});
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        SimdTarget t = targets.back();
-        t.name = "dotprod", t.int_rows = dotprod::int_rows, t.interleaved_rows = dotprod::interleaved_rows;
-        targets.push_back(t);
-    }
+    add("neon", neon::TARGET);
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add("dotprod", dotprod::TARGET);
 #endif
     return targets;
 }
@@ -2511,12 +2508,9 @@ inline std::vector<SimdTarget> make_targets() {
 inline std::vector<Kernels> available_kernels() {   // tests/unit/simd_kernels.cpp compares their bits
     static const std::vector<SimdTarget> TARGETS = make_targets();
     std::vector<Kernels> all = {Kernels{}};
-    for (const SimdTarget& t : TARGETS) {
-        bool interleave = t.interleaved_rows != nullptr;
+    for (const SimdTarget& t : TARGETS)
         all.push_back({t.name, true, t.weigh, t.widen, t.dot_real, t.softmax, t.silu_times, fast_matmul,
-                       fast_attend, interleave ? interleave_rows : nullptr,
-                       interleave ? can_interleave : nullptr, &t});
-    }
+                       fast_attend, interleave_rows, can_interleave, &t});
     return all;
 }
 

@@ -429,6 +429,21 @@ class Measures(Case):
             self.assertTrue(all(speed > 0 for speed in line["tokens_per_s"]))
         self.assertEqual(len(self.ok("bench", "-p", "0", "-n", "1", "-r", "1")[0].splitlines()), 1)
 
+    def test_threads_are_those_of_openmp(self):
+        def threads(*arguments, **variables):
+            env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | variables
+            out, _ = self.ok("bench", "-p", "1", "-n", "0", "-r", "1", *arguments, env=env)
+            return json.loads(out)["threads"]
+        cores = sorted(os.sched_getaffinity(0))
+        self.assertLessEqual(threads(), len(cores))
+        self.assertEqual(threads(OMP_NUM_THREADS="3"), 3)
+        self.assertEqual(threads("--threads", "2", OMP_NUM_THREADS="3"), 2)
+        os.sched_setaffinity(0, cores[:1])
+        try:
+            self.assertEqual(threads(), 1)
+        finally:
+            os.sched_setaffinity(0, cores)
+
 
 class Usage(Case):
     def test_help(self):
