@@ -1717,12 +1717,12 @@ template <Dtype D, int T> void int_tile(const IntBlock& block, int b, const IntR
         IntTile<D, T> tile(block, b, r, x);
         UNROLL for (int h = 0; h < TILE_REGISTERS; h++) {
             const int row = r + h * WIDTH, at = b * INT_ROWS + row;
-            Floats d = floats(block.d + at), m = has_minimums(D) ? floats(block.m + at) : d;
+            Floats d = floats(block.d + at), m = has_minimums(D) ? -floats(block.m + at) : d;
             UNROLL for (int t = 0; t < T; t++) {
                 float* out = lane + t * INT_ROWS + row;
                 Floats dx = all(x.d[t]), y = b < BLOCK_LANES ? Floats{} : floats(out);
                 y = fma(d * dx, to_floats_of(tile.sum[h][t]), y);
-                if (has_minimums(D)) y = fma(-(m * dx), to_floats_of(tile.minimum[h][t]), y);
+                if (has_minimums(D)) y = fma(m * dx, to_floats_of(tile.minimum[h][t]), y);
                 store(out, y);
             }
         }
@@ -2492,10 +2492,11 @@ inline std::vector<SimdTarget> make_targets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
-        SimdTarget tiles = avx512::TARGET;
-        tiles.int_rows = amx::int_rows;
-        add("avx512", avx512::TARGET);
-        if (amx::available()) add("amx", tiles);
+        SimdTarget wide = avx512::TARGET;
+        wide.dot_real = avx2::dot_real;                // of one row: two chains of additions, not one
+        add("avx512", wide);
+        wide.int_rows = amx::int_rows;
+        if (amx::available()) add("amx", wide);
     }
 #elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
     add("neon", neon::TARGET);
