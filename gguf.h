@@ -403,13 +403,14 @@ inline void pack_six_bits(uint8_t* s, const Block& b) {
 
 template <Dtype D> void unpack_scales(Block& b, Bytes p) {
     constexpr BlockLayout L = layout_of(D);
-    if constexpr (D == Dtype::Q2_K) return unpack_q2_k_scales(b, p);
-    if constexpr (D == Dtype::Q3_K) return unpack_q3_k_scales(b, p);
-    if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) return unpack_six_bits(b, p + L.scales);
-    for (int g = 0; g < format_of(D).values / 16; g++) {
-        b.scale[g] = D == Dtype::Q6_K ? int8_t(p[L.scales + g]) : 1;
-        b.minimum[g] = format_of(D).minimums ? -1 : 0;                       // x = d q + m there
-    }
+    if constexpr (D == Dtype::Q2_K) unpack_q2_k_scales(b, p);
+    else if constexpr (D == Dtype::Q3_K) unpack_q3_k_scales(b, p);
+    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) unpack_six_bits(b, p + L.scales);
+    else
+        for (int g = 0; g < format_of(D).values / 16; g++) {
+            b.scale[g] = D == Dtype::Q6_K ? int8_t(p[L.scales + g]) : 1;
+            b.minimum[g] = format_of(D).minimums ? -1 : 0;                   // x = d q + m there
+        }
 }
 
 // body.operator()<D>() for a quantised dtype

@@ -1,5 +1,5 @@
 // simd.h: the operations of chapter 5 again, as fast as this processor can. Included by deepseek.cpp; needs
-// chapters 1, 2 and 5.
+// chapters 1, 2 and 5, and the layout of blocks in gguf.h.
 //
 // Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are four, two or one of a
 // processor's registers, and their integer sums are exact. Each kernel below does the additions of its plain
@@ -33,7 +33,7 @@
 #elif defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 #define INLINE [[gnu::always_inline]] inline
 
@@ -84,8 +84,6 @@ constexpr int ARRANGE_FROM = 32, ARRANGED_TOKENS = 8;
 inline size_t arranged_lane(int n) { return size_t(n + LANES - 1) / LANES * ARRANGED_TOKENS + 16; }
 inline size_t arranged_size(int n) { return LANES * arranged_lane(n); }
 
-
-
 // The kernels of an instruction set. Rows begin .. end of W, T vectors.
 struct SimdTarget {
     void (*rows)(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end);
@@ -102,8 +100,6 @@ struct SimdTarget {
     void (*arranged_rows)(Rows out, const real* x, const Matrix& w, int T, int begin, int end) = nullptr;
     const char* name = nullptr;
 };
-
-
 
 // -- small integers: what the targets share ------------------------------------------------------
 //
@@ -137,16 +133,9 @@ template <class Body> INLINE void for_few(int T, const Body& body) {
 constexpr bool of_32(Dtype d) { return d < Dtype::Q2_K; }
 constexpr bool has_minimums(Dtype d) { return format_of(d).minimums; }
 // What makes the values of a block unsigned bytes.
-constexpr int offset_of(Dtype d) {
-    return d == Dtype::Q8_0 ? 128 : d == Dtype::Q4_0 ? 8 : d == Dtype::Q5_0 ? 16
-         : d == Dtype::Q6_K ? 32 : d == Dtype::Q3_K ? 4 : 0;
-}
+constexpr int offset_of(Dtype d) { return d == Dtype::Q8_0 ? 128 : layout_of(d).zero; }
 constexpr bool signed_scales(Dtype d) { return d == Dtype::Q3_K || d == Dtype::Q6_K; }
 constexpr bool in_32_groups(Dtype d) { return d == Dtype::Q4_K || d == Dtype::Q5_K; }   // or in 16
-// Where the f16 numbers d and, after it, m of a block stand.
-constexpr int place_of_d(Dtype d) {
-    return d == Dtype::Q6_K ? 208 : d == Dtype::Q3_K ? 108 : d == Dtype::Q2_K ? 80 : 0;
-}
 
 // A block of rows for many tokens: the weights of 32 rows are laid out so that a register holds four columns
 // of several rows, and four numbers of x, repeated, meet them all.
@@ -181,11 +170,9 @@ struct IntBlock {
 
 constexpr int SIDE = 16;                   // rows side by side
 
-inline bool interleaves(Dtype d) { return d >= Dtype::Q2_K; }
-
-// A block of 16 rows is lines of 64 bytes, line i with 32 bits of each row, those from byte 4 dword_of_line
-// on, and then the two bytes that are left of each (Q3_K, Q6_K). The lines are in the order in which the
-// kernels first read them: processors bring what follows before it is asked for, and nothing else.
+// A block of 16 rows is lines of 64 bytes, line i with dword `dword_of_line` of each row, and then the two
+// bytes that are left of each (Q3_K, Q6_K). The lines are in the order in which the kernels first read them:
+// processors bring what follows before it is asked for, and nothing else.
 constexpr int dword_of_line(Dtype d, int i) {
     if (d == Dtype::Q5_K && i >= 4 && i < 20) return (i % 2 ? 12 : 4) + (i - 4) / 2;
     if (d == Dtype::Q3_K) return i < 3 ? 24 + i : i < 19 ? (i % 2 ? 0 : 8) + (i - 3) / 2 : i - 3;
@@ -196,34 +183,25 @@ constexpr int dword_of_line(Dtype d, int i) {
     return part < 2 ? 16 * half + 8 * part + j : LOW + 8 * half + j;
 }
 
-// Where numbers 4 j .. 4 j + 4 of groups g and g + 1 are (Q4_K, Q5_K), in four bits each.
-constexpr int line_of_nibbles(Dtype d, int g, int j) {
-    if (d == Dtype::Q4_K) return 4 + 4 * g + j;
-    return g == 0 ? 5 + 2 * j : 12 + 4 * g + j;
-}
-constexpr int line_of_fifth_bits(int j) { return 4 + 2 * j; }
-// Where those of the four groups of half h are: their two bits (Q2_K, Q3_K), or in Q6_K their low bits, in
-// this line and the next, and their high ones in the one after that.
-constexpr int line_of_four(Dtype d, int h, int j) {
-    if (d == Dtype::Q2_K) return 4 + 8 * h + j;
-    if (d == Dtype::Q3_K) return h == 0 ? 4 + 2 * j : 19 + j;
-    return 4 + 24 * h + 3 * j;
-}
-constexpr int line_of_third_bits(int j) { return 3 + 2 * j; }
+template <Dtype D> constexpr auto LINE_OF_DWORD = [] {
+    std::array<int, format_of(D).bytes / 4> line{};
+    for (int i = 0; i < int(line.size()); i++) line[size_t(dword_of_line(D, i))] = i;
+    return line;
+}();
 
 // Sixteen rows, from one order to the other.
 template <bool INTERLEAVE> void reorder(std::byte* out, const std::byte* in, Dtype dtype, int cols) {
     const size_t bytes = size_t(format_of(dtype).bytes), row = row_bytes(dtype, cols);
-    constexpr std::integral_constant<size_t, 4> FOUR;  // constants, so that a copy is no call
-    constexpr std::integral_constant<size_t, 2> TWO;
-    auto copy = [&](size_t dense, size_t side, auto n) {
+    auto copy = [&](size_t dense, size_t side, auto n) {       // n: a constant, so that this is no call
         for (size_t r = 0; r < SIDE; r++, dense += row, side += n)
             std::memcpy(out + (INTERLEAVE ? side : dense), in + (INTERLEAVE ? dense : side), n);
     };
     for (size_t block = 0; block < row; block += bytes) {
-        for (size_t i = 0; i < bytes / 4; i++)
-            copy(block + 4 * size_t(dword_of_line(dtype, int(i))), SIDE * (block + 4 * i), FOUR);
-        if (size_t rest = block + bytes / 4 * 4; bytes % 4) copy(rest, SIDE * rest, TWO);
+        size_t i = 0;
+        for (; i + 4 <= bytes; i += 4)
+            copy(block + 4 * size_t(dword_of_line(dtype, int(i / 4))), SIDE * (block + i),
+                 std::integral_constant<size_t, 4>());
+        if (i < bytes) copy(block + i, SIDE * (block + i), std::integral_constant<size_t, 2>());
     }
 }
 
@@ -238,29 +216,28 @@ inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, in
     kernels.target->int_rows({out[0] + begin, out.stride}, x, rows, T, 0, end - begin);
 }
 
-inline bool can_interleave(const Matrix& w) { return interleaves(w.dtype) && w.rows % SIDE == 0; }
+inline bool can_interleave(const Matrix& w) { return w.dtype >= Dtype::Q2_K && w.rows % SIDE == 0; }
 
 // Interleaves W where it is. Pages of a mapped file that are written become memory of our own: all of a part
 // at once, which takes a quarter of the time of one by one. False where the system refuses.
 inline bool interleave_rows(Matrix& w) {
     constexpr int PART = 16 * SIDE;                    // rows
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    auto pages = [&](int begin, int end, auto call) {  // of these rows
+    auto pages = [&](int begin, int end, auto call, int how) {         // of these rows
         size_t from = reinterpret_cast<size_t>(w.row(begin)) / page * page;
-        return call(reinterpret_cast<void*>(from), reinterpret_cast<size_t>(w.row(end)) - from);
+        return call(reinterpret_cast<void*>(from), reinterpret_cast<size_t>(w.row(end)) - from, how);
     };
-    auto protect = [](int how) { return [how](void* p, size_t n) { return mprotect(p, n, how); }; };
-    if (pages(0, w.rows, protect(PROT_READ | PROT_WRITE)) != 0) return false;
+    if (pages(0, w.rows, mprotect, PROT_READ | PROT_WRITE) != 0) return false;
     parallel_for((w.rows + PART - 1) / PART, [&](int64_t part) {
         thread_local std::vector<std::byte> dense;
         int begin = int(part) * PART, end = std::min(w.rows, begin + PART);
-        pages(begin, end, [](void* p, size_t n) { return madvise(p, n, MADV_POPULATE_WRITE); });
+        pages(begin, end, madvise, MADV_POPULATE_WRITE);
         for (int r = begin; r < end; r += SIDE) {
             dense.assign(w.row(r), w.row(r + SIDE));
             reorder<true>(const_cast<std::byte*>(w.row(r)), dense.data(), w.dtype, w.cols);
         }
     });
-    pages(0, w.rows, protect(PROT_READ));
+    pages(0, w.rows, mprotect, PROT_READ);
     return w.interleaved = true;
 }
 
@@ -518,54 +495,30 @@ INLINE Floats8 eight_bytes(const int8_t* q) {
 // -- unpacking: bytes and scales -----------------------------------------------------------------
 //
 // bytes<D>(p, sink) hands a block's values to sink(i, w): w holds the 32 values from 32 i on, plus
-// offset_of(D), which makes them unsigned bytes. Chapter 2.3 says what the bits mean.
+// offset_of(D), which makes them unsigned bytes. gguf.h says what the bits mean.
 
-// `value` where the byte has bit k, value a power of two that is no less.
-INLINE Bytes32 bit_as(Bytes32 b, int k, int value) {
-    int n = std::countr_zero(unsigned(value)) - k;
-    return (n < 0 ? right(b, -n) : left(b, n)) & all8(value);
-}
-
-template <Dtype D, class Sink> INLINE void bytes_of_32(const std::byte* p, const Sink& sink) {
-    constexpr bool FIVE = D == Dtype::Q5_0 || D == Dtype::Q5_1;
-    p += has_minimums(D) ? 4 : 2;
-    if (D == Dtype::Q8_0) sink(0, load<Bytes32>(p) ^ all8(128));
-    else if (FIVE) sink(0, nibbles(p + 4) | fifth_bits(load<uint32_t>(p)));
-    else sink(0, nibbles(p));
-}
-
-template <Dtype D, class Sink> INLINE void bytes_q4_q5_k(const std::byte* p, const Sink& sink) {
-    constexpr bool FIVE = D == Dtype::Q5_K;
-    Bytes32 bits = load<Bytes32>(p + 16);
-    UNROLL for (int i = 0; i < 8; i++) {
-        Bytes32 b = load<Bytes32>(p + (FIVE ? 48 : 16) + 32 * (i / 2)), q = right(b, i % 2 * 4) & all8(15);
-        sink(i, FIVE ? q | bit_as(bits, i, 16) : q);
-    }
-}
-
-template <class Sink> INLINE void bytes_q6_k(const std::byte* p, const Sink& sink) {
-    UNROLL for (int i = 0; i < 8; i++) {
-        const int n = i / 4, k = i % 4;
-        Bytes32 low = load<Bytes32>(p + 64 * n + 32 * (k % 2)), high = load<Bytes32>(p + 128 + 32 * n);
-        Bytes32 two = k < 2 ? left(high, 4 - 2 * k) : right(high, 2 * k - 4);
-        sink(i, (right(low, k / 2 * 4) & all8(15)) | (two & all8(48)));
-    }
-}
-
-template <Dtype D, class Sink> INLINE void bytes_q2_q3_k(const std::byte* p, const Sink& sink) {
-    constexpr bool THREE = D == Dtype::Q3_K;
-    Bytes32 high = load<Bytes32>(p);
-    UNROLL for (int i = 0; i < 8; i++) {
-        Bytes32 b = load<Bytes32>(p + (THREE ? 32 : 16) + 32 * (i / 4)), q = right(b, i % 4 * 2) & all8(3);
-        sink(i, THREE ? q | bit_as(high, i, 4) : q);
-    }
+// Field F of the values from i on (a multiple of 32), to bits `to` and up of their bytes
+template <BitField F> INLINE Bytes32 bits(const std::byte* p, int i, int to) {
+    const Bytes32 b = load<Bytes32>(p + F.byte(i, 0));
+    const int n = to - F.shift(i, 0);
+    return (n < 0 ? right(b, -n) : left(b, n)) & all8(F.mask() << to);
 }
 
 template <Dtype D, class Sink> INLINE void bytes(const std::byte* p, const Sink& sink) {
-    if constexpr (of_32(D)) bytes_of_32<D>(p, sink);
-    else if constexpr (in_32_groups(D)) bytes_q4_q5_k<D>(p, sink);
-    else if constexpr (D == Dtype::Q6_K) bytes_q6_k(p, sink);
-    else bytes_q2_q3_k<D>(p, sink);
+    constexpr BlockLayout L = layout_of(D);
+    constexpr bool HIGH = L.high.bits > 0;
+    if constexpr (D == Dtype::Q8_0) {
+        sink(0, load<Bytes32>(p + L.low.at) ^ all8(128));
+    } else if constexpr (of_32(D)) {
+        const Bytes32 q = nibbles(p + L.low.at);
+        sink(0, HIGH ? q | fifth_bits(load<uint32_t>(p + L.high.at)) : q);
+    } else {
+        UNROLL for (int i = 0; i < 8; i++) {
+            Bytes32 q = bits<L.low>(p, 32 * i, 0);
+            if constexpr (HIGH) q = q | bits<L.high>(p, 32 * i, L.low.bits);
+            sink(i, q);
+        }
+    }
 }
 
 // Of 16 groups (where in_32_groups, of 8): the scale. Of 16: the minimum or, where the format has none, what
@@ -576,7 +529,7 @@ struct Scales {
 
 constexpr uint32_t FOUR_BITS = 0x0F0F0F0F, SIX_BITS = 0x3F3F3F3F, UPPER_TWO = 0x30303030;   // of four bytes
 
-// Chapter 2.3's unpack_six_bits: eight scales and eight minimums.
+// unpack_six_bits of gguf.h: eight scales and eight minimums.
 INLINE Bytes16 six_bits(const std::byte* p) {
     const Words4 v = load<Words4>(p);                  // d and m, then the three words of scales
     Words4 low = __builtin_shufflevector(v, v, 1, 3, 2, 3) >> Words4{0, 0, 0, 4};
@@ -601,34 +554,36 @@ template <Dtype D> INLINE Scales scales(const std::byte* p) {
         Bytes16 six = six_bits(p);
         return {six, upper_twice(six)};
     }
-    Bytes16 b = D == Dtype::Q3_K ? scales_q3_k(p + 96) : load<Bytes16>(p + (D == Dtype::Q6_K ? 192 : 0));
+    p += layout_of(D).scales;
+    Bytes16 b = D == Dtype::Q3_K ? scales_q3_k(p) : load<Bytes16>(p);
     if (D == Dtype::Q2_K) return {b & 15, b >> 4};
     return {b, b};
 }
 
-// The same as numbers.
-struct ScaleNumbers {
-    alignas(32) int16_t scale[16], minimum[16];
+// What a block's values are times, as numbers. Of 32 values: 1 and, as their minimum is added, -1.
+template <Dtype D> struct Factors {
+    float d, m = 0;
+    alignas(32) int16_t scale[16] = {1, 1}, minimum[16] = {-1, -1};
+
+    INLINE explicit Factors(const std::byte* p) : d(half_at(p + layout_of(D).d)) {
+        if (has_minimums(D)) m = half_at(p + layout_of(D).m);
+        if constexpr (!of_32(D)) {
+            Scales s = scales<D>(p);
+            store(scale, shorts(in_32_groups(D) ? lower_twice(s.scale) : s.scale));
+            store(minimum, shorts(s.minimum));
+        }
+    }
 };
-template <Dtype D> INLINE ScaleNumbers scale_numbers(const std::byte* p) {
-    ScaleNumbers n;
-    Scales s = scales<D>(p);
-    if (in_32_groups(D)) s.scale = lower_twice(s.scale);
-    store(n.scale, shorts(s.scale)), store(n.minimum, shorts(s.minimum));
-    return n;
-}
 
 // -- widening ------------------------------------------------------------------------------------
 
-// out: the values of the block at p, with the roundings of chapter 2.3's dequantise
+// out: the values of the block at p, with the roundings of gguf.h's dequantise
 template <Dtype D> INLINE void dequantise_block(float* out, const std::byte* p) {
     constexpr int VALUES = format_of(D).values;
-    ScaleNumbers s{{1, 1}, {-1, -1}};
-    if constexpr (!of_32(D)) s = scale_numbers<D>(p);
-    const float d = half_at(p + place_of_d(D)), m = has_minimums(D) ? half_at(p + place_of_d(D) + 2) : 0;
+    const Factors<D> f(p);
     float scale[VALUES / GROUP], minimum[VALUES / GROUP];
     for (int g = 0; g < VALUES / GROUP; g++)
-        scale[g] = d * float(s.scale[g]), minimum[g] = m * float(s.minimum[g]);
+        scale[g] = f.d * float(f.scale[g]), minimum[g] = f.m * float(f.minimum[g]);
     bytes<D>(p, [&](int i, Bytes32 w) {
         alignas(32) int8_t q[32];
         store(q, w - all8(offset_of(D)));
@@ -641,7 +596,7 @@ template <Dtype D> INLINE void dequantise_block(float* out, const std::byte* p) 
 
 // n values of a quantised row from p on.
 inline void dequantise_row(float* out, const std::byte* p, Dtype dtype, int n) {
-    for_quantised(dtype, [=]<Dtype D>() {
+    for_format(dtype, [=]<Dtype D>() {
         const std::byte* at = p;
         for (int i = 0; i < n; i += format_of(D).values, at += format_of(D).bytes)
             dequantise_block<D>(out + i, at);
@@ -1345,7 +1300,7 @@ template <Dtype D> struct EightScales {
 
     EightScales() = default;
     INLINE EightScales(const std::byte* p, int count) {
-        constexpr int BYTES = format_of(D).bytes, PLACE = place_of_d(D);
+        constexpr int BYTES = format_of(D).bytes, PLACE = layout_of(D).d;
         constexpr bool LAST = PLACE + 2 == BYTES;      // no byte behind the block is read
         Ints8 both = eight_of([&](int k) {
             return k < count ? load<int32_t>(p + k * BYTES + PLACE - (LAST ? 2 : 0)) : 0;
@@ -1482,18 +1437,16 @@ INLINE Ints repeated(int32_t v) { return Ints{} + v; }
 INLINE Ints repeated(const void* p) { return repeated(load<int32_t>(p)); }
 INLINE Floats to_floats_of(Ints v) { return __builtin_convertvector(v, Floats); }
 
+constexpr int tile_tokens(Dtype d) { return SIMD_BITS == 512 && of_32(d) ? 8 : 4; }
+// Steps of four weights that are added before their scale: all that it is for or, with AVX2, as many as 16
+// bits hold two products of each of.
+constexpr int steps_of_scale(Dtype d) {
+    const int most = of_32(d) || in_32_groups(d) ? 8 : 4, bits = layout_of(d).low.bits + layout_of(d).high.bits;
+    return SIMD_BITS == 256 ? std::clamp(128 >> bits, 1, most) : most;
+}
+
 #if SIMD_BITS == 256
 constexpr int TILE_REGISTERS = 1;
-constexpr int tile_tokens(Dtype) { return 4; }
-// Sums of products of two bytes that 16 bits hold, at most those of a scale: those of Q8_0 hold one.
-constexpr int steps_of_scale(Dtype d) {
-    switch (d) {
-    case Dtype::Q8_0: return 1;
-    case Dtype::Q6_K: return 2;
-    case Dtype::Q4_0: case Dtype::Q4_1: case Dtype::Q4_K: return 8;
-    default: return 4;
-    }
-}
 // v + four weights of each row times four numbers of x: here in two sums of 16 bits, and a scale is twice in
 // its lane.
 template <Dtype D> INLINE Ints dot4(Ints v, Ints w, Ints x) {
@@ -1515,8 +1468,6 @@ template <bool SIGNED> INLINE Ints scale_of(Ints v, int k) {
 INLINE Ints add_pair(Ints sum, Ints w, Ints x) { return add_scaled(sum, w, x); }
 #else
 constexpr int TILE_REGISTERS = 2;
-constexpr int tile_tokens(Dtype d) { return SIMD_BITS == 512 && of_32(d) ? 8 : 4; }
-constexpr int steps_of_scale(Dtype d) { return of_32(d) || in_32_groups(d) ? 8 : 4; }
 INLINE Ints add_scaled(Ints sum, Ints v, Ints scale) { return sum + v * scale; }
 constexpr int32_t scale_lane(int16_t scale) { return scale; }
 template <bool SIGNED> INLINE Ints scale_of(Ints v, int k) { return v << (24 - 8 * k) >> 24; }
@@ -1539,21 +1490,11 @@ INLINE Ints add_pair(Ints sum, Ints w, Ints x) {
 #endif
 
 #if SIMD_BITS == 128
-constexpr int TRANSPOSED = 4;
-// 4 rows of 4 numbers of 32 bits, to columns; strides in bytes.
-inline void transpose(std::byte* out, int64_t out_stride, const std::byte* in, int64_t in_stride) {
-    Ints a = load<Ints>(in), b = load<Ints>(in + in_stride), c = load<Ints>(in + 2 * in_stride),
-         d = load<Ints>(in + 3 * in_stride);
-    Ints ac[2] = {vzip1q_s32(a, c), vzip2q_s32(a, c)}, bd[2] = {vzip1q_s32(b, d), vzip2q_s32(b, d)};
-    for (int i = 0; i < 2; i++, out += 2 * out_stride) {
-        store(out, vzip1q_s32(ac[i], bd[i]));
-        store(out + out_stride, vzip2q_s32(ac[i], bd[i]));
-    }
-}
-#else
-constexpr int TRANSPOSED = 8;
-INLINE void transpose(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
-    transpose8(out, out_stride, in, in_stride);
+inline void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++)
+            store(static_cast<std::byte*>(out) + j * out_stride + 4 * i,
+                  load<int32_t>(static_cast<const std::byte*>(in) + i * in_stride + 4 * j));
 }
 #endif
 
@@ -1564,25 +1505,22 @@ template <Dtype D> void pack_row(IntBlock& block, int r, const std::byte* p, int
     std::byte* row = block.row + r * int64_t(cols);
     for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes, row += VALUES) {
         bytes<D>(p, [&](int i, Bytes32 w) { store(row + 32 * i, w); });
-        int at = b * INT_ROWS + r;
-        block.d[at] = half_at(p + place_of_d(D));
-        if (has_minimums(D)) block.m[at] = half_at(p + place_of_d(D) + 2);
-        if constexpr (of_32(D)) continue;
-        ScaleNumbers s;
-        if constexpr (!of_32(D)) s = scale_numbers<D>(p);
-        for (int g = 0; g < GROUP; g++) block.scale[(b * GROUP + g) * INT_ROWS + r] = scale_lane(s.scale[g]);
-        for (int g = 0; g < GROUP / 2; g++)
-            block.minimum[(b * GROUP / 2 + g) * INT_ROWS + r] = load<int32_t>(s.minimum + 2 * g);
+        const Factors<D> f(p);
+        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = f.m;
+        for (int g = 0; !of_32(D) && g < GROUP; g++)
+            block.scale[(b * GROUP + g) * INT_ROWS + r] = scale_lane(f.scale[g]);
+        for (int g = 0; !of_32(D) && g < GROUP / 2; g++)
+            block.minimum[(b * GROUP / 2 + g) * INT_ROWS + r] = load<int32_t>(f.minimum + 2 * g);
     }
 }
 
 // R rows from `row` on. What stands in the other rows is of no account.
 template <Dtype D> void pack(IntBlock& block, const Matrix& w, int row, int R) {
     for (int r = 0; r < R; r++) pack_row<D>(block, r, w.row(row + r), w.cols);
-    for (int r = 0; r < R; r += TRANSPOSED)
-        for (int col = 0; col < w.cols; col += 4 * TRANSPOSED)
-            transpose(block.w + int64_t(col) * INT_ROWS + 4 * r, 4 * INT_ROWS,
-                      block.row + int64_t(r) * w.cols + col, w.cols);
+    for (int r = 0; r < R; r += 8)
+        for (int col = 0; col < w.cols; col += 32)
+            transpose8(block.w + int64_t(col) * INT_ROWS + 4 * r, 4 * INT_ROWS,
+                       block.row + int64_t(r) * w.cols + col, w.cols);
 }
 
 // Block b of the rows from r on, times T vectors; x: their block b
@@ -1698,7 +1636,7 @@ template <Dtype D> void many_ints(Rows out, const IntRows& x, const Matrix& w, i
 }
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for_quantised(w.dtype, [&]<Dtype D>() {
+    for_format(w.dtype, [&]<Dtype D>() {
         if (T >= MANY_TOKENS) many_ints<D>(out, x, w, T, begin, end);
         else for_few(T, [&]<int N>() { few_ints<D, N>(out, x, w, begin, end); });
     });
@@ -1761,6 +1699,7 @@ inline void quantise(const IntRows& out, const float* x) {
 // WIDTH of sixteen rows, from `first` on: their block at p times T vectors; x begins at it.
 template <Dtype D, int T> struct SideBlock {
     static constexpr int STEPS = steps_of_scale(D);
+    static constexpr BlockLayout L = layout_of(D);
     const std::byte* p;
     const int first;
     const IntRows x;                       // a copy, so that its fields stay in registers
@@ -1771,10 +1710,9 @@ template <Dtype D, int T> struct SideBlock {
         else add_groups_of_16();
     }
     INLINE void add_to(Floats (&lane)[T]) const {
-        constexpr int LINE_OF_D = D == Dtype::Q2_K ? 20 : 0;
         Floats d, m;
-        if (has_minimums(D)) d = lower_halves(line(LINE_OF_D)), m = lower_halves(line(LINE_OF_D) >> 16);
-        else d = m = halves_as_floats(p + SIDE * place_of_d(D) + 2 * first);
+        if constexpr (has_minimums(D)) d = lower_halves(dword(L.d / 4)), m = lower_halves(dword(L.d / 4) >> 16);
+        else d = m = halves_as_floats(p + SIDE * L.d + 2 * first);
         for (int t = 0; t < T; t++) {
             Floats dx = all(x.d[t * (x.n / x.block)]);
             lane[t] = fma(d * dx, to_floats_of(sum[t]), lane[t]);
@@ -1783,16 +1721,23 @@ template <Dtype D, int T> struct SideBlock {
     }
 
 private:
-    INLINE Ints line(int i) const { return load<Ints>(p + 64 * i + 4 * first); }
+    INLINE Ints dword(int i) const {
+        return load<Ints>(p + 64 * LINE_OF_DWORD<D>[size_t(i)] + 4 * first);
+    }
     INLINE static Ints masked(Ints v, int mask) { return v & (mask * 0x01010101); }
     // Bits k .. of each byte, to where the mask has them.
     INLINE static Ints bits(Ints v, int k, int mask) {
         const int n = std::countr_zero(unsigned(mask)) - k;
         return masked(n < 0 ? v >> -n : v << n, mask);
     }
-    // v += four weights of each row times x from number i on
-    INLINE void dot(Ints (&v)[T], Ints w, int i) const {
-        for (int t = 0; t < T; t++) v[t] = dot4<D>(v[t], w, repeated(x.q + t * x.n + i));
+    // v += numbers i .. i + 4 of group g of 32 of each row times x
+    INLINE void dot(Ints (&v)[T], int g, int i) const {
+        auto field = [&](BitField f, int to) {
+            return bits(dword(f.byte(32 * g, i) / 4), f.shift(32 * g, i), f.mask() << to);
+        };
+        Ints w = field(L.low, 0);
+        if constexpr (L.high.bits > 0) w |= field(L.high, L.low.bits);
+        for (int t = 0; t < T; t++) v[t] = dot4<D>(v[t], w, repeated(x.q + t * x.n + 32 * g + i));
     }
     INLINE void add(const Ints (&v)[T], Ints scale) {
         for (int t = 0; t < T; t++) sum[t] = add_scaled(sum[t], v[t], scale);
@@ -1805,23 +1750,16 @@ private:
         }
     }
 
-    // Q4_K, Q5_K. Numbers 4 j .. 4 j + 4 of groups g and g + 1.
-    INLINE void dot_two(Ints (&v)[2][T], int g, int j) const {
-        Ints w = line(line_of_nibbles(D, g, j));
-        UNROLL for (int k = 0; k < 2; k++) {
-            Ints q = bits(w, 4 * k, 15);
-            if (D == Dtype::Q5_K) q |= bits(line(line_of_fifth_bits(j)), g + k, 16);
-            dot(v[k], q, 32 * (g + k) + 4 * j);
-        }
-    }
+    // Q4_K, Q5_K.
     INLINE void add_groups_of_32() {
-        const Ints a = line(1), b = line(2), c = line(3);      // chapter 2.3's unpack_six_bits
+        const Ints a = dword(1), b = dword(2), c = dword(3);   // gguf.h's unpack_six_bits
         const Ints scale[2] = {masked(a, 63), masked(c, 15) | bits(a, 6, 48)};
         const Ints m[2] = {masked(b, 63), bits(c, 4, 15) | bits(b, 6, 48)};
         UNROLL for (int g = 0; g < 8; g += 2) {
             UNROLL for (int begin = 0; begin < 8; begin += STEPS) {
                 Ints v[2][T] = {};
-                UNROLL for (int j = begin; j < begin + STEPS; j++) dot_two(v, g, j);
+                UNROLL for (int j = begin; j < begin + STEPS; j++)
+                    UNROLL for (int k = 0; k < 2; k++) dot(v[k], g + k, 4 * j);
                 UNROLL for (int k = 0; k < 2; k++) add(v[k], scale_of<false>(scale[g / 4], g % 4 + k));
             }
             UNROLL for (int k = 0; k < 2; k++) add_minimum(scale_of<false>(m[g / 4], g % 4 + k), g + k);
@@ -1830,32 +1768,22 @@ private:
 
     // Q2_K, Q3_K, Q6_K. Of groups 4 i .. 4 i + 4; where there is no minimum, it is what the offset adds.
     INLINE Ints four_scales(int i) const {
-        if (D == Dtype::Q6_K) return line(i);
-        if (D == Dtype::Q2_K) return masked(line(i), 15);
-        constexpr int TOP = int(0x80808080);                   // keeps a byte from borrowing
-        Ints six = bits(line(i % 2), i / 2 * 4, 15) | bits(line(2), 2 * i, 48);
+        constexpr int AT = L.scales / 4, TOP = int(0x80808080);            // keeps a byte from borrowing
+        if (D == Dtype::Q6_K) return dword(AT + i);
+        if (D == Dtype::Q2_K) return masked(dword(AT + i), 15);
+        Ints six = bits(dword(AT + i % 2), i / 2 * 4, 15) | bits(dword(AT + 2), 2 * i, 48);
         return ((six | TOP) - 0x20202020) ^ TOP;
     }
     INLINE Ints four_minimums(int i) const {
-        return D == Dtype::Q2_K ? bits(line(i), 4, 15) : four_scales(i);
-    }
-    // Numbers 4 j .. 4 j + 4 of each group of 32 of half h.
-    INLINE void dot_four(Ints (&v)[4][T], int h, int j) const {
-        const int at = line_of_four(D, h, j);
-        UNROLL for (int k = 0; k < 4; k++) {
-            Ints q;
-            if (D == Dtype::Q6_K) q = bits(line(at + k % 2), k / 2 * 4, 15) | bits(line(at + 2), 2 * k, 48);
-            else q = bits(line(at), 2 * k, 3);
-            if (D == Dtype::Q3_K) q |= bits(line(line_of_third_bits(j)), 4 * h + k, 4);
-            dot(v[k], q, 128 * h + 32 * k + 4 * j);
-        }
+        return D == Dtype::Q2_K ? bits(dword(i), 4, 15) : four_scales(i);
     }
     INLINE void add_groups_of_16() {
         UNROLL for (int part = 0; part < 4; part++) {          // 16 weights of four groups
             const int h = part / 2, odd = part % 2;
             UNROLL for (int begin = 4 * odd; begin < 4 * odd + 4; begin += STEPS) {
                 Ints v[4][T] = {};
-                UNROLL for (int j = begin; j < begin + STEPS; j++) dot_four(v, h, j);
+                UNROLL for (int j = begin; j < begin + STEPS; j++)
+                    UNROLL for (int k = 0; k < 4; k++) dot(v[k], 4 * h + k, 4 * j);
                 UNROLL for (int k = 0; k < 4; k++)
                     add(v[k], scale_of<D != Dtype::Q2_K>(four_scales(2 * h + k / 2), k % 2 * 2 + odd));
             }
@@ -1885,7 +1813,7 @@ template <Dtype D, int T> void side_rows(Rows out, const IntRows& x, const Matri
 
 inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T >= MANY_TOKENS) return restored_rows(out, x, w, T, begin, end);
-    for_quantised(w.dtype, [&]<Dtype D>() {
+    for_format(w.dtype, [&]<Dtype D>() {
         if constexpr (!of_32(D)) for_few(T, [&]<int N>() { side_rows<D, N>(out, x, w, begin, end); });
     });
 }
@@ -1956,9 +1884,8 @@ namespace dotprod {
 BEGIN_TARGET(AVX512_TARGET)
 namespace amx {
 
-using avx512::Bytes32, avx512::ScaleNumbers, avx512::all16, avx512::all8, avx512::bytes, avx512::fma;
-using avx512::half_at, avx512::load, avx512::load256, avx512::scale_numbers, avx512::store;
-using avx512::store256, avx512::transpose16;
+using avx512::Bytes32, avx512::Factors, avx512::all16, avx512::all8, avx512::bytes, avx512::fma;
+using avx512::load, avx512::load256, avx512::store, avx512::store256, avx512::transpose16;
 
 constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
 
@@ -1968,11 +1895,11 @@ constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
 template <Dtype D> struct SplitSink {
     std::byte* out;
     int64_t high;                          // bytes from the low ones to the high ones
-    const ScaleNumbers& s;
+    const Factors<D>& f;
 
     INLINE __m256i times_scale(__m128i w, int group) const {
         __m256i q = _mm256_sub_epi16(_mm256_cvtepu8_epi16(w), all16(offset_of(D)));
-        return _mm256_mullo_epi16(q, all16(s.scale[group]));
+        return _mm256_mullo_epi16(q, all16(f.scale[group]));
     }
     INLINE void operator()(int i, Bytes32 bytes) const {
         if (of_32(D)) return store(out + 32 * i, bytes - all8(offset_of(D)));
@@ -2007,13 +1934,11 @@ template <Dtype D> void split_row(IntBlock& block, int r, const std::byte* p, in
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
     std::byte* row = block.row + int64_t(r) * cols * (of_32(D) ? 1 : 2);
     for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes) {
-        block.d[b * INT_ROWS + r] = half_at(p + place_of_d(D));
-        if (has_minimums(D)) block.m[b * INT_ROWS + r] = half_at(p + place_of_d(D) + 2);
-        ScaleNumbers s;
-        if constexpr (!of_32(D)) s = scale_numbers<D>(p);
-        bytes<D>(p, SplitSink<D>{row + b * VALUES, cols, s});
+        const Factors<D> f(p);
+        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = f.m;
+        bytes<D>(p, SplitSink<D>{row + b * VALUES, cols, f});
         if constexpr (PAIRED<D>) {
-            __m512i minimum = _mm512_cvtepi16_epi32(load256(s.minimum));
+            __m512i minimum = _mm512_cvtepi16_epi32(load256(f.minimum));
             int32_t* pairs = block.scale + (b * INT_ROWS + r / TILE * TILE) * TILE + r % TILE;
             _mm512_i32scatter_epi32(pairs, column, bf16_pairs(_mm512_slli_epi32(minimum, 4), minimum), 4);
         }
@@ -2097,46 +2022,42 @@ INLINE void multiply(Products<D>* c, const IntBlock& block, int b, int h, const 
     }
 }
 
-using Sums = __m512[2][TILE / 2];          // of 16 vectors, each with 16 rows
+using Sums = __m512[TILE];                 // of 16 vectors, each with 16 rows
 
 // y += block b of the rows from h on times 16 vectors, of which c has the products; x: their block b
 template <Dtype D>
 INLINE void add(Sums& y, const IntBlock& block, int b, int h, const Products<D>& c, const IntRows& x) {
     const int at = b * INT_ROWS + h;
     const __m512 d = load<__m512>(block.d + at), m = has_minimums(D) ? -load<__m512>(block.m + at) : d;
-    UNROLL for (int g = 0; g < 2; g++)
-        UNROLL for (int k = 0; k < TILE / 2; k++) {
-            const int t = g * TILE / 2 + k;
-            __m512i sum = load<__m512i>(c.v[0][t]);
-            if constexpr (!of_32(D))
-                sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load<__m512i>(c.v[1][t]), 7));
-            y[g][k] = fma(d * x.d[t], _mm512_cvtepi32_ps(sum), y[g][k]);
-            if (!has_minimums(D)) continue;
-            __m512 minimum = _mm512_set1_ps(float(-(x.sums[2 * t] + x.sums[2 * t + 1])));
-            if constexpr (PAIRED<D>) minimum = load<__m512>(c.v[2][t]);
-            y[g][k] = fma(m * x.d[t], minimum, y[g][k]);
-        }
+    UNROLL for (int t = 0; t < TILE; t++) {
+        __m512i sum = load<__m512i>(c.v[0][t]);
+        if constexpr (!of_32(D))
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load<__m512i>(c.v[1][t]), 7));
+        y[t] = fma(d * x.d[t], _mm512_cvtepi32_ps(sum), y[t]);
+        if (!has_minimums(D)) continue;
+        __m512 minimum = _mm512_set1_ps(float(-(x.sums[2 * t] + x.sums[2 * t + 1])));
+        if constexpr (PAIRED<D>) minimum = load<__m512>(c.v[2][t]);
+        y[t] = fma(m * x.d[t], minimum, y[t]);
+    }
 }
 
 INLINE void add_sums(Sums& y, const float* p) {
-    UNROLL for (int g = 0; g < 2; g++)
-        UNROLL for (int k = 0; k < TILE / 2; k++)
-            y[g][k] += load<__m512>(p + (g * TILE / 2 + k) * TILE);
+    UNROLL for (int t = 0; t < TILE; t++) y[t] += load<__m512>(p + t * TILE);
 }
 // The first R rows of the first T vectors, from `row` on.
 INLINE void put(Rows out, const Sums& y, int row, int R, int T) {
     const __mmask16 rows = __mmask16((1u << std::min(R, TILE)) - 1);
-    UNROLL for (int g = 0; g < 2; g++)
-        UNROLL for (int k = 0; k < TILE / 2; k++)
-            if (g * TILE / 2 + k < T) _mm512_mask_storeu_ps(out[g * TILE / 2 + k] + row, rows, y[g][k]);
+    UNROLL for (int t = 0; t < TILE; t++)
+        if (t < T) _mm512_mask_storeu_ps(out[t] + row, rows, y[t]);
 }
 
 // -- AMX: a block of rows, many vectors ----------------------------------------------------------
 
 // Blocks b, b + 8 .. end of a lane: as many as stay, with their products, in the first cache.
 struct LanePart {
-    int b, end, depth, halves;             // sums on the stack; how many of them this one meets when done
-    bool first, last, all;                 // first and last part of the lane; `all`: of the last lane
+    unsigned done;                         // lanes before this one
+    int b, end;
+    bool first, last;                      // part of the lane
 };
 template <Dtype D> constexpr int PART_BLOCKS = of_32(D) ? 8 : 1;
 
@@ -2153,13 +2074,13 @@ void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R,
             multiply<D>(c[k], block, b, h, v.at(t, b), tiles);
         for (int i = 0; i < tiles; i++) {
             const int first = t + i * TILE;
-            float* top = block.lane + p.depth * PLANE + (first * INT_ROWS + h * TILE);
+            float* top = block.lane + std::popcount(p.done) * PLANE + (first * INT_ROWS + h * TILE);
             Sums y = {};
             if (!p.first) add_sums(y, top);
             for (int k = 0, b = p.b; b < p.end; k++, b += BLOCK_LANES)
                 add<D>(y, block, b, h, c[k][i], v.x.at(first, b));
-            for (int n = 0; p.last && n < p.halves; n++) add_sums(y, top -= PLANE);
-            if (p.all) put({out[first], out.stride}, y, row + h, R - h, T - first);
+            for (int n = std::countr_one(p.done); p.last && n > 0; n--) add_sums(y, top -= PLANE);
+            if (p.last && p.done == BLOCK_LANES - 1) put({out[first], out.stride}, y, row + h, R - h, T - first);
             else put({top, TILE}, y, 0, TILE, TILE);
         }
     }
@@ -2171,13 +2092,11 @@ void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R,
 template <Dtype D> void int_block(const IntBlock& block, Rows out, const Vectors& v, int row, int R, int T) {
     constexpr int STEP = PART_BLOCKS<D> * BLOCK_LANES;
     const int blocks = v.x.n / v.x.block;
-    for (int done = 0; done < BLOCK_LANES; done++) {
-        const int lane = (done & 1) * 4 + (done & 2) + (done & 4) / 4;
+    for (unsigned done = 0; done < BLOCK_LANES; done++) {
+        const int lane = int((done & 1) * 4 + (done & 2) + (done & 4) / 4);
         int b = lane;
         do {
-            bool last = b + STEP >= blocks;
-            LanePart part{b, std::min(blocks, b + STEP), std::popcount(unsigned(done)),
-                          std::countr_one(unsigned(done)), b == lane, last, last && done == BLOCK_LANES - 1};
+            LanePart part{done, b, std::min(blocks, b + STEP), b == lane, b + STEP >= blocks};
             for (int t = 0; t < T; t += VECTOR_TILES<D> * TILE)
                 add_part<D>(block, out, v, row, R, T, t, part);
             b += STEP;
@@ -2186,19 +2105,16 @@ template <Dtype D> void int_block(const IntBlock& block, Rows out, const Vectors
 }
 
 struct alignas(64) TileConfig {                        // Intel SDM, LDTILECFG
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
 };
-constexpr TileConfig tiles_for(int columns) {
-    TileConfig c;
-    c.row_bytes[4] = c.row_bytes[5] = uint16_t(columns), c.rows[6] = uint8_t(columns / 4);
-    return c;
-}
+template <Dtype D, int COLUMNS = of_32(D) ? 32 : 64>
+constexpr TileConfig TILES = {1, 0, {}, {64, 64, 64, 64, COLUMNS, COLUMNS, 64, 64},
+                              {16, 16, 16, 16, 16, 16, COLUMNS / 4, 16}};
 
 // Some blocks of rows are packed together, so that vectors are brought to the second cache once for them.
 template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    static constexpr TileConfig TILES = tiles_for(of_32(D) ? 32 : 64);
     constexpr int MOST = MANY_ROWS / INT_ROWS, BYTES = of_32(D) ? 1 : 2, CACHED = 1 << 20;
     thread_local std::vector<std::byte> memory[MOST];
     thread_local std::vector<int32_t> pairs;
@@ -2207,7 +2123,7 @@ template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w,
         pair_sums(pairs.data(), x, x.blocks(T));
     }
     const int at_once = std::clamp(CACHED / (w.cols * BYTES * INT_ROWS), 1, MOST) * INT_ROWS;
-    _tile_loadconfig(&TILES);
+    _tile_loadconfig(&TILES<D>);
     for (int first = begin; first < end; first += at_once) {
         std::vector<IntBlock> blocks;
         blocks.reserve(MOST);
@@ -2232,7 +2148,7 @@ template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w,
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     constexpr int WORTH_IT = 8;                        // tokens, of a tile's 16
     if (T < WORTH_IT) return avx512::int_rows(out, x, w, T, begin, end);
-    for_quantised(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+    for_format(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
 }
 
 // A process asks the system for the registers of the tiles before it uses them.
