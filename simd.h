@@ -60,7 +60,7 @@ struct IntRows {
         if (T >= MANY_TOKENS) together = std::min(GROUP_VECTORS, (T + 15) / 16 * 16);
         next_vector = together > 1 ? 1 : n / block;
     }
-    // Blocks of T vectors, and of those that no one asked for in the last group: appendix N reads 16 at once.
+    // Blocks of T vectors, and of those that no one asked for in the last group: AMX reads 16 at once.
     int64_t blocks(int T) const { return int64_t(T + together - 1) / together * together * (n / block); }
 
     [[gnu::always_inline]] IntRows skip(int64_t blocks) const {
@@ -339,8 +339,9 @@ INLINE float sum(const Lanes& v) {
     return two[0] + two[1];
 }
 
-// Of the caches that are to have the bytes at p, the first. NONE: they are read once.
-enum Cache { FIRST = 3, SECOND = 2, NONE = 0 };
+// Of the caches that are to have the bytes at p, the first. A token's weights, which are read once, come to
+// the second: into none (nta) they come no faster than unasked on Intel's processors, and slower on Zen 4.
+enum Cache { FIRST = 3, SECOND = 2 };
 template <Cache CACHE = FIRST> INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, CACHE); }
 
 #if SIMD_BITS > 128
@@ -664,15 +665,6 @@ inline void widen(float* out, const Matrix& w, int r) {
 
 // -- 4  Few tokens -------------------------------------------------------------------------------
 
-// Of a token's weights, which are read once and need not stay in any cache. Intel's processors bring them no
-// faster than unasked that way (half the speed of this one).
-INLINE void prefetch(const std::byte* p) {
-#if SIMD_BITS == 512
-    if (INTEL) return fetch<SECOND>(p);
-#endif
-    fetch<NONE>(p);
-}
-
 // Vectors of so many columns fill half of an L1 cache: they are to meet many rows at once.
 constexpr int LONG = 4096, LONG_ROWS = 8;
 
@@ -725,7 +717,7 @@ private:
     INLINE void fetch_rows(const Row* w, size_t ahead, size_t i) {
         constexpr size_t BYTES = STORED<Row> * LANES, TURNS = std::max<size_t>(64 / BYTES, 1);
         constexpr bool NEXT = SIMD_BITS == 512 && R > 1 && R < LONG_ROWS;
-        for (size_t c = 0; NEXT && c < R * BYTES; c += 64) prefetch(w[0].p + ahead + i * R * BYTES + c);
+        for (size_t c = 0; NEXT && c < R * BYTES; c += 64) fetch<SECOND>(w[0].p + ahead + i * R * BYTES + c);
         for (size_t r = i % TURNS; R == LONG_ROWS && r < R; r += TURNS)
             fetch<SECOND>(w[r].p + i * BYTES + 2048);
     }
@@ -1386,16 +1378,15 @@ INLINE void add_blocks(Floats8 (&lane)[T], const Blocks& blocks, const IntRows& 
 }
 
 #if SIMD_BITS == 512
-// As `prefetch`. Measured (Zen 4): Q8_0 is read faster if fetched from 8 KB away, Q4_K and Q6_K from 4.
+// Measured (Zen 4): Q8_0 is read faster if fetched from 8 KB away, Q4_K and Q6_K from 4.
 template <Dtype D> INLINE void fetch_blocks(const std::byte* p, int count) {
     constexpr int BYTES = format_of(D).bytes, FETCH = D == Dtype::Q8_0 ? 2 * AHEAD : AHEAD;
     const int n = count * BYTES;
-    for (int i = 0; INTEL && i < n; i += 64) fetch<SECOND>(p + FETCH + i);
-    for (int i = 0; !INTEL && i < n; i += 64) fetch<NONE>(p + FETCH + i);
+    for (int i = 0; i < n; i += 64) fetch<SECOND>(p + FETCH + i);
 }
 // AMD's processors bring what follows by themselves faster than if they are asked.
 INLINE void fetch_side(const std::byte* p, int bytes) {
-    for (int i = 0; INTEL && i < bytes; i += 64) prefetch(p + AHEAD + i);
+    for (int i = 0; INTEL && i < bytes; i += 64) fetch<SECOND>(p + AHEAD + i);
 }
 #else
 template <Dtype> void fetch_blocks(const std::byte*, int) {}
