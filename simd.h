@@ -1583,7 +1583,8 @@ template <Dtype D, int T> struct IntTile {
                 UNROLL for (int t = 0; t < T; t++) sum[h][t] = add_scaled(sum[h][t], part[h][t], scale);
             }
         }
-        add_minimums(block.minimum + int64_t(b) * (GROUP / 2) * INT_ROWS + r, x.sums);
+        if constexpr (of_32(D)) add_sums(x.sums);
+        else add_minimums(block.minimum + int64_t(b) * (GROUP / 2) * INT_ROWS + r, x.sums);
     }
 
 private:
@@ -1595,18 +1596,25 @@ private:
             UNROLL for (int h = 0; h < R; h++) part[h][t] = dot4<D>(part[h][t], wk[h], xt);
         }
     }
-    // Pairs of groups; where there is no minimum, it is what the offset is to be times.
     INLINE void add_minimums(const int32_t* m, const int16_t* sums) {
-        for (int i = 0; i < VALUES / GROUP / 2; i++, m += INT_ROWS, sums += 2)
+        for (int i = 0; i < GROUP / 2; i++, m += INT_ROWS, sums += 2)
             UNROLL for (int h = 0; h < R; h++) {
-                Ints two = repeated(has_minimums(D) ? -1 : 0x00010001);
-                if (!of_32(D)) two = load<Ints>(m + h * WIDTH);
+                Ints two = load<Ints>(m + h * WIDTH);
                 UNROLL for (int t = 0; t < T; t++)
-                    minimum[h][t] = add_pair(minimum[h][t], two, repeated(sums + t * (VALUES / GROUP)));
+                    minimum[h][t] = add_pair(minimum[h][t], two, repeated(sums + t * GROUP));
             }
         UNROLL for (int h = 0; h < R; h++)
             UNROLL for (int t = 0; t < T; t++)
-                if (remaining_offset(D)) sum[h][t] -= minimum[h][t] * remaining_offset(D);
+                if (offset_of(D)) sum[h][t] -= minimum[h][t] * offset_of(D);
+    }
+    INLINE void add_sums(const int16_t* sums) {
+        UNROLL for (int t = 0; t < T; t++) {
+            int total = sums[2 * t] + sums[2 * t + 1];
+            UNROLL for (int h = 0; h < R; h++) {
+                if (has_minimums(D)) minimum[h][t] = repeated(-total);
+                else sum[h][t] -= remaining_offset(D) * total;
+            }
+        }
     }
 };
 
@@ -1678,17 +1686,15 @@ inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int beg
 
 // -- integers: activations -----------------------------------------------------------------------
 
-inline uint32_t largest_magnitude(const float* x, int n) {
-    uint32_t most[WIDTH];
-    Words top = {};
-    for (int i = 0; i < n; i += WIDTH) {
-        Words v = load<Words>(x + i) & 0x7FFFFFFF;
-        top = v > top ? v : top;
-    }
-    store(most, top);
-    return *std::max_element(most, most + WIDTH);
-}
 #if SIMD_BITS > 128
+inline uint32_t largest_magnitude(const float* x, int n) {
+    __m256i top = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 8)
+        top = _mm256_max_epi32(top, load256(x + i) & _mm256_set1_epi32(0x7FFFFFFF));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1))));
+}
 // q: 32 numbers, rounded, ties to even; sums: of 16
 INLINE void round32(int8_t* q, int16_t* sums, const float* x, float inverse) {
     __m256i v[4];
@@ -1700,6 +1706,11 @@ INLINE void round32(int8_t* q, int16_t* sums, const float* x, float inverse) {
     sums[0] = int16_t(sum[0] + sum[2] - 16 * 128), sums[1] = int16_t(sum[4] + sum[6] - 16 * 128);
 }
 #else
+inline uint32_t largest_magnitude(const float* x, int n) {
+    uint32x4_t top = vdupq_n_u32(0);
+    for (int i = 0; i < n; i += 4) top = vmaxq_u32(top, load<Words>(x + i) & 0x7FFFFFFF);
+    return vmaxvq_u32(top);
+}
 INLINE void round32(int8_t* q, int16_t* sums, const float* x, float inverse) {
     for (int i = 0; i < 2; i++, x += GROUP) {
         auto four = [&](int k) { return vmovn_s32(vcvtnq_s32_f32(floats(x + 4 * k) * inverse)); };
