@@ -197,11 +197,11 @@ template <bool INTERLEAVE> void reorder(std::byte* out, const std::byte* in, Dty
             std::memcpy(out + (INTERLEAVE ? side : dense), in + (INTERLEAVE ? dense : side), n);
     };
     for (size_t block = 0; block < row; block += bytes) {
-        size_t i = 0;
-        for (; i + 4 <= bytes; i += 4)
+        for (size_t i = 0; i + 4 <= bytes; i += 4)
             copy(block + 4 * size_t(dword_of_line(dtype, int(i / 4))), SIDE * (block + i),
                  std::integral_constant<size_t, 4>());
-        if (i < bytes) copy(block + i, SIDE * (block + i), std::integral_constant<size_t, 2>());
+        if (size_t rest = block + bytes / 4 * 4; bytes % 4)
+            copy(rest, SIDE * rest, std::integral_constant<size_t, 2>());
     }
 }
 
@@ -407,14 +407,10 @@ INLINE Bytes32 nibbles(const std::byte* p) {
 }
 // 16 where the mask has bit i, for 32 i.
 INLINE Bytes32 fifth_bits(uint32_t mask) {
-#if SIMD_BITS == 512
-    return (Bytes32)_mm256_maskz_set1_epi8(mask, 16);
-#else
     __m256i places = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     Bytes32 b = (Bytes32)_mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), places);
     Bytes32 bit = (Bytes32)_mm256_set1_epi64x(int64_t(0x8040201008040201));
     return (Bytes32)((b & bit) == bit) & all8(16);
-#endif
 }
 using Shorts16 = __m256i;
 INLINE Shorts16 shorts(Bytes16 b) { return _mm256_cvtepi8_epi16((__m128i)b); }
@@ -422,13 +418,9 @@ INLINE Shorts16 shorts(Bytes16 b) { return _mm256_cvtepi8_epi16((__m128i)b); }
 INLINE float half_at(const std::byte* p) { return _cvtsh_ss(load<uint16_t>(p)); }
 // Of each 32 bits, the lower 16 as f16.
 INLINE Floats8 lower_halves(Ints8 v) {
-#if SIMD_BITS == 512
-    return _mm256_cvtph_ps(_mm256_cvtepi32_epi16((__m256i)v));
-#else
     __m256i low = (__m256i)(v & 0xFFFF);
     low = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0xD8);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(low));
-#endif
 }
 template <class Of> INLINE Ints8 eight_of(const Of& of) {
     __m128i v[2];                                      // g++ would set a vector of eight in memory
@@ -522,11 +514,9 @@ template <Dtype D, class Sink> INLINE void bytes(const std::byte* p, const Sink&
     }
 }
 
-// Of 16 groups (where in_32_groups, of 8): the scale. Of 16: the minimum or, where the format has none, what
-// its offset is to be times. None is beyond a signed byte.
-struct Scales {
-    Bytes16 scale, minimum;
-};
+// Of 16 groups: the scale, and the minimum or, where there is none, what the offset is to be times. No number
+// is beyond a signed byte.
+struct Scales { Bytes16 scale, minimum; };
 
 constexpr uint32_t FOUR_BITS = 0x0F0F0F0F, SIX_BITS = 0x3F3F3F3F, UPPER_TWO = 0x30303030;   // of four bytes
 
@@ -553,7 +543,7 @@ INLINE Bytes16 scales_q3_k(const std::byte* p) {
 template <Dtype D> INLINE Scales scales(const std::byte* p) {
     if constexpr (in_32_groups(D)) {
         Bytes16 six = six_bits(p);
-        return {six, upper_twice(six)};
+        return {lower_twice(six), upper_twice(six)};
     }
     p += layout_of(D).scales;
     Bytes16 b = D == Dtype::Q3_K ? scales_q3_k(p) : load<Bytes16>(p);
@@ -570,8 +560,7 @@ template <Dtype D> struct Factors {
         if (has_minimums(D)) m = half_at(p + layout_of(D).m);
         if constexpr (!of_32(D)) {
             Scales s = scales<D>(p);
-            store(scale, shorts(in_32_groups(D) ? lower_twice(s.scale) : s.scale));
-            store(minimum, shorts(s.minimum));
+            store(scale, shorts(s.scale)), store(minimum, shorts(s.minimum));
         }
     }
 };
@@ -1175,8 +1164,7 @@ template <Dtype D> INLINE Sums dot32(Bytes32 w, const int8_t* x) {
 template <Dtype D> INLINE __m256i spread(Bytes16 scale, int a, int b, int c, int d) {
     constexpr bool SIGNED = signed_scales(D);          // then they come to the upper halves first
     auto four = [](int g) {
-        unsigned at = unsigned(in_32_groups(D) ? g / 2 : g);
-        return int64_t((SIGNED ? 0x80 + 0x100 * at : 0x8000 + at) * 0x0001000100010001u);
+        return int64_t((SIGNED ? 0x80 + 0x100 * unsigned(g) : 0x8000 + unsigned(g)) * 0x0001000100010001u);
     };
     __m256i both = _mm256_broadcastsi128_si256((__m128i)scale);
     both = _mm256_shuffle_epi8(both, _mm256_setr_epi64x(four(a), four(b), four(c), four(d)));
@@ -1212,11 +1200,7 @@ INLINE Ints8 sum8(const Sums (&v)[BLOCK_LANES]) {
 // Sums of pairs, times a factor.
 INLINE Ints8 pair_sums(Shorts16 v, int factor) { return (Ints8)_mm256_madd_epi16(v, all16(factor)); }
 INLINE Floats8 fma8(Floats8 a, Floats8 b, Floats8 c) { return _mm256_fmadd_ps(a, b, c); }
-// The tree of chapter 5's sum_block_lanes.
-INLINE float sum_lanes8(Floats8 v) {
-    FourFloats u = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
-    return (u[0] + u[2]) + (u[1] + u[3]);
-}
+INLINE FourFloats sum_halves(Floats8 v) { return _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1); }
 #else
 using Sums = int32x4_t;
 
@@ -1239,7 +1223,7 @@ template <Dtype D> INLINE Sums dot32(Bytes32 w, const int8_t* x) {
 template <Dtype D> struct Scales64 {
     int32_t v[4];
     INLINE Scales64(Bytes16 scale, int g) {
-        UNROLL for (int i = 0; i < 4; i++) v[i] = int8_t(scale[in_32_groups(D) ? (g + i) / 2 : g + i]);
+        UNROLL for (int i = 0; i < 4; i++) v[i] = int8_t(scale[g + i]);
     }
     INLINE Sums dot(Sums sum, Bytes32 low, Bytes32 high, const int8_t* x) const {
         const Bytes16 w[4] = {low.low, low.high, high.low, high.high};
@@ -1263,11 +1247,14 @@ INLINE Ints8 pair_sums(Shorts16 v, int k) { return {vpaddlq_s16(v.low) * k, vpad
 INLINE Floats8 fma8(Floats8 a, Floats8 b, Floats8 c) {
     return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
 }
+INLINE FourFloats sum_halves(Floats8 v) { return v.low + v.high; }
+#endif
+
+// The tree of chapter 5's sum_block_lanes.
 INLINE float sum_lanes8(Floats8 v) {
-    FourFloats u = v.low + v.high;
+    FourFloats u = sum_halves(v);
     return (u[0] + u[2]) + (u[1] + u[3]);
 }
-#endif
 
 // -- integers: one row, a few tokens -------------------------------------------------------------
 //
@@ -1366,38 +1353,27 @@ private:
     }
 };
 
+// Measured (Zen 4): Q8_0 is read faster if fetched from 8 KB away, Q4_K and Q6_K from 4; and interleaved rows
+// if the processor is not asked for them.
+template <Dtype D, bool SIDE_BY_SIDE = false>
+INLINE void fetch_blocks([[maybe_unused]] const std::byte* p, [[maybe_unused]] int bytes) {
+#if SIMD_BITS == 512
+    constexpr int FETCH = D == Dtype::Q8_0 ? 2 * AHEAD : AHEAD;
+    for (int i = 0; (INTEL || !SIDE_BY_SIDE) && i < bytes; i += 64) fetch<SECOND>(p + FETCH + i);
+#endif
+}
+
 // lane += up to eight blocks times T vectors
-template <Dtype D, int T, class Blocks>
-INLINE void add_blocks(Floats8 (&lane)[T], const Blocks& blocks, const IntRows& x, int count) {
+template <Dtype D, int T>
+INLINE void add_part(Floats8 (&lane)[T], const std::byte* p, const IntRows& x, int count) {
+    fetch_blocks<D>(p, count * format_of(D).bytes);
+    const std::conditional_t<of_32(D), BlocksOf32<D, T>, BlocksOf256<D, T>> blocks(p, x, count);
     for (int t = 0; t < T; t++) {
         const Floats8 dx = load_some<Floats8>(x.at(t).d, count);
         lane[t] = fma8(blocks.scale.d * dx, to_floats(blocks.sums(t)), lane[t]);
         if (has_minimums(D))
             lane[t] = fma8(-(blocks.scale.m * dx), to_floats(blocks.minimums(t)), lane[t]);
     }
-}
-
-#if SIMD_BITS == 512
-// Measured (Zen 4): Q8_0 is read faster if fetched from 8 KB away, Q4_K and Q6_K from 4.
-template <Dtype D> INLINE void fetch_blocks(const std::byte* p, int count) {
-    constexpr int BYTES = format_of(D).bytes, FETCH = D == Dtype::Q8_0 ? 2 * AHEAD : AHEAD;
-    const int n = count * BYTES;
-    for (int i = 0; i < n; i += 64) fetch<SECOND>(p + FETCH + i);
-}
-// AMD's processors bring what follows by themselves faster than if they are asked.
-INLINE void fetch_side(const std::byte* p, int bytes) {
-    for (int i = 0; INTEL && i < bytes; i += 64) fetch<SECOND>(p + AHEAD + i);
-}
-#else
-template <Dtype> void fetch_blocks(const std::byte*, int) {}
-inline void fetch_side(const std::byte*, int) {}
-#endif
-
-template <Dtype D, int T>
-INLINE void add_part(Floats8 (&lane)[T], const std::byte* p, const IntRows& x, int count) {
-    fetch_blocks<D>(p, count);
-    using Blocks = std::conditional_t<of_32(D), BlocksOf32<D, T>, BlocksOf256<D, T>>;
-    add_blocks<D>(lane, Blocks(p, x, count), x, count);
 }
 
 // One function for all rows: it loads its constants once.
@@ -1428,16 +1404,17 @@ INLINE Ints repeated(int32_t v) { return Ints{} + v; }
 INLINE Ints repeated(const void* p) { return repeated(load<int32_t>(p)); }
 INLINE Floats to_floats_of(Ints v) { return __builtin_convertvector(v, Floats); }
 
+constexpr int TILE_REGISTERS = SIMD_BITS == 256 ? 1 : 2;
 constexpr int tile_tokens(Dtype d) { return SIMD_BITS == 512 && of_32(d) ? 8 : 4; }
 // Steps of four weights that are added before their scale: all that it is for or, with AVX2, as many as 16
 // bits hold two products of each of.
 constexpr int steps_of_scale(Dtype d) {
-    const int most = of_32(d) || in_32_groups(d) ? 8 : 4, bits = layout_of(d).low.bits + layout_of(d).high.bits;
+    const BlockLayout& l = layout_of(d);
+    const int most = of_32(d) || in_32_groups(d) ? 8 : 4, bits = l.low.bits + l.high.bits;
     return SIMD_BITS == 256 ? std::clamp(128 >> bits, 1, most) : most;
 }
 
 #if SIMD_BITS == 256
-constexpr int TILE_REGISTERS = 1;
 // v + four weights of each row times four numbers of x: here in two sums of 16 bits, and a scale is twice in
 // its lane.
 template <Dtype D> INLINE Ints dot4(Ints v, Ints w, Ints x) {
@@ -1458,7 +1435,6 @@ template <bool SIGNED> INLINE Ints scale_of(Ints v, int k) {
 // sum + two numbers of 16 bits of each row times two of x
 INLINE Ints add_pair(Ints sum, Ints w, Ints x) { return add_scaled(sum, w, x); }
 #else
-constexpr int TILE_REGISTERS = 2;
 INLINE Ints add_scaled(Ints sum, Ints v, Ints scale) { return sum + v * scale; }
 constexpr int32_t scale_lane(int16_t scale) { return scale; }
 template <bool SIGNED> INLINE Ints scale_of(Ints v, int k) { return v << (24 - 8 * k) >> 24; }
@@ -1606,11 +1582,10 @@ template <Dtype D> void int_block(const IntBlock& block, Rows out, const IntRows
         }
     }
     for (int t = 0; t < T; t++) {
+        const float* lane = block.lane + t * INT_ROWS;
         float sums[INT_ROWS];
-        for (int r = 0; r < INT_ROWS; r += WIDTH) {
-            const float* at = block.lane + t * INT_ROWS + r;
-            store(sums + r, sum_block_lanes([&](int j) { return floats(at + j * PLANE); }));
-        }
+        for (int r = 0; r < INT_ROWS; r += WIDTH)
+            store(sums + r, sum_block_lanes([&](int j) { return floats(lane + j * PLANE + r); }));
         std::copy_n(sums, R, out[t] + row);
     }
 }
@@ -1689,7 +1664,8 @@ inline void quantise(const IntRows& out, const float* x) {
 
 // WIDTH of sixteen rows, from `first` on: their block at p times T vectors; x begins at it.
 template <Dtype D, int T> struct SideBlock {
-    static constexpr int STEPS = steps_of_scale(D);
+    static constexpr int TOGETHER = in_32_groups(D) ? 2 : 4;           // groups of 32 in the same bytes
+    static constexpr int PARTS = in_32_groups(D) ? 1 : 2;              // of 32 numbers, with scales
     static constexpr BlockLayout L = layout_of(D);
     const std::byte* p;
     const int first;
@@ -1697,12 +1673,14 @@ template <Dtype D, int T> struct SideBlock {
     Ints sum[T] = {}, minimum[T] = {};
 
     INLINE SideBlock(const std::byte* p, int first, const IntRows& x) : p(p), first(first), x(x) {
-        if constexpr (in_32_groups(D)) add_groups_of_32();
-        else add_groups_of_16();
+        UNROLL for (int g = 0; g < 8; g += TOGETHER)
+            UNROLL for (int part = 0; part < PARTS; part++) add_groups(g, part);
+        for (int t = 0; t < T && !has_minimums(D); t++) sum[t] -= minimum[t] * offset_of(D);
     }
     INLINE void add_to(Floats (&lane)[T]) const {
         Floats d, m;
-        if constexpr (has_minimums(D)) d = lower_halves(dword(L.d / 4)), m = lower_halves(dword(L.d / 4) >> 16);
+        const Ints both = has_minimums(D) ? dword(L.d / 4) : Ints{};
+        if (has_minimums(D)) d = lower_halves(both), m = lower_halves(both >> 16);
         else d = m = halves_as_floats(p + SIDE * L.d + 2 * first);
         for (int t = 0; t < T; t++) {
             Floats dx = all(x.d[t * (x.n / x.block)]);
@@ -1712,14 +1690,11 @@ template <Dtype D, int T> struct SideBlock {
     }
 
 private:
-    INLINE Ints dword(int i) const {
-        return load<Ints>(p + 64 * LINE_OF_DWORD<D>[size_t(i)] + 4 * first);
-    }
-    INLINE static Ints masked(Ints v, int mask) { return v & (mask * 0x01010101); }
+    INLINE Ints dword(int i) const { return load<Ints>(p + 64 * LINE_OF_DWORD<D>[size_t(i)] + 4 * first); }
     // Bits k .. of each byte, to where the mask has them.
     INLINE static Ints bits(Ints v, int k, int mask) {
         const int n = std::countr_zero(unsigned(mask)) - k;
-        return masked(n < 0 ? v >> -n : v << n, mask);
+        return (n < 0 ? v >> -n : v << n) & (mask * 0x01010101);
     }
     // v += numbers i .. i + 4 of group g of 32 of each row times x
     INLINE void dot(Ints (&v)[T], int g, int i) const {
@@ -1730,59 +1705,45 @@ private:
         if constexpr (L.high.bits > 0) w |= field(L.high, L.low.bits);
         for (int t = 0; t < T; t++) v[t] = dot4<D>(v[t], w, repeated(x.q + t * x.n + 32 * g + i));
     }
-    INLINE void add(const Ints (&v)[T], Ints scale) {
-        for (int t = 0; t < T; t++) sum[t] = add_scaled(sum[t], v[t], scale);
-    }
-    INLINE void add_minimum(Ints m, int g) {
-        for (int t = 0; t < T; t++) {
-            const int16_t* sums = x.sums + t * (x.n / GROUP);
-            const int total = in_32_groups(D) ? sums[2 * g] + sums[2 * g + 1] : sums[g];
-            minimum[t] = add_pair(minimum[t], m, repeated(uint16_t(total)));
-        }
-    }
-
-    // Q4_K, Q5_K.
-    INLINE void add_groups_of_32() {
-        const Ints a = dword(1), b = dword(2), c = dword(3);   // gguf.h's unpack_six_bits
-        const Ints scale[2] = {masked(a, 63), masked(c, 15) | bits(a, 6, 48)};
-        const Ints m[2] = {masked(b, 63), bits(c, 4, 15) | bits(b, 6, 48)};
-        UNROLL for (int g = 0; g < 8; g += 2) {
-            UNROLL for (int begin = 0; begin < 8; begin += STEPS) {
-                Ints v[2][T] = {};
-                UNROLL for (int j = begin; j < begin + STEPS; j++)
-                    UNROLL for (int k = 0; k < 2; k++) dot(v[k], g + k, 4 * j);
-                UNROLL for (int k = 0; k < 2; k++) add(v[k], scale_of<false>(scale[g / 4], g % 4 + k));
-            }
-            UNROLL for (int k = 0; k < 2; k++) add_minimum(scale_of<false>(m[g / 4], g % 4 + k), g + k);
-        }
-    }
-
-    // Q2_K, Q3_K, Q6_K. Of groups 4 i .. 4 i + 4; where there is no minimum, it is what the offset adds.
+    // Four scales, and minimums; where there is none, it is what the offset is to be times.
     INLINE Ints four_scales(int i) const {
         constexpr int AT = L.scales / 4, TOP = int(0x80808080);            // keeps a byte from borrowing
         if (D == Dtype::Q6_K) return dword(AT + i);
-        if (D == Dtype::Q2_K) return masked(dword(AT + i), 15);
+        if (D == Dtype::Q2_K) return bits(dword(AT + i), 0, 15);
+        if (in_32_groups(D) && i == 0) return bits(dword(AT), 0, 63);
+        if (in_32_groups(D)) return bits(dword(AT + 2), 0, 15) | bits(dword(AT), 6, 48);
         Ints six = bits(dword(AT + i % 2), i / 2 * 4, 15) | bits(dword(AT + 2), 2 * i, 48);
         return ((six | TOP) - 0x20202020) ^ TOP;
     }
     INLINE Ints four_minimums(int i) const {
-        return D == Dtype::Q2_K ? bits(dword(i), 4, 15) : four_scales(i);
+        constexpr int AT = L.scales / 4;
+        if (D == Dtype::Q2_K) return bits(dword(AT + i), 4, 15);
+        if (in_32_groups(D) && i == 0) return bits(dword(AT + 1), 0, 63);
+        if (in_32_groups(D)) return bits(dword(AT + 2), 4, 15) | bits(dword(AT + 1), 6, 48);
+        return four_scales(i);
     }
-    INLINE void add_groups_of_16() {
-        UNROLL for (int part = 0; part < 4; part++) {          // 16 weights of four groups
-            const int h = part / 2, odd = part % 2;
-            UNROLL for (int begin = 4 * odd; begin < 4 * odd + 4; begin += STEPS) {
-                Ints v[4][T] = {};
-                UNROLL for (int j = begin; j < begin + STEPS; j++)
-                    UNROLL for (int k = 0; k < 4; k++) dot(v[k], 4 * h + k, 4 * j);
-                UNROLL for (int k = 0; k < 4; k++)
-                    add(v[k], scale_of<D != Dtype::Q2_K>(four_scales(2 * h + k / 2), k % 2 * 2 + odd));
+    // Part `part` of groups g .. g + TOGETHER.
+    INLINE void add_groups(int g, int part) {
+        constexpr int STEPS = steps_of_scale(D), END = 8 / PARTS;
+        UNROLL for (int begin = 0; begin < END; begin += STEPS) {
+            Ints v[TOGETHER][T] = {};
+            UNROLL for (int j = begin; j < begin + STEPS; j++)
+                UNROLL for (int k = 0; k < TOGETHER; k++) dot(v[k], g + k, 4 * (part * END + j));
+            UNROLL for (int k = 0; k < TOGETHER; k++) {
+                const int i = (g + k) * PARTS + part;
+                const Ints scale = scale_of<signed_scales(D)>(four_scales(i / 4), i % 4);
+                for (int t = 0; t < T; t++) sum[t] = add_scaled(sum[t], v[k][t], scale);
             }
-            UNROLL for (int k = 0; k < 4; k++)
-                add_minimum(scale_of<D != Dtype::Q2_K>(four_minimums(2 * h + k / 2), k % 2 * 2 + odd),
-                            8 * h + 2 * k + odd);
         }
-        for (int t = 0; t < T && !has_minimums(D); t++) sum[t] -= minimum[t] * offset_of(D);
+        UNROLL for (int k = 0; k < TOGETHER; k++) {
+            const int i = (g + k) * PARTS + part;
+            const Ints m = scale_of<signed_scales(D)>(four_minimums(i / 4), i % 4);
+            for (int t = 0; t < T; t++) {
+                const int16_t* sums = x.sums + t * (x.n / GROUP) + 2 / PARTS * i;
+                const int total = PARTS == 1 ? sums[0] + sums[1] : sums[0];
+                minimum[t] = add_pair(minimum[t], m, repeated(uint16_t(total)));
+            }
+        }
     }
 };
 
@@ -1792,7 +1753,7 @@ template <Dtype D, int T> void side_rows(Rows out, const IntRows& x, const Matri
     for (int r = begin; r < end; r += SIDE) {
         Floats lane[BLOCK_LANES][PARTS][T] = {};
         for (int b = 0; b < x.n / x.block; b++, p += BYTES) {
-            fetch_side(p, BYTES);
+            fetch_blocks<D, true>(p, BYTES);
             for (int i = 0; i < PARTS; i++)
                 SideBlock<D, T>(p, i * WIDTH, x.at(0, b)).add_to(lane[b % BLOCK_LANES][i]);
         }
@@ -1882,57 +1843,48 @@ constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
 
 // -- AMX: weights for tiles ----------------------------------------------------------------------
 
-// 32 weights, with their offset, from 32 i on: signed, or times their scales in low and high bytes.
-template <Dtype D> struct SplitSink {
-    std::byte* out;
-    int64_t high;                          // bytes from the low ones to the high ones
-    const Factors<D>& f;
-
-    INLINE __m256i times_scale(__m128i w, int group) const {
-        __m256i q = _mm256_sub_epi16(_mm256_cvtepu8_epi16(w), all16(offset_of(D)));
-        return _mm256_mullo_epi16(q, all16(f.scale[group]));
-    }
-    INLINE void operator()(int i, Bytes32 bytes) const {
-        if (of_32(D)) return store(out + 32 * i, bytes - all8(offset_of(D)));
-        __m256i a = times_scale(_mm256_castsi256_si128((__m256i)bytes), 2 * i);
-        __m256i b = times_scale(_mm256_extracti128_si256((__m256i)bytes, 1), 2 * i + 1);
-        __m256i low = _mm256_packs_epi16(a & all16(127), b & all16(127));
-        __m256i top = _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7));
-        store256(out + 32 * i, _mm256_permute4x64_epi64(low, 0xD8));
-        store256(out + 32 * i + high, _mm256_permute4x64_epi64(top, 0xD8));
-    }
-};
+INLINE __m256i times_scale(__m128i w, int offset, int scale) {
+    return _mm256_mullo_epi16(_mm256_sub_epi16(_mm256_cvtepu8_epi16(w), all16(offset)), all16(scale));
+}
+// 32 weights, with their offset: signed, or times their two scales in low and, from `high` on, high bytes.
+template <Dtype D>
+INLINE void split(std::byte* out, std::byte* high, Bytes32 weights, const int16_t* scale) {
+    constexpr int OFFSET = offset_of(D);
+    if (of_32(D)) return store(out, weights - all8(OFFSET));
+    __m256i a = times_scale(_mm256_castsi256_si128((__m256i)weights), OFFSET, scale[0]);
+    __m256i b = times_scale(_mm256_extracti128_si256((__m256i)weights, 1), OFFSET, scale[1]);
+    __m256i low = _mm256_packs_epi16(a & all16(127), b & all16(127));
+    __m256i top = _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7));
+    store256(out, _mm256_permute4x64_epi64(low, 0xD8)), store256(high, _mm256_permute4x64_epi64(top, 0xD8));
+}
 
 // Minimums of blocks of 256 are multiplied in bf16: a sum of 16 x is cut in 16 high + low, and 32 bits hold
 // both, or 16 times the minimum and the minimum. No sum of products passes 2^24, so it is exact in f32.
 template <Dtype D> constexpr bool PAIRED = has_minimums(D) && !of_32(D);
 
-INLINE __m512i bf16_pairs(__m512i first, __m512i second) {
-    return _mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(first), 16) | (__m512i)_mm512_cvtepi32_ps(second);
+INLINE int32_t bf16_pair(int first, int second) {      // of which bf16 holds all bits
+    return std::bit_cast<int32_t>(float(second)) | int32_t(std::bit_cast<uint32_t>(float(first)) >> 16);
 }
-// Of `blocks` blocks of vectors.
-inline void pair_sums(int32_t* pairs, const IntRows& x, int64_t blocks) {
-    for (int64_t b = 0; b < blocks; b++) {
-        __m512i sum = _mm512_cvtepi16_epi32(load256(x.sums + b * GROUP));
-        store(pairs + b * GROUP, bf16_pairs(_mm512_srai_epi32(sum, 4), sum & _mm512_set1_epi32(15)));
-    }
+inline void pair_sums(std::vector<int32_t>& pairs, const IntRows& x, int T) {
+    pairs.resize(size_t(x.blocks(T)) * GROUP);
+#pragma omp simd
+    for (size_t i = 0; i < pairs.size(); i++) pairs[i] = bf16_pair(x.sums[i] >> 4, x.sums[i] & 15);
 }
 
 // block.row: (INT_ROWS, 1 or 2, cols)   block.scale: (blocks, INT_ROWS / TILE, 16, TILE), pairs
 template <Dtype D> void split_row(IntBlock& block, int r, const std::byte* p, int cols) {
     constexpr int VALUES = format_of(D).values;
-    const __m512i column = _mm512_slli_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
     std::byte* row = block.row + int64_t(r) * cols * (of_32(D) ? 1 : 2);
     for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes) {
         const Factors<D> f(p);
         block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = f.m;
-        bytes<D>(p, SplitSink<D>{row + b * VALUES, cols, f});
-        if constexpr (PAIRED<D>) {
-            __m512i minimum = _mm512_cvtepi16_epi32(load256(f.minimum));
-            int32_t* pairs = block.scale + (b * INT_ROWS + r / TILE * TILE) * TILE + r % TILE;
-            _mm512_i32scatter_epi32(pairs, column, bf16_pairs(_mm512_slli_epi32(minimum, 4), minimum), 4);
-        }
+        bytes<D>(p, [&](int i, Bytes32 w) {
+            std::byte* out = row + b * VALUES + 32 * i;
+            split<D>(out, out + cols, w, f.scale + 2 * i);
+        });
+        int32_t* pairs = block.scale + (b * INT_ROWS + r / TILE * TILE) * TILE + r % TILE;
+        for (int g = 0; PAIRED<D> && g < GROUP; g++)
+            pairs[g * TILE] = bf16_pair(16 * f.minimum[g], f.minimum[g]);
     }
 }
 
@@ -2071,8 +2023,8 @@ void add_part(const IntBlock& block, Rows out, const Vectors& v, int row, int R,
             for (int k = 0, b = p.b; b < p.end; k++, b += BLOCK_LANES)
                 add<D>(y, block, b, h, c[k][i], v.x.at(first, b));
             for (int n = std::countr_one(p.done); p.last && n > 0; n--) add_sums(y, top -= PLANE);
-            if (p.last && p.done == BLOCK_LANES - 1) put({out[first], out.stride}, y, row + h, R - h, T - first);
-            else put({top, TILE}, y, 0, TILE, TILE);
+            if (!p.last || p.done < BLOCK_LANES - 1) put({top, TILE}, y, 0, TILE, TILE);
+            else put({out[first], out.stride}, y, row + h, R - h, T - first);
         }
     }
 }
@@ -2085,13 +2037,11 @@ template <Dtype D> void int_block(const IntBlock& block, Rows out, const Vectors
     const int blocks = v.x.n / v.x.block;
     for (unsigned done = 0; done < BLOCK_LANES; done++) {
         const int lane = int((done & 1) * 4 + (done & 2) + (done & 4) / 4);
-        int b = lane;
-        do {
+        for (int b = lane; b == lane || b < blocks; b += STEP) {
             LanePart part{done, b, std::min(blocks, b + STEP), b == lane, b + STEP >= blocks};
             for (int t = 0; t < T; t += VECTOR_TILES<D> * TILE)
                 add_part<D>(block, out, v, row, R, T, t, part);
-            b += STEP;
-        } while (b < blocks);
+        }
     }
 }
 
@@ -2109,27 +2059,22 @@ template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w,
     constexpr int MOST = MANY_ROWS / INT_ROWS, BYTES = of_32(D) ? 1 : 2, CACHED = 1 << 20;
     thread_local std::vector<std::byte> memory[MOST];
     thread_local std::vector<int32_t> pairs;
-    if (PAIRED<D>) {
-        pairs.resize(size_t(x.blocks(T)) * GROUP);
-        pair_sums(pairs.data(), x, x.blocks(T));
-    }
+    if (PAIRED<D>) pair_sums(pairs, x, T);
     const int at_once = std::clamp(CACHED / (w.cols * BYTES * INT_ROWS), 1, MOST) * INT_ROWS;
     _tile_loadconfig(&TILES<D>);
     for (int first = begin; first < end; first += at_once) {
         std::vector<IntBlock> blocks;
         blocks.reserve(MOST);
         for (int r = first; r < std::min(end, first + at_once); r += INT_ROWS) {
-            IntBlock* first_block = blocks.empty() ? nullptr : &blocks[0];
-            blocks.emplace_back(memory[blocks.size()], w.cols, x.block, BYTES, first_block);
+            blocks.emplace_back(memory[blocks.size()], w.cols, x.block, BYTES,
+                                blocks.empty() ? nullptr : &blocks[0]);
             pack_tiles<D>(blocks.back(), w, r, std::min(INT_ROWS, end - r));
         }
         for (int t = 0; t < T; t += INT_TOKENS) {
             Vectors v{x.vector(t), pairs.data() + int64_t(t) * x.n / GROUP};
-            int r = first;
-            for (const IntBlock& block : blocks) {
-                int_block<D>(block, {out[t], out.stride}, v, r, std::min(INT_ROWS, end - r),
-                             std::min(INT_TOKENS, T - t));
-                r += INT_ROWS;
+            for (int i = 0; i < int(blocks.size()); i++) {
+                const int r = first + i * INT_ROWS, R = std::min(INT_ROWS, end - r);
+                int_block<D>(blocks[size_t(i)], {out[t], out.stride}, v, r, R, std::min(INT_TOKENS, T - t));
             }
         }
     }
