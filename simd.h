@@ -121,12 +121,18 @@ template <class Body> void for_quantised(Dtype dtype, const Body& body) {
     using enum Dtype;
     for_dtype_of<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>(dtype, body);
 }
-// body.operator()<T>() for T < MANY_TOKENS
-template <class Body> void for_few(int T, const Body& body) {
-    static_assert(MANY_TOKENS == 4);
-    if (T == 1) body.template operator()<1>();
-    if (T == 2) body.template operator()<2>();
-    if (T == 3) body.template operator()<3>();
+// body.operator()<N>() for the N that is n, or for MOST if n is more.
+template <int MOST, class Body> INLINE void with_constant(int n, const Body& body) {
+    if (n >= MOST) body.template operator()<MOST>();
+    else if constexpr (MOST > 1) with_constant<MOST - 1>(n, body);
+}
+template <int MOST_R, int MOST_T, class Body> INLINE void with_constants(int R, int T, const Body& body) {
+    with_constant<MOST_R>(R, [&]<int N>() {
+        with_constant<MOST_T>(T, [&]<int M>() { body.template operator()<N, M>(); });
+    });
+}
+template <class Body> INLINE void for_few(int T, const Body& body) {
+    with_constant<MANY_TOKENS - 1>(T, body);
 }
 
 constexpr bool of_32(Dtype d) { return d < Dtype::Q2_K; }
@@ -304,6 +310,8 @@ INLINE HalfFloats lower(Floats v) { return vget_low_f32(v); }
 INLINE HalfFloats upper(Floats v) { return vget_high_f32(v); }
 INLINE Floats join(HalfFloats low, HalfFloats high) { return vcombine_f32(low, high); }
 INLINE FourFloats four(const Lanes& v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+// In a register, from here on: g++ would read v from memory again at each use.
+INLINE void keep(Floats& v) { asm("" : "+w"(v)); }
 #else
 #undef MM                                      // Intel named its functions alike for both widths
 #if SIMD_BITS == 256
@@ -314,6 +322,9 @@ INLINE HalfFloats lower(Floats v) { return _mm256_castps256_ps128(v); }
 INLINE HalfFloats upper(Floats v) { return _mm256_extractf128_ps(v, 1); }
 INLINE Floats join(HalfFloats low, HalfFloats high) { return _mm256_set_m128(high, low); }
 INLINE FourFloats four(const Lanes& v) { return lower(v[0] + v[1]) + upper(v[0] + v[1]); }
+template <class Row> INLINE Floats each_fourth(const Row& row) {
+    return join(load<FourFloats>(row(0)), load<FourFloats>(row(4)));
+}
 #else
 #define MM(function) _mm512_##function
 using HalfInts = __m256i;
@@ -327,7 +338,12 @@ INLINE FourFloats four(const Lanes& v) {
     HalfFloats eight = lower(v[0]) + upper(v[0]);
     return _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
 }
+template <class Row> INLINE Floats each_fourth(const Row& row) {
+    return join(_mm256_set_m128(load<FourFloats>(row(4)), load<FourFloats>(row(0))),
+                _mm256_set_m128(load<FourFloats>(row(12)), load<FourFloats>(row(8))));
+}
 #endif
+INLINE void keep(Floats& v) { asm("" : "+v"(v)); }
 INLINE Floats all(float x) { return MM(set1_ps)(x); }
 INLINE Doubles all(double x) { return MM(set1_pd)(x); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return MM(fmadd_ps)(a, b, c); }
@@ -339,13 +355,6 @@ INLINE HalfFloats to_floats(Doubles x) { return MM(cvtpd_ps)(x); }
 INLINE Words bytes_as_words(const std::byte* p) { return (Words)MM(cvtepu8_epi32)(quarter(p)); }
 INLINE Words halves_as_words(const std::byte* p) { return (Words)MM(cvtepu16_epi32)(load<HalfInts>(p)); }
 INLINE Floats halves_as_floats(const std::byte* p) { return MM(cvtph_ps)(load<HalfInts>(p)); }
-#endif
-
-// In a register, from here on: g++ would read v from memory again at each use.
-#if SIMD_BITS > 128
-INLINE void keep(Floats& v) { asm("" : "+v"(v)); }
-#else
-INLINE void keep(Floats& v) { asm("" : "+w"(v)); }
 #endif
 
 // The tree of sum_lanes.
@@ -362,23 +371,37 @@ template <Cache CACHE = FIRST> INLINE void fetch(const void* p) { __builtin_pref
 INLINE __m256i load256(const void* p) { return load<__m256i>(p); }
 INLINE void store256(void* p, __m256i v) { store(p, v); }
 
+// v[c]: number c of the four, of 32 bits, at row(r), for each r < WIDTH: two perfect shuffles of the rows.
+template <class Row> INLINE void to_columns(Floats (&v)[4], const Row& row) {
+    UNROLL for (int k = 0; k < 4; k++) v[k] = each_fourth([&](int r) { return row(r + k); });
+    UNROLL for (int twice = 0; twice < 2; twice++) {
+        Floats a[4] = {v[0], v[1], v[2], v[3]};
+        UNROLL for (int k = 0; k < 2; k++)
+            v[2 * k] = MM(unpacklo_ps)(a[k], a[k + 2]), v[2 * k + 1] = MM(unpackhi_ps)(a[k], a[k + 2]);
+    }
+}
+
 // 8 rows of 8 numbers of 32 bits, to columns; strides in bytes.
 inline void transpose8(void* out, int64_t out_stride, const void* in, int64_t in_stride) {
-    __m256i r[8], a[8], b[8];
-    for (int i = 0; i < 8; i++) r[i] = load256(static_cast<const std::byte*>(in) + i * in_stride);
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]), a[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    for (int col = 0; col < 8; col += WIDTH / 2) {
+        Floats v[4];
+        const std::byte* from = static_cast<const std::byte*>(in) + 4 * col;
+        to_columns(v, [=](int r) { return from + r % 8 * in_stride + r / 8 * 16; });
+        UNROLL for (int c = 0; c < 4; c++) {
+            std::byte* to = static_cast<std::byte*>(out) + (col + c) * out_stride;
+            if (WIDTH == 8) store(to, v[c]);
+            else store(to, lower(v[c])), store(to + 4 * out_stride, upper(v[c]));
+        }
     }
-    for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        std::byte* to = static_cast<std::byte*>(out) + i * out_stride;
-        store256(to, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-        store256(to + 4 * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+}
+#endif
+#if SIMD_BITS == 512
+// 16 rows of bytes, `stride` apart: to (columns / 4, 16, 4)
+inline void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
+    for (int i = 0; i < columns; i += 16, out += 256) {
+        Floats v[4];
+        to_columns(v, [=](int r) { return in + i + r * stride; });
+        UNROLL for (int k = 0; k < 4; k++) store(out + 64 * k, v[k]);
     }
 }
 #endif
@@ -661,17 +684,22 @@ template <class Row> void widen_row(float* out, Row w, int n) {
     for (; i < n; i++) out[i] = w(i);
 }
 
+// body(the row at p), if registers can be widened from its dtype.
+template <class Body> INLINE bool with_row(Dtype dtype, const std::byte* p, const Body& body) {
+    switch (dtype) {
+    case Dtype::F32: return body(F32Row{p}), true;
+    case Dtype::BF16: return body(Bf16Row{p}), true;
+    case Dtype::F16: return body(F16Row{p}), true;
+    case Dtype::F8_E4M3: return body(E4m3Row{p}), true;
+    default: return false;
+    }
+}
+
 // Columns begin .. begin + n of row r, e4m3 without its scales. `begin` is a multiple of 256.
 inline void widen_part(float* out, const Matrix& w, int r, int begin, int n) {
     const std::byte* p = w.row(r) + row_bytes(w.dtype, begin);
-    switch (w.dtype) {
-    case Dtype::F64: return widen_into(out, F64Row{p}, n);
-    case Dtype::F32: return widen_row(out, F32Row{p}, n);
-    case Dtype::BF16: return widen_row(out, Bf16Row{p}, n);
-    case Dtype::F16: return widen_row(out, F16Row{p}, n);
-    case Dtype::F8_E4M3: return widen_row(out, E4m3Row{p}, n);
-    default: dequantise_row(out, p, w.dtype, n);
-    }
+    if (w.dtype == Dtype::F64) return widen_into(out, F64Row{p}, n);
+    if (!with_row(w.dtype, p, [=](auto row) { widen_row(out, row, n); })) dequantise_row(out, p, w.dtype, n);
 }
 
 inline void widen(float* out, const Matrix& w, int r) {
@@ -682,17 +710,17 @@ inline void widen(float* out, const Matrix& w, int r) {
 
 // -- 4  Few tokens -------------------------------------------------------------------------------
 
-#if SIMD_BITS == 512
 // Of a token's weights, which are read once and need not stay in any cache. Intel's processors bring them no
 // faster than unasked that way (half the speed of this one).
 INLINE void prefetch(const std::byte* p) {
-    if (INTEL) fetch<SECOND>(p);
-    else fetch<NONE>(p);
+#if SIMD_BITS == 512
+    if (INTEL) return fetch<SECOND>(p);
+#endif
+    fetch<NONE>(p);
 }
 
 // Vectors of so many columns fill half of an L1 cache: they are to meet many rows at once.
 constexpr int LONG = 4096, LONG_ROWS = 8;
-#endif
 
 // The sums of R rows with T vectors; `ahead`: bytes to the rows that come after these.
 template <class Row, int R, int T> struct Dots {
@@ -704,81 +732,72 @@ template <class Row, int R, int T> struct Dots {
             fetch_rows(w, ahead, size_t(i / LANES));
             step(w, x, i);
         }
-        if (i < end) last_step(w, x, i, end - i);
-    }
-    INLINE void add_scaled(int r, const Dots& block, float scale) {
-        UNROLL for (int t = 0; t < T; t++)
-            UNROLL for (int k = 0; k < SIXTEEN; k++)
-                v[r][t][k] = fma(all(scale), block.v[r][t][k], v[r][t][k]);
+        if (i == end) return;
+        Rest rest(w, x, i, end - i);
+        step(rest.row, {rest.x[0], LANES}, 0);
     }
 
 private:
     // The columns i .. i + 16. NEON has no registers to spare for all of a row's numbers at once.
     template <class Weights> INLINE void step(const Weights* w, ConstRows x, int i) {
-        constexpr int AT_ONCE = SIMD_BITS == 128 ? 1 : SIXTEEN;
-        UNROLL for (int k = 0; k < SIXTEEN; k += AT_ONCE) registers<AT_ONCE>(w, x, i, k);
-    }
-    // N registers of each sum, from number k on.
-    template <int N, class Weights> INLINE void registers(const Weights* w, ConstRows x, int i, int k) {
-        Floats xt[T][N];
-        UNROLL for (int t = 0; t < T; t++)
-            UNROLL for (int j = 0; j < N; j++) {
-                xt[t][j] = floats(x[t] + i + (k + j) * WIDTH);
-                if (R > 1) keep(xt[t][j]);
-            }
-        UNROLL for (int r = 0; r < R; r++) {
-            Floats wr[N];
-            UNROLL for (int j = 0; j < N; j++) wr[j] = widen(w[r], i + (k + j) * WIDTH);
+        constexpr int N = SIMD_BITS == 128 ? 1 : SIXTEEN;
+        UNROLL for (int k = 0; k < SIXTEEN; k += N) {
+            Floats xt[T][N], wr[N];
             UNROLL for (int t = 0; t < T; t++)
-                UNROLL for (int j = 0; j < N; j++) v[r][t][k + j] = fma(wr[j], xt[t][j], v[r][t][k + j]);
+                UNROLL for (int j = 0; j < N; j++) {
+                    xt[t][j] = floats(x[t] + i + (k + j) * WIDTH);
+                    if (R > 1) keep(xt[t][j]);
+                }
+            UNROLL for (int r = 0; r < R; r++) {
+                UNROLL for (int j = 0; j < N; j++) wr[j] = widen(w[r], i + (k + j) * WIDTH);
+                UNROLL for (int t = 0; t < T; t++)
+                    UNROLL for (int j = 0; j < N; j++) v[r][t][k + j] = fma(wr[j], xt[t][j], v[r][t][k + j]);
+            }
         }
     }
     // The n < 16 columns from i on, filled up with what adds nothing to any number: -0 times 0.
     struct Rest {
         float w[R][LANES], x[T][LANES];
+        F32Row row[R];
         [[gnu::noinline]] Rest(const Row* from, ConstRows xs, int i, int n) : x{} {
-            for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++) {
                 for (int j = 0; j < LANES; j++) w[r][j] = j < n ? from[r](i + j) : -0.0f;
+                row[r].p = reinterpret_cast<const std::byte*>(w[r]);
+            }
             for (int t = 0; t < T; t++) std::copy_n(xs[t] + i, n, x[t]);
         }
     };
-    INLINE void last_step(const Row* w, ConstRows x, int i, int n) {
-        Rest rest(w, x, i, n);
-        F32Row row[R];
-        UNROLL for (int r = 0; r < R; r++) row[r].p = reinterpret_cast<const std::byte*>(rest.w[r]);
-        step(row, {rest.x[0], LANES}, 0);
-    }
-#if SIMD_BITS == 512
     // At step i: of few rows the next ones, as memory has them; of many the columns to come, by turns.
     INLINE void fetch_rows(const Row* w, size_t ahead, size_t i) {
         constexpr size_t BYTES = STORED<Row> * LANES, TURNS = std::max<size_t>(64 / BYTES, 1);
-        for (size_t c = 0; R > 1 && R < LONG_ROWS && c < R * BYTES; c += 64)
-            prefetch(w[0].p + ahead + i * R * BYTES + c);
+        constexpr bool NEXT = SIMD_BITS == 512 && R > 1 && R < LONG_ROWS;
+        for (size_t c = 0; NEXT && c < R * BYTES; c += 64) prefetch(w[0].p + ahead + i * R * BYTES + c);
         for (size_t r = i % TURNS; R == LONG_ROWS && r < R; r += TURNS)
             fetch<SECOND>(w[r].p + i * BYTES + 2048);
     }
-#else
-    void fetch_rows(const Row*, size_t, size_t) {}
-#endif
 };
 
 template <class Row, int R, int T> void dots(Rows out, ConstRows x, const Matrix& w, int first) {
     Row row[R];
     UNROLL for (int r = 0; r < R; r++) row[r] = {w.row(first + r)};
     const size_t ahead = size_t(R) * size_t(row[R - 1].p - row[0].p) / std::max(R - 1, 1);
-    Dots<Row, R, T> all;
+    Dots<Row, R, T> sums;
     if constexpr (std::is_same_v<Row, E4m3Row>) {
         for (int begin = 0; begin < w.cols; begin += SCALE_BLOCK) {
             Dots<Row, R, T> block;
             block.add_products(row, ahead, x, begin, std::min(w.cols, begin + SCALE_BLOCK));
-            UNROLL for (int r = 0; r < R; r++)
-                all.add_scaled(r, block, load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4));
+            UNROLL for (int r = 0; r < R; r++) {
+                Floats scale = all(load<float>(w.scale_row(first + r) + begin / SCALE_BLOCK * 4));
+                UNROLL for (int t = 0; t < T; t++)
+                    UNROLL for (int k = 0; k < SIXTEEN; k++)
+                        sums.v[r][t][k] = fma(scale, block.v[r][t][k], sums.v[r][t][k]);
+            }
         }
     } else {
-        all.add_products(row, ahead, x, 0, w.cols);
+        sums.add_products(row, ahead, x, 0, w.cols);
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) out[t][first + r] = sum(all.v[r][t]);
+        UNROLL for (int t = 0; t < T; t++) out[t][first + r] = sum(sums.v[r][t]);
 }
 
 // Rows at once, for chains of additions to hide each other's latency. How many was measured: with AVX-512,
@@ -795,13 +814,6 @@ template <class Row, int T> void few(Rows out, ConstRows x, const Matrix& w, int
     for (; r < end; r++) dots<Row, 1, T>(out, x, w, r);
 }
 
-template <class Row> void few_tokens(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    static_assert(MANY_TOKENS == 4);
-    if (T == 1) few<Row, 1>(out, x, w, begin, end);
-    if (T == 2) few<Row, 2>(out, x, w, begin, end);
-    if (T == 3) few<Row, 3>(out, x, w, begin, end);
-}
-
 inline float dot_real(const float* a, const float* b, int n) {
     F32Row row{reinterpret_cast<const std::byte*>(a)};
     Dots<F32Row, 1, 1> all;
@@ -816,22 +828,19 @@ constexpr int BLOCK_ROWS = 12, BLOCK_TOKENS = 128, BLOCK_COLS = 256;
 
 struct FloatBlock {
     alignas(64) float w[BLOCK_ROWS][BLOCK_COLS + LANES];   // widened weights; rows in different cache sets
-    alignas(64) float lanes[BLOCK_TOKENS / TILE_TOKENS][BLOCK_ROWS][TILE_TOKENS][LANES];   // sums so far
-
-    // A tile's lanes lie together.
-    float* lane(int r, int t) { return lanes[t / TILE_TOKENS][r][t % TILE_TOKENS]; }
+    Lanes lanes[BLOCK_TOKENS / TILE_TOKENS][BLOCK_ROWS][TILE_TOKENS];      // sums so far, of a tile together
+    float x[BLOCK_TOKENS][BLOCK_COLS];                     // used where columns do not fill the lanes
 };
 
-// lane[r][t] += products of w[r] and x[t] over n columns, n a multiple of 16: one register of lanes after the
-// other.
+// lanes += products of w[r] and x[t] over n columns, n a multiple of 16: one register after the other.
 template <int R, int T, bool SCALED>
 void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const float* scale) {
-    for (int part = 0; part < LANES; part += WIDTH) {
+    auto lanes = b.lanes[token / TILE_TOKENS] + row;
+    for (int k = 0; k < SIXTEEN; k++) {
         Floats v[R][T];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++)
-                v[r][t] = SCALED ? Floats{} : floats(b.lane(row + r, token + t) + part);
-        for (int i = part; i < n; i += LANES) {
+            UNROLL for (int t = 0; t < T; t++) v[r][t] = SCALED ? Floats{} : lanes[r][t][k];
+        for (int i = k * WIDTH; i < n; i += LANES) {
             Floats w[R];
             UNROLL for (int r = 0; r < R; r++) w[r] = floats(b.w[row + r] + col + i);
             UNROLL for (int t = 0; t < T; t++) {
@@ -840,93 +849,57 @@ void tile(FloatBlock& b, int row, int token, int col, ConstRows x, int n, const 
             }
         }
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) {
-                float* lane = b.lane(row + r, token + t) + part;
-                store(lane, SCALED ? fma(all(scale[r]), v[r][t], floats(lane)) : v[r][t]);
-            }
-    }
-}
-
-using Tile = void (*)(FloatBlock&, int row, int token, int col, ConstRows x, int n, const float* scale);
-
-template <size_t... I> Tile tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
-    static constexpr Tile PLAIN[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, false>...};
-    static constexpr Tile SCALED[] = {tile<I / TILE_TOKENS + 1, I % TILE_TOKENS + 1, true>...};
-    return (scaled ? SCALED : PLAIN)[(R - 1) * TILE_TOKENS + T - 1];
-}
-inline Tile tile_of(bool scaled, int R, int T) {
-    return tile_of(scaled, R, T, std::make_index_sequence<TILE_ROWS * TILE_TOKENS>());
-}
-
-// The columns that do not fill 16 lanes, and the e4m3 block that has them.
-inline void tile_tail(FloatBlock& b, int R, int T, int col, ConstRows x, int n, const float* scale) {
-    for (int r = 0; r < R; r++) {
-        for (int t = 0; t < T; t++) {
-            float sum[LANES] = {}, *lane = b.lane(r, t), *v = scale ? sum : lane;
-            for (int i = 0; i < n; i++) v[i % LANES] = std::fma(b.w[r][col + i], x[t][i], v[i % LANES]);
-            for (int j = 0; scale && j < LANES; j++) lane[j] = std::fma(scale[r], sum[j], lane[j]);
-        }
+            UNROLL for (int t = 0; t < T; t++)
+                lanes[r][t][k] = SCALED ? fma(all(scale[r]), v[r][t], lanes[r][t][k]) : v[r][t];
     }
 }
 
 // Adds the columns col .. col + n of the block; x begins at the first of them. scale: (R), or none
 inline void add_columns(FloatBlock& b, int R, ConstRows x, int T, int col, int n, const float* scale) {
-    int whole = scale && n % LANES ? 0 : n / LANES * LANES;
-    for (int t = 0; whole > 0 && t < T; t += TILE_TOKENS) {
-        for (int r = 0; r < R; r += TILE_ROWS) {
-            Tile f = tile_of(scale, std::min(TILE_ROWS, R - r), std::min(TILE_TOKENS, T - t));
-            f(b, r, t, col, {x[t], x.stride}, whole, scale ? scale + r : nullptr);
-        }
-    }
-    if (whole < n) tile_tail(b, R, T, col + whole, {x[0] + whole, x.stride}, n - whole, scale);
+    for (int t = 0; t < T; t += TILE_TOKENS)
+        for (int r = 0; r < R; r += TILE_ROWS)
+            with_constants<TILE_ROWS, TILE_TOKENS>(R - r, T - t, [&]<int ROWS, int TOKENS>() {
+                if (scale) tile<ROWS, TOKENS, true>(b, r, t, col, {x[t], x.stride}, n, scale + r);
+                else tile<ROWS, TOKENS, false>(b, r, t, col, {x[t], x.stride}, n, nullptr);
+            });
 }
 
 // The block's R rows from `row` on, for T tokens.
 inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, int row, int R, int T) {
-    std::fill_n(b.lanes[0][0][0], (T + TILE_TOKENS - 1) / TILE_TOKENS * BLOCK_ROWS * TILE_TOKENS * LANES,
-                0.0f);
+    const bool scaled = w.dtype == Dtype::F8_E4M3;
+    const int step = scaled ? SCALE_BLOCK : BLOCK_COLS;
+    std::memset(b.lanes, 0, size_t(T + TILE_TOKENS - 1) / TILE_TOKENS * sizeof *b.lanes);
     for (int begin = 0; begin < w.cols; begin += BLOCK_COLS) {
-        int n = std::min(BLOCK_COLS, w.cols - begin);
-        for (int r = 0; r < R; r++) widen_part(b.w[r], w, row + r, begin, n);
+        int n = std::min(BLOCK_COLS, w.cols - begin), whole = (n + LANES - 1) / LANES * LANES;
         ConstRows part{x[0] + begin, x.stride};
-        float scale[BLOCK_ROWS];
-        if (w.dtype != Dtype::F8_E4M3) add_columns(b, R, part, T, 0, n, nullptr);
-        for (int col = 0; w.dtype == Dtype::F8_E4M3 && col < n; col += SCALE_BLOCK) {
-            size_t block = size_t((begin + col) / SCALE_BLOCK);
-            for (int r = 0; r < R; r++) scale[r] = load<float>(w.scale_row(row + r) + 4 * block);
-            add_columns(b, R, {part[0] + col, x.stride}, T, col, std::min(SCALE_BLOCK, n - col), scale);
-        }
-    }
-    for (int t = 0; t < T; t++) {
-        float* y = out[t] + row;
         for (int r = 0; r < R; r++) {
-            Lanes v;
-            UNROLL for (int k = 0; k < SIXTEEN; k++) v[k] = floats(b.lane(r, t) + k * WIDTH);
-            y[r] = sum(v);
+            widen_part(b.w[r], w, row + r, begin, n);
+            std::fill(b.w[r] + n, b.w[r] + whole, -0.0f);      // which adds nothing, times 0
+        }
+        if (n < whole) {
+            for (int t = 0; t < T; t++) std::fill_n(std::copy_n(part[t], n, b.x[t]), whole - n, 0.0f);
+            part = {b.x[0], BLOCK_COLS};
+        }
+        for (int col = 0; col < n; col += step) {
+            float scale[BLOCK_ROWS];
+            for (int r = 0; scaled && r < R; r++)
+                scale[r] = load<float>(w.scale_row(row + r) + 4 * size_t((begin + col) / SCALE_BLOCK));
+            add_columns(b, R, {part[0] + col, part.stride}, T, col, std::min(step, whole - col),
+                        scaled ? scale : nullptr);
         }
     }
-}
-
-inline void many_tokens(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    thread_local FloatBlock block;
-    for (int t = 0; t < T; t += BLOCK_TOKENS) {
-        for (int r = begin; r < end; r += BLOCK_ROWS)
-            float_block(block, {out[t], out.stride}, {x[t], x.stride}, w, r, std::min(BLOCK_ROWS, end - r),
-                        std::min(BLOCK_TOKENS, T - t));
-    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t][row + r] = sum(b.lanes[t / TILE_TOKENS][r][t % TILE_TOKENS]);
 }
 
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    if (T < MANY_TOKENS) {
-        switch (w.dtype) {
-        case Dtype::F32: return few_tokens<F32Row>(out, x, w, T, begin, end);
-        case Dtype::BF16: return few_tokens<Bf16Row>(out, x, w, T, begin, end);
-        case Dtype::F16: return few_tokens<F16Row>(out, x, w, T, begin, end);
-        case Dtype::F8_E4M3: return few_tokens<E4m3Row>(out, x, w, T, begin, end);
-        default: break;
-        }
-    }
-    many_tokens(out, x, w, T, begin, end);
+    auto few_rows = [&]<class Row>(Row) { for_few(T, [&]<int N>() { few<Row, N>(out, x, w, begin, end); }); };
+    if (T < MANY_TOKENS && with_row(w.dtype, nullptr, few_rows)) return;
+    thread_local FloatBlock block;
+    for (int t = 0; t < T; t += BLOCK_TOKENS)
+        for (int r = begin; r < end; r += BLOCK_ROWS)
+            float_block(block, {out[t], out.stride}, {x[t], x.stride}, w, r, std::min(BLOCK_ROWS, end - r),
+                        std::min(BLOCK_TOKENS, T - t));
 }
 
 // -- 6  Weighted sums ----------------------------------------------------------------------------
@@ -968,14 +941,12 @@ template <class Row, int T> void weigh_tokens(Rows out, ConstRows p, const Matri
 }
 
 template <class Row> void weigh_rows(Rows out, ConstRows p, const Matrix& v, int T, int n) {
-    using F = void (*)(Rows, ConstRows, const Matrix&, int, int);
-    static constexpr F TOKENS[WEIGH_TOKENS] = {weigh_tokens<Row, 1>, weigh_tokens<Row, 2>,
-                                               weigh_tokens<Row, 3>, weigh_tokens<Row, 4>,
-                                               weigh_tokens<Row, 5>, weigh_tokens<Row, 6>};
     for (int j = 0; j < n; j += WEIGH_ROWS)
         for (int t = 0; t < T; t += WEIGH_TOKENS)
-            TOKENS[std::min(WEIGH_TOKENS, T - t) - 1]({out[t], out.stride}, {p[t], p.stride}, v, j,
-                                                      std::min(n, j + WEIGH_ROWS));
+            with_constant<WEIGH_TOKENS>(T - t, [&]<int N>() {
+                Rows some{out[t], out.stride};
+                weigh_tokens<Row, N>(some, {p[t], p.stride}, v, j, std::min(n, j + WEIGH_ROWS));
+            });
 }
 
 inline void weigh(Rows out, ConstRows p, const Matrix& v, int T, int n) {
@@ -1005,8 +976,7 @@ INLINE HalfFloats exp_within_bounds(HalfFloats x) {
 INLINE Floats exp_of(Floats x) {
     constexpr float LOW = -104.0f, HIGH = 88.8f;
     Floats bounded = min(max(x, all(LOW)), all(HIGH));
-    HalfFloats low = exp_within_bounds(lower(bounded)), high = exp_within_bounds(upper(bounded));
-    Floats y = join(low, high);
+    Floats y = join(exp_within_bounds(lower(bounded)), exp_within_bounds(upper(bounded)));
     y = x > HIGH ? all(std::numeric_limits<float>::infinity()) : y;
     y = x <= LOW ? all(0.0f) : y;
     return x == x ? y : x;
@@ -1091,51 +1061,24 @@ struct WideBlock {
     }
 };
 
-#if SIMD_BITS == 512
-// 16 rows of bytes, `stride` apart: to (columns / 4, 16, 4)
-inline void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
-    for (int i = 0; i < columns; i += 16, in += 16, out += 256) {
-        __m512i v[4], a[4];
-        for (int k = 0; k < 4; k++) {
-            const std::byte* p = in + k * stride;
-            v[k] = _mm512_castsi128_si512(load<__m128i>(p));
-            v[k] = _mm512_inserti32x4(v[k], load<__m128i>(p + 4 * stride), 1);
-            v[k] = _mm512_inserti32x4(v[k], load<__m128i>(p + 8 * stride), 2);
-            v[k] = _mm512_inserti32x4(v[k], load<__m128i>(p + 12 * stride), 3);
-        }
-        for (int k = 0; k < 2; k++) {
-            a[k] = _mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
-            a[k + 2] = _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
-        }
-        for (int k = 0; k < 2; k++) {
-            std::byte* to = out + 128 * k;
-            _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a[2 * k], a[2 * k + 1]));
-            _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi64(a[2 * k], a[2 * k + 1]));
-        }
-    }
-}
-
 // Rows of bf16 are transposed as pairs of columns, and widened then.
 inline bool pack_pairs(const WideBlock& block, const Matrix& m, int first, int R) {
-    if (m.dtype != Dtype::BF16 || m.cols % 32 != 0 || R % 16 != 0) return false;
-    alignas(64) std::byte pairs[16 * 64];
-    for (int r = 0; r < R; r += 16) {
-        const std::byte* row = m.row(first + r);
-        for (int col = 0; col < m.cols; col += 32) {
-            transpose16(pairs, row + 2 * int64_t(col), m.row(1) - m.row(0), 64);
-            float* out = block.w + col / LANES * WIDE_ROWS + r;
-            for (int i = 0; i < 16; i++) {
-                Words two = load<Words>(pairs + 64 * i);
-                float* to = out + i / 8 * WIDE_ROWS + i % 8 * 2 * block.lane;
+    if (m.dtype != Dtype::BF16 || m.cols % 8 != 0 || R % WIDTH != 0) return false;
+    const int64_t stride = m.row(1) - m.row(0);
+    for (int r = 0; r < R; r += WIDTH) {
+        const std::byte* from = m.row(first + r);
+        for (int col = 0; col < m.cols; col += 8, from += 16) {
+            Floats pairs[4];
+            to_columns(pairs, [=](int k) { return from + k * stride; });
+            float* to = block.w + col % LANES * block.lane + col / LANES * WIDE_ROWS + r;
+            UNROLL for (int i = 0; i < 4; i++, to += 2 * block.lane) {
+                Words two = (Words)pairs[i];
                 store(to, two << 16), store(to + block.lane, two & 0xFFFF0000);
             }
         }
     }
     return true;
 }
-#else
-inline bool pack_pairs(const WideBlock&, const Matrix&, int, int) { return false; }
-#endif
 
 // R rows from `first` on. What stands in the other rows is of no account.
 inline void pack(const WideBlock& block, const Matrix& m, int first, int R) {
@@ -1157,9 +1100,8 @@ inline void pack(const WideBlock& block, const Matrix& m, int first, int R) {
 struct WideStep {
     float* sum;                            // (T, WIDE_ROWS)
     const float *w, *x, *scale, *next;     // next: the x of the tile after this one
-    int steps;
+    int steps, planes;
     bool first;
-    int planes;
 };
 
 // v[r][t] += a register of rows, number r of them, times vector t
@@ -1176,19 +1118,10 @@ INLINE void add_steps(Floats (&v)[R][T], const float* w, const float* x, const f
     }
 }
 
-// R registers of rows, T vectors; with scales, those of each SCALE_BLOCK apart
-template <int R, int T, bool SCALED> void wide_tile(const WideStep& step) {
-    WideStep s = step;
-    Floats v[R][T];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++)
-            v[r][t] = s.first ? Floats{} : floats(s.sum + t * WIDE_ROWS + r * WIDTH);
-    if (!SCALED) add_steps(v, s.w, s.x, s.next, s.steps);
+template <int R, int T> INLINE void add_scaled_steps(Floats (&v)[R][T], WideStep& s) {
     constexpr int AT_ONCE = SCALE_BLOCK / LANES;
-    for (; SCALED && s.steps > 0; s.steps -= AT_ONCE, s.scale += WIDE_ROWS) {
-        Floats part[R][T];
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) part[r][t] = Floats{};
+    for (; s.steps > 0; s.steps -= AT_ONCE, s.scale += WIDE_ROWS) {
+        Floats part[R][T] = {};
         add_steps(part, s.w, s.x, s.next, std::min(s.steps, AT_ONCE));
         s.w += AT_ONCE * WIDE_ROWS, s.x += AT_ONCE * ARRANGED_TOKENS, s.next += AT_ONCE * ARRANGED_TOKENS;
         UNROLL for (int r = 0; r < R; r++) {
@@ -1196,6 +1129,21 @@ template <int R, int T, bool SCALED> void wide_tile(const WideStep& step) {
             UNROLL for (int t = 0; t < T; t++) v[r][t] = fma(scale, part[r][t], v[r][t]);
         }
     }
+}
+
+// The largest tile: three registers of rows times as many vectors as make sums in three quarters of the
+// registers. With scales, half as many: there are two kinds of sums. MOST divides ARRANGED_TOKENS.
+constexpr int WIDE_REGISTERS = 3, MOST = REGISTERS / 4;
+
+// R registers of rows, T vectors; with scales, those of each SCALE_BLOCK apart
+template <int R, int T> void wide_tile(const WideStep& step) {
+    WideStep s = step;
+    Floats v[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++)
+            v[r][t] = s.first ? Floats{} : floats(s.sum + t * WIDE_ROWS + r * WIDTH);
+    if (!s.scale) add_steps(v, s.w, s.x, s.next, s.steps);
+    else if constexpr (T <= MOST / 2) add_scaled_steps(v, s);
     for (; s.planes > 0; s.planes--) {
         s.sum -= WIDE_PLANE;
         UNROLL for (int r = 0; r < R; r++)
@@ -1205,22 +1153,6 @@ template <int R, int T, bool SCALED> void wide_tile(const WideStep& step) {
         UNROLL for (int t = 0; t < T; t++) store(s.sum + t * WIDE_ROWS + r * WIDTH, v[r][t]);
 }
 
-using WideTile = void (*)(const WideStep&);
-
-// The largest tile: three registers of rows times as many vectors as make sums in three quarters of the
-// registers. With scales, half as many: there are two kinds of sums. MOST divides ARRANGED_TOKENS.
-constexpr int WIDE_REGISTERS = 3, MOST = REGISTERS / 4;
-
-template <size_t... I> WideTile wide_tile_of(bool scaled, int R, int T, std::index_sequence<I...>) {
-    static constexpr WideTile PLAIN[] = {wide_tile<I / MOST + 1, I % MOST + 1, false>...};
-    static constexpr WideTile SCALED[] = {wide_tile<I / MOST + 1, I % (MOST / 2) + 1, true>...};
-    return (scaled ? SCALED : PLAIN)[(R - 1) * MOST + T - 1];
-}
-inline WideTile wide_tile_of(bool scaled, int rows, int T) {
-    return wide_tile_of(scaled, (rows + WIDTH - 1) / WIDTH, T,
-                        std::make_index_sequence<WIDE_REGISTERS * MOST>());
-}
-
 // The lane whose turn it is, of R packed rows times T <= WIDE_TOKENS vectors. The planes of sums are a stack:
 // as lanes come in the order of their bits read backwards, each finds on it what the tree of sum_lanes adds
 // it to. Of a long row as much is taken at once as stays in the first cache for all vectors.
@@ -1228,10 +1160,9 @@ inline void wide_lane(const WideBlock& block, const float* x, const Matrix& w, u
     constexpr int AT_ONCE = 128;
     static_assert(LANES == 16);
     const int lane = int((turn & 1) * 8 + (turn & 2) * 2 + (turn & 4) / 2 + (turn & 8) / 8);
-    const int plane = std::popcount(turn), add = std::countr_one(turn);
-    bool scaled = w.dtype == Dtype::F8_E4M3;
+    const int plane = std::popcount(turn), add = std::countr_one(turn), steps = steps_of(w.cols, lane);
+    const bool scaled = w.dtype == Dtype::F8_E4M3;
     const int tokens = scaled ? MOST / 2 : MOST, rows = WIDE_REGISTERS * WIDTH;
-    const int steps = steps_of(w.cols, lane);
     auto at = [&](int t, int k) {
         const float* group = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
         return group + size_t(lane) * arranged_lane(w.cols) + k * ARRANGED_TOKENS + t % ARRANGED_TOKENS;
@@ -1244,18 +1175,12 @@ inline void wide_lane(const WideBlock& block, const float* x, const Matrix& w, u
             for (int r = 0; r < R; r += rows) {
                 s.sum = block.sum + plane * WIDE_PLANE + t * WIDE_ROWS + r;
                 s.w = block.w + lane * block.lane + k * WIDE_ROWS + r;
-                s.scale = block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r;
-                wide_tile_of(scaled, std::min(rows, R - r), std::min(tokens, T - t))(s);
+                s.scale = scaled ? block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r : nullptr;
+                with_constants<WIDE_REGISTERS, MOST>((R - r + WIDTH - 1) / WIDTH, std::min(tokens, T - t),
+                                                     [&]<int N, int M>() { wide_tile<N, M>(s); });
             }
         }
     }
-}
-
-// The packed rows, R of them from `first` on, times T <= WIDE_TOKENS vectors.
-inline void wide_block(const WideBlock& block, Rows out, const float* x, const Matrix& w, int first, int R,
-                       int T) {
-    for (unsigned turn = 0; turn < LANES; turn++) wide_lane(block, x, w, turn, R, T);
-    for (int t = 0; t < T; t++) std::copy_n(block.sum + t * WIDE_ROWS, R, out[t] + first);
 }
 
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
@@ -1266,7 +1191,9 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
         pack(block, w, r, R);
         for (int t = 0; t < T; t += WIDE_TOKENS) {
             const float* xt = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
-            wide_block(block, {out[t], out.stride}, xt, w, r, R, std::min(WIDE_TOKENS, T - t));
+            const int n = std::min(WIDE_TOKENS, T - t);
+            for (unsigned turn = 0; turn < LANES; turn++) wide_lane(block, xt, w, turn, R, n);
+            for (int i = 0; i < n; i++) std::copy_n(block.sum + i * WIDE_ROWS, R, out[t + i] + r);
         }
     }
 }
