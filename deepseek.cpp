@@ -2228,7 +2228,7 @@ struct Activations {
 
     static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
         Arena counter;
-        Activations{counter, c, o, threads};
+        void(Activations{counter, c, o, threads});
         return counter.used;
     }
 };

@@ -1,5 +1,5 @@
 // simd.h: the operations of chapter 5 again, as fast as this processor can. Included by deepseek.cpp; needs
-// chapters 1, 2 and 5, and the layout of blocks in gguf.h.
+// its chapters 1, 2, 5 and 7 and the layout of blocks in gguf.h.
 //
 // Can the inner loops of chapter 5 be fast and stay the same? Their sixteen lanes are four, two or one of a
 // processor's registers, and their integer sums are exact. Each kernel below does the additions of its plain
@@ -10,7 +10,7 @@
 // stay in registers. DEEPSEEK_SIMD=plain, avx2, avx512, amx, neon or dotprod overrides the choice.
 //
 // A kernel stands here once, for registers of SIMD_BITS bits. This file includes itself for each instruction
-// set (section 9); sections 2 to 8 are then compiled for it, in a namespace of its own.
+// set (section 10); sections 2 to 9 are then compiled for it, in a namespace of its own.
 //
 //   1  What all share             words for the compiler, the maker of the processor
 //   2  Registers                  what differs between instruction sets
@@ -20,7 +20,9 @@
 //   6  Weighted sums              of rows: attention's second half
 //   7  exp                        softmax, silu
 //   8  Arranged                   32 tokens and more
-//   9  The passes                 this file for each instruction set
+//   9  Small integers             weights in blocks
+//   10 The passes                 this file for each instruction set; AMX
+//   11 The operations             products, attention, the choice of kernels
 
 #ifndef SIMD_BITS
 
@@ -107,15 +109,6 @@ struct SimdTarget {
 // that are too large by a known offset: for few tokens while they are multiplied, for many a block of 32 rows
 // once. Integer sums are exact, so nothing can differ from chapter 5.
 
-// body.operator()<D>() for the D that is `dtype`.
-template <Dtype... DS, class Body> void for_dtype_of(Dtype dtype, const Body& body) {
-    bool found = ((dtype == DS && (body.template operator()<DS>(), true)) || ...);
-    CHECK(found, "dtype %d is not quantised", int(dtype));
-}
-template <class Body> void for_quantised(Dtype dtype, const Body& body) {
-    using enum Dtype;
-    for_dtype_of<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>(dtype, body);
-}
 // body.operator()<N>() for the N that is n, or for MOST if n is more.
 template <int MOST, class Body> INLINE void with_constant(int n, const Body& body) {
     if (n >= MOST) body.template operator()<MOST>();
@@ -125,9 +118,6 @@ template <int MOST_R, int MOST_T, class Body> INLINE void with_constants(int R, 
     with_constant<MOST_R>(R, [&]<int N>() {
         with_constant<MOST_T>(T, [&]<int M>() { body.template operator()<N, M>(); });
     });
-}
-template <class Body> INLINE void for_few(int T, const Body& body) {
-    with_constant<MANY_TOKENS - 1>(T, body);
 }
 
 constexpr bool of_32(Dtype d) { return d < Dtype::Q2_K; }
@@ -345,9 +335,6 @@ enum Cache { FIRST = 3, SECOND = 2 };
 template <Cache CACHE = FIRST> INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, CACHE); }
 
 #if SIMD_BITS > 128
-INLINE __m256i load256(const void* p) { return load<__m256i>(p); }
-INLINE void store256(void* p, __m256i v) { store(p, v); }
-
 // v[c]: number c of the four, of 32 bits, at row(r), for each r < WIDTH: two perfect shuffles of the rows.
 template <class Row> INLINE void to_columns(Floats (&v)[4], const Row& row) {
     UNROLL for (int k = 0; k < 4; k++) v[k] = each_fourth([&](int r) { return row(r + k); });
@@ -371,7 +358,6 @@ inline void transpose8(void* out, int64_t out_stride, const void* in, int64_t in
         }
     }
 }
-#endif
 #if SIMD_BITS == 512
 // 16 rows of bytes, `stride` apart: to (columns / 4, 16, 4)
 inline void transpose16(std::byte* out, const std::byte* in, int64_t stride, int columns) {
@@ -381,6 +367,7 @@ inline void transpose16(std::byte* out, const std::byte* in, int64_t stride, int
         UNROLL for (int k = 0; k < 4; k++) store(out + 64 * k, v[k]);
     }
 }
+#endif
 #endif
 
 // -- unpacking: the layer ------------------------------------------------------------------------
@@ -565,7 +552,7 @@ template <Dtype D> struct Factors {
     }
 };
 
-// -- widening ------------------------------------------------------------------------------------
+// -- 3  Widening ---------------------------------------------------------------------------------
 
 // out: the values of the block at p, with the roundings of gguf.h's dequantise
 template <Dtype D> INLINE void dequantise_block(float* out, const std::byte* p) {
@@ -592,8 +579,6 @@ inline void dequantise_row(float* out, const std::byte* p, Dtype dtype, int n) {
             dequantise_block<D>(out + i, at);
     });
 }
-
-// -- 3  Widening ---------------------------------------------------------------------------------
 
 template <class Row> constexpr size_t STORED = 2;      // bytes of a weight
 template <> constexpr size_t STORED<F32Row> = 4;
@@ -629,7 +614,7 @@ template <class Row> void widen_row(float* out, Row w, int n) {
 }
 
 // body(the row at p), if registers can be widened from its dtype.
-template <class Body> bool with_row(Dtype dtype, const std::byte* p, const Body& body) {
+template <class Body> INLINE bool with_row(Dtype dtype, const std::byte* p, const Body& body) {
     switch (dtype) {
     case Dtype::F32: return body(F32Row{p}), true;
     case Dtype::BF16: return body(Bf16Row{p}), true;
@@ -828,7 +813,9 @@ inline void float_block(FloatBlock& b, Rows out, ConstRows x, const Matrix& w, i
 }
 
 inline void rows(Rows out, ConstRows x, const Matrix& w, int T, int begin, int end) {
-    auto few_rows = [&]<class Row>(Row) { for_few(T, [&]<int N>() { few<Row, N>(out, x, w, begin, end); }); };
+    auto few_rows = [&]<class Row>(Row) {
+        with_constant<MANY_TOKENS - 1>(T, [&]<int N>() { few<Row, N>(out, x, w, begin, end); });
+    };
     if (T < MANY_TOKENS && with_row(w.dtype, nullptr, few_rows)) return;
     thread_local FloatBlock block;
     for (int t = 0; t < T; t += BLOCK_TOKENS)
@@ -1102,20 +1089,20 @@ inline void wide_lane(const WideBlock& block, const float* x, const Matrix& w, u
         const float* group = x + size_t(t / ARRANGED_TOKENS) * arranged_size(w.cols);
         return group + size_t(lane) * arranged_lane(w.cols) + k * ARRANGED_TOKENS + t % ARRANGED_TOKENS;
     };
-    for (int k = 0; k == 0 || k < steps; k += AT_ONCE) {
+    auto some = [&](int k, int t) {        // steps from k on, of a few vectors from t on
         WideStep s{};
         s.steps = std::min(steps - k, AT_ONCE), s.first = k == 0, s.planes = k + AT_ONCE < steps ? 0 : add;
-        for (int t = 0; t < T; t += tokens) {
-            s.x = at(t, k), s.next = t + tokens < T ? at(t + tokens, k) : at(0, k + s.steps);
-            for (int r = 0; r < R; r += rows) {
-                s.sum = block.sum + plane * WIDE_PLANE + t * WIDE_ROWS + r;
-                s.w = block.w + lane * block.lane + k * WIDE_ROWS + r;
-                s.scale = scaled ? block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r : nullptr;
-                with_constants<WIDE_REGISTERS, MOST>((R - r + WIDTH - 1) / WIDTH, std::min(tokens, T - t),
-                                                     [&]<int N, int M>() { wide_tile<N, M>(s); });
-            }
+        s.x = at(t, k), s.next = t + tokens < T ? at(t + tokens, k) : at(0, k + s.steps);
+        for (int r = 0; r < R; r += rows) {
+            s.sum = block.sum + plane * WIDE_PLANE + t * WIDE_ROWS + r;
+            s.w = block.w + lane * block.lane + k * WIDE_ROWS + r;
+            s.scale = scaled ? block.scale + k / (SCALE_BLOCK / LANES) * WIDE_ROWS + r : nullptr;
+            with_constants<WIDE_REGISTERS, MOST>((R - r + WIDTH - 1) / WIDTH, std::min(tokens, T - t),
+                                                 [&]<int N, int M>() { wide_tile<N, M>(s); });
         }
-    }
+    };
+    for (int k = 0; k == 0 || k < steps; k += AT_ONCE)
+        for (int t = 0; t < T; t += tokens) some(k, t);
 }
 
 inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int begin, int end) {
@@ -1134,7 +1121,7 @@ inline void arranged_rows(Rows out, const float* x, const Matrix& w, int T, int 
 }
 #endif
 
-// -- integers, few tokens: the layer -------------------------------------------------------------
+// -- 9  Small integers ---------------------------------------------------------------------------
 
 // What remains of offset_of in products: those of Q8_0 would be too much for 16 bits, so its bytes are signed
 // but where the instruction adds in 32 bits and wants them unsigned.
@@ -1154,9 +1141,9 @@ template <Dtype D> INLINE __m256i products_of_2(Bytes32 w, __m256i x) {
 // 32 weights times x.
 template <Dtype D> INLINE Sums dot32(Bytes32 w, const int8_t* x) {
 #if SIMD_BITS == 512
-    return (Sums)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, load256(x));
+    return (Sums)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, load<__m256i>(x));
 #else
-    return (Sums)_mm256_madd_epi16(products_of_2<D>(w, load256(x)), all16(1));
+    return (Sums)_mm256_madd_epi16(products_of_2<D>(w, load<__m256i>(x)), all16(1));
 #endif
 }
 
@@ -1184,12 +1171,12 @@ template <Dtype D> struct Scales64 {
     INLINE Scales64(Bytes16 scale, int g)
         : v{spread<D>(scale, g, g, g + 1, g + 1), spread<D>(scale, g + 2, g + 2, g + 3, g + 3)} {}
     INLINE Sums dot(Sums sum, Bytes32 low, Bytes32 high, const int8_t* x) const {
-        sum += (Sums)_mm256_madd_epi16(products_of_2<D>(low, load256(x)), v[0]);
-        return sum + (Sums)_mm256_madd_epi16(products_of_2<D>(high, load256(x + 32)), v[1]);
+        sum += (Sums)_mm256_madd_epi16(products_of_2<D>(low, load<__m256i>(x)), v[0]);
+        return sum + (Sums)_mm256_madd_epi16(products_of_2<D>(high, load<__m256i>(x + 32)), v[1]);
     }
 #endif
 };
-INLINE Sums dot16(Shorts16 a, const int16_t* b) { return (Sums)_mm256_madd_epi16(a, load256(b)); }
+INLINE Sums dot16(Shorts16 a, const int16_t* b) { return (Sums)_mm256_madd_epi16(a, load<__m256i>(b)); }
 // The sums of the eight lanes of eight vectors.
 INLINE Ints8 sum8(const Sums (&v)[BLOCK_LANES]) {
     __m256i two[4], a, b;
@@ -1604,7 +1591,7 @@ template <Dtype D> void many_ints(Rows out, const IntRows& x, const Matrix& w, i
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     for_format(w.dtype, [&]<Dtype D>() {
         if (T >= MANY_TOKENS) many_ints<D>(out, x, w, T, begin, end);
-        else for_few(T, [&]<int N>() { few_ints<D, N>(out, x, w, begin, end); });
+        else with_constant<MANY_TOKENS - 1>(T, [&]<int N>() { few_ints<D, N>(out, x, w, begin, end); });
     });
 }
 
@@ -1614,7 +1601,7 @@ inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int beg
 inline uint32_t largest_magnitude(const float* x, int n) {
     __m256i top = _mm256_setzero_si256();
     for (int i = 0; i < n; i += 8)
-        top = _mm256_max_epi32(top, load256(x + i) & _mm256_set1_epi32(0x7FFFFFFF));
+        top = _mm256_max_epi32(top, load<__m256i>(x + i) & _mm256_set1_epi32(0x7FFFFFFF));
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
     __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1))));
@@ -1625,7 +1612,7 @@ INLINE void round32(int8_t* q, int16_t* sums, const float* x, float inverse) {
     for (int k = 0; k < 4; k++) v[k] = _mm256_cvtps_epi32(load<Floats8>(x + 8 * k) * inverse);
     __m256i all = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
     all = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    store256(q, all);
+    store(q, all);
     Ints8 sum = (Ints8)_mm256_sad_epu8(all ^ _mm256_set1_epi8(-128), _mm256_setzero_si256());   // of q + 128
     sums[0] = int16_t(sum[0] + sum[2] - 16 * 128), sums[1] = int16_t(sum[4] + sum[6] - 16 * 128);
 }
@@ -1766,7 +1753,8 @@ template <Dtype D, int T> void side_rows(Rows out, const IntRows& x, const Matri
 inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T >= MANY_TOKENS) return restored_rows(out, x, w, T, begin, end);
     for_format(w.dtype, [&]<Dtype D>() {
-        if constexpr (!of_32(D)) for_few(T, [&]<int N>() { side_rows<D, N>(out, x, w, begin, end); });
+        if constexpr (!of_32(D))
+            with_constant<MANY_TOKENS - 1>(T, [&]<int N>() { side_rows<D, N>(out, x, w, begin, end); });
     });
 }
 
@@ -1780,7 +1768,7 @@ constexpr SimdTarget TARGET = {rows, weigh, widen, dot_real, softmax, silu_times
 
 #ifndef SIMD_BITS
 
-// -- 9  The passes -------------------------------------------------------------------------------
+// -- 10  The passes ------------------------------------------------------------------------------
 
 #if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
 #define AVX2_TARGET "avx2,fma,f16c"
@@ -1812,20 +1800,8 @@ namespace avx512 {
 #undef SIMD_BITS
 }  // namespace avx512
 END_TARGET
-#elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
-#define SIMD_BITS 128
-namespace neon {
-#include "simd.h"
-}  // namespace neon
-namespace dotprod {
-#define SIMD_DOTPROD 1
-#include "simd.h"
-}  // namespace dotprod
-#undef SIMD_BITS
-#endif
 
-#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__)
-// -- integers: AMX -------------------------------------------------------------------------------
+// -- AMX -----------------------------------------------------------------------------------------
 //
 // A tile is a register of 16 rows of 64 bytes, and one instruction multiplies 16 vectors of 64 signed bytes
 // with 16 rows of as many: 16384 products, where VNNI has 64. How are scales kept out of its way? In blocks
@@ -1837,7 +1813,7 @@ BEGIN_TARGET(AVX512_TARGET)
 namespace amx {
 
 using avx512::Bytes32, avx512::Factors, avx512::all16, avx512::all8, avx512::bytes, avx512::fma;
-using avx512::load, avx512::load256, avx512::store, avx512::store256, avx512::transpose16;
+using avx512::load, avx512::store, avx512::transpose16;
 
 constexpr int TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES;
 
@@ -1855,7 +1831,7 @@ INLINE void split(std::byte* out, std::byte* high, Bytes32 weights, const int16_
     __m256i b = times_scale(_mm256_extracti128_si256((__m256i)weights, 1), OFFSET, scale[1]);
     __m256i low = _mm256_packs_epi16(a & all16(127), b & all16(127));
     __m256i top = _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7));
-    store256(out, _mm256_permute4x64_epi64(low, 0xD8)), store256(high, _mm256_permute4x64_epi64(top, 0xD8));
+    store(out, _mm256_permute4x64_epi64(low, 0xD8)), store(high, _mm256_permute4x64_epi64(top, 0xD8));
 }
 
 // Minimums of blocks of 256 are multiplied in bf16: a sum of 16 x is cut in 16 high + low, and 32 bits hold
@@ -2098,12 +2074,23 @@ inline bool available() {
 
 }  // namespace amx
 END_TARGET
-#endif
-#if defined(DEEPSEEK_FLOAT) && defined(__x86_64__) && !defined(__clang__)
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
-// -- 10  Products --------------------------------------------------------------------------------
+#elif defined(DEEPSEEK_FLOAT) && defined(__aarch64__)
+#define SIMD_BITS 128
+namespace neon {
+#include "simd.h"
+}  // namespace neon
+namespace dotprod {
+#define SIMD_DOTPROD 1
+#include "simd.h"
+}  // namespace dotprod
+#undef SIMD_BITS
+#endif
+
+// -- 11  The operations --------------------------------------------------------------------------
 
 // x as its product wants it: in small integers, or arranged, or as it is.
 struct Input {
@@ -2154,7 +2141,7 @@ private:
     static void arrange(Entry& e) {
         const int groups = (e.T + ARRANGED_TOKENS - 1) / ARRANGED_TOKENS;
         const size_t size = arranged_size(e.n);
-        take_from(e.memory, [&](Arena& arena) { e.input.arranged = arena.take<real>(size_t(groups) * size); });
+        take_from(e.memory, [&](Arena& a) { e.input.arranged = a.take<real>(size_t(groups) * size); });
         parallel_for(groups, [&](int64_t g) {
             int t = int(g) * ARRANGED_TOKENS;
             kernels.target->arrange(e.input.arranged + size_t(g) * size, {e.x[t], e.x.stride},
@@ -2218,7 +2205,7 @@ inline void fast_matmul(std::span<const Product> products) {
     }, cost / std::max<int64_t>(first.back(), 1));
 }
 
-// -- 11  Attention -------------------------------------------------------------------------------
+// -- attention -----------------------------------------------------------------------------------
 
 // Queries `first` to first + Q of a key head, Q <= QUERY_TILE, on this thread: keys and values are read once
 // for all of them.   scratch: attention_scratch numbers
@@ -2256,11 +2243,12 @@ inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
     const Attention& one = heads[0];
     parallel_for(int64_t(tiles) * int64_t(heads.size()), [&](int64_t i) {
         int first = int(i % tiles) * tile;
-        attend_tile(heads[size_t(i / tiles)], scratch[thread_index()], first, std::min(tile, queries - first));
+        const Attention& head = heads[size_t(i / tiles)];
+        attend_tile(head, scratch[thread_index()], first, std::min(tile, queries - first));
     }, int64_t(tile) * one.n.back() * (one.k.cols + one.v.cols) / 2);
 }
 
-// -- 12  The choice ------------------------------------------------------------------------------
+// -- the choice ----------------------------------------------------------------------------------
 
 // Those that this processor has, the fastest last.
 inline std::vector<SimdTarget> make_targets() {

@@ -4,8 +4,8 @@
 #   tests/gpu/compiles.sh        from anywhere; NVCC names another nvcc, CXX the host compiler
 #
 # Where there is no nvcc the suite says so and is skipped. Not optimised, for one GPU: this takes a minute. It
-# is not done again while build/nvcc/deepseek.o is newer than every source. System headers may warn (nvcc takes
-# /usr/include for such). simdjson's own SIMD is off: nvcc fails in it.
+# is not done again while build/nvcc/deepseek.o is newer than every source. System headers may warn (nvcc
+# takes /usr/include for such). simdjson's own SIMD is off: nvcc fails in it.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 export LC_ALL=C
