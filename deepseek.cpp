@@ -249,7 +249,7 @@ inline void with_team(const std::function<void()>& body) {
 
 // share(begin, end) for some parts of 0 .. n, each a task.
 inline void share_out(int64_t n, const std::function<void(int64_t, int64_t)>& share) {
-    constexpr int TASKS_A_THREAD = 4;
+    constexpr int TASKS_A_THREAD = 16;
     const int64_t tasks = std::min<int64_t>(n, TASKS_A_THREAD * n_threads());
 #pragma omp taskgroup
     for (int64_t k = 0; k < tasks; k++) {

@@ -277,7 +277,7 @@ INLINE HalfFloats upper(Floats v) { return vget_high_f32(v); }
 INLINE Floats join(HalfFloats low, HalfFloats high) { return vcombine_f32(low, high); }
 INLINE FourFloats four(const Lanes& v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 // In a register, from here on: g++ would read v from memory again at each use.
-INLINE void keep(Floats& v) { asm("" : "+w"(v)); }
+template <class V> INLINE void keep(V& v) { asm("" : "+w"(v)); }
 #else
 #undef MM                                      // Intel named its functions alike for both widths
 #if SIMD_BITS == 256
@@ -309,7 +309,7 @@ template <class Row> INLINE Floats each_fourth(const Row& row) {
                 _mm256_set_m128(load<FourFloats>(row(12)), load<FourFloats>(row(8))));
 }
 #endif
-INLINE void keep(Floats& v) { asm("" : "+v"(v)); }
+template <class V> INLINE void keep(V& v) { asm("" : "+v"(v)); }
 INLINE Floats all(float x) { return MM(set1_ps)(x); }
 INLINE Doubles all(double x) { return MM(set1_pd)(x); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return MM(fmadd_ps)(a, b, c); }
@@ -1657,9 +1657,12 @@ template <Dtype D, int T> struct SideBlock {
     const std::byte* p;
     const int first;
     const IntRows x;                       // a copy, so that its fields stay in registers
+    Ints packed[4];                        // scales: the lines that are read first
     Ints sum[T] = {}, minimum[T] = {};
 
     INLINE SideBlock(const std::byte* p, int first, const IntRows& x) : p(p), first(first), x(x) {
+        UNROLL for (int i = 0; i < (D == Dtype::Q2_K || D == Dtype::Q6_K ? 4 : 3); i++)
+            keep(packed[i] = dword(L.scales / 4 + i));
         UNROLL for (int g = 0; g < 8; g += TOGETHER)
             UNROLL for (int part = 0; part < PARTS; part++) add_groups(g, part);
         for (int t = 0; t < T && !has_minimums(D); t++) sum[t] -= minimum[t] * offset_of(D);
@@ -1694,19 +1697,18 @@ private:
     }
     // Four scales, and minimums; where there is none, it is what the offset is to be times.
     INLINE Ints four_scales(int i) const {
-        constexpr int AT = L.scales / 4, TOP = int(0x80808080);            // keeps a byte from borrowing
-        if (D == Dtype::Q6_K) return dword(AT + i);
-        if (D == Dtype::Q2_K) return bits(dword(AT + i), 0, 15);
-        if (in_32_groups(D) && i == 0) return bits(dword(AT), 0, 63);
-        if (in_32_groups(D)) return bits(dword(AT + 2), 0, 15) | bits(dword(AT), 6, 48);
-        Ints six = bits(dword(AT + i % 2), i / 2 * 4, 15) | bits(dword(AT + 2), 2 * i, 48);
+        constexpr int TOP = int(0x80808080);           // keeps a byte from borrowing
+        if (D == Dtype::Q6_K) return packed[i];
+        if (D == Dtype::Q2_K) return bits(packed[i], 0, 15);
+        if (in_32_groups(D) && i == 0) return bits(packed[0], 0, 63);
+        if (in_32_groups(D)) return bits(packed[2], 0, 15) | bits(packed[0], 6, 48);
+        Ints six = bits(packed[i % 2], i / 2 * 4, 15) | bits(packed[2], 2 * i, 48);
         return ((six | TOP) - 0x20202020) ^ TOP;
     }
     INLINE Ints four_minimums(int i) const {
-        constexpr int AT = L.scales / 4;
-        if (D == Dtype::Q2_K) return bits(dword(AT + i), 4, 15);
-        if (in_32_groups(D) && i == 0) return bits(dword(AT + 1), 0, 63);
-        if (in_32_groups(D)) return bits(dword(AT + 2), 4, 15) | bits(dword(AT + 1), 6, 48);
+        if (D == Dtype::Q2_K) return bits(packed[i], 4, 15);
+        if (in_32_groups(D) && i == 0) return bits(packed[1], 0, 63);
+        if (in_32_groups(D)) return bits(packed[2], 4, 15) | bits(packed[1], 6, 48);
         return four_scales(i);
     }
     // Part `part` of groups g .. g + TOGETHER.
