@@ -1,4 +1,4 @@
-// deepseek: the DeepSeek models in one readable file.
+// deepseek: the DeepSeek models, as a program to read.
 //
 // =================================================================================================
 // Chapter 0. How to read this file
@@ -3941,7 +3941,7 @@ int main(int argc, char** argv) {
     set_patience(argv);
     set_signals();
     Options o;
-    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills in one readable file."};
+    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills."};
     app.name("deepseek")
         ->require_subcommand(0, 1)
         ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");

@@ -1657,7 +1657,7 @@ template <Dtype D, int T> struct SideBlock {
     const std::byte* p;
     const int first;
     const IntRows x;                       // a copy, so that its fields stay in registers
-    Ints packed[4];                        // scales: the lines that are read first
+    Ints packed[4];                        // lines of scales: first in memory, so read (kept) first
     Ints sum[T] = {}, minimum[T] = {};
 
     INLINE SideBlock(const std::byte* p, int first, const IntRows& x) : p(p), first(first), x(x) {
