@@ -219,8 +219,8 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 //
-// OpenMP's threads wait in a team and are given tasks. A loop is over when its tasks are done, not when each
-// thread has arrived: one whose core another program uses at the moment is not waited for.
+// OpenMP's threads wait in a team and are given tasks. A loop is over when its indices are done, not when each
+// thread has arrived: one whose core another program uses at the moment is waited for with one index at most.
 
 inline int thread_count = 1;
 inline thread_local bool in_loop = false;              // inside a body
@@ -247,19 +247,25 @@ inline void with_team(const std::function<void()>& body) {
     if (error) std::rethrow_exception(error);
 }
 
-// share(begin, end) for some parts of 0 .. n, each a task.
-inline void share_out(int64_t n, const std::function<void(int64_t, int64_t)>& share) {
-    constexpr int TASKS_A_THREAD = 16;
-    const int64_t tasks = std::min<int64_t>(n, TASKS_A_THREAD * n_threads());
+// body(i) for 0 <= i < n, a task for each thread. It takes its share in the order of memory, which processors
+// read ahead, and then what is left of the others'.
+inline void share_out(int64_t n, const std::function<void(int64_t)>& body) {
+    struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; };
+    const int64_t tasks = std::min<int64_t>(n, n_threads());
+    auto shares = std::make_unique<Share[]>(size_t(tasks));
+    for (int64_t k = 0; k < tasks; k++) shares[k].next = n * k / tasks, shares[k].end = n * (k + 1) / tasks;
 #pragma omp taskgroup
     for (int64_t k = 0; k < tasks; k++) {
-#pragma omp task firstprivate(k) shared(share)
-        share(n * k / tasks, n * (k + 1) / tasks);
+#pragma omp task firstprivate(k) shared(shares, body)
+        for (int64_t j = 0; j < tasks; j++) {
+            Share& share = shares[(k + j) % tasks];
+            for (int64_t i; (i = share.next++) < share.end;) body(i);
+        }
     }
 }
 
 // So many multiplications take about as long as waking the other threads does.
-constexpr int64_t WORTH_WAKING = 1 << 16;
+constexpr int64_t WORTH_WAKING = 1 << 17;
 
 // body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost`
 // multiplications are not worth it. Each i writes its own outputs and no sum crosses an i, so the result
@@ -272,17 +278,17 @@ template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cos
     }
     std::exception_ptr error;
     std::mutex mutex;
-    auto share = [&](int64_t begin, int64_t end) {
+    auto guarded = [&](int64_t i) {
         in_loop = true;
         try {
-            for (int64_t i = begin; i < end; i++) body(i);
+            body(i);
         } catch (...) {
             std::lock_guard lock(mutex);
             error = std::current_exception();
         }
         in_loop = false;
     };
-    with_team([&] { share_out(n, share); });
+    with_team([&] { share_out(n, guarded); });
     if (error) std::rethrow_exception(error);
 }
 

@@ -133,7 +133,7 @@ constexpr int INT_ROWS = 32, INT_TOKENS = GROUP_VECTORS;
 
 struct IntBlock {
     std::byte* w;       // (cols / 4, INT_ROWS, 4): with their offset; AMX has up to two bytes each
-    float *d, *m;       // (blocks, INT_ROWS)
+    float *d, *m;       // (blocks, INT_ROWS): m negated
     int32_t* scale;     // (cols / GROUP, INT_ROWS)             blocks of 256
     int32_t* minimum;   // (cols / (2 GROUP), INT_ROWS): of two groups, 16 bits each
     float* lane;        // (BLOCK_LANES, INT_TOKENS, INT_ROWS); `from` lends it and row
@@ -1460,7 +1460,7 @@ template <Dtype D> void pack_row(IntBlock& block, int r, const std::byte* p, int
     for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes, row += VALUES) {
         bytes<D>(p, [&](int i, Bytes32 w) { store(row + 32 * i, w); });
         const Factors<D> f(p);
-        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = f.m;
+        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = -f.m;
         for (int g = 0; !of_32(D) && g < GROUP; g++)
             block.scale[(b * GROUP + g) * INT_ROWS + r] = scale_lane(f.scale[g]);
         for (int g = 0; !of_32(D) && g < GROUP / 2; g++)
@@ -1536,7 +1536,7 @@ template <Dtype D, int T> void int_tile(const IntBlock& block, int b, const IntR
         IntTile<D, T> tile(block, b, r, x);
         UNROLL for (int h = 0; h < TILE_REGISTERS; h++) {
             const int row = r + h * WIDTH, at = b * INT_ROWS + row;
-            Floats d = floats(block.d + at), m = has_minimums(D) ? -floats(block.m + at) : d;
+            Floats d = floats(block.d + at), m = has_minimums(D) ? floats(block.m + at) : d;
             UNROLL for (int t = 0; t < T; t++) {
                 float* out = lane + t * INT_ROWS + row;
                 Floats dx = all(x.d[t]), y = b < BLOCK_LANES ? Floats{} : floats(out);
@@ -1855,7 +1855,7 @@ template <Dtype D> void split_row(IntBlock& block, int r, const std::byte* p, in
     std::byte* row = block.row + int64_t(r) * cols * (of_32(D) ? 1 : 2);
     for (int b = 0; b < cols / VALUES; b++, p += format_of(D).bytes) {
         const Factors<D> f(p);
-        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = f.m;
+        block.d[b * INT_ROWS + r] = f.d, block.m[b * INT_ROWS + r] = -f.m;
         bytes<D>(p, [&](int i, Bytes32 w) {
             std::byte* out = row + b * VALUES + 32 * i;
             split<D>(out, out + cols, w, f.scale + 2 * i);
@@ -1949,7 +1949,7 @@ using Sums = __m512[TILE];                 // of 16 vectors, each with 16 rows
 template <Dtype D>
 INLINE void add(Sums& y, const IntBlock& block, int b, int h, const Products<D>& c, const IntRows& x) {
     const int at = b * INT_ROWS + h;
-    const __m512 d = load<__m512>(block.d + at), m = has_minimums(D) ? -load<__m512>(block.m + at) : d;
+    const __m512 d = load<__m512>(block.d + at), m = has_minimums(D) ? load<__m512>(block.m + at) : d;
     UNROLL for (int t = 0; t < TILE; t++) {
         __m512i sum = load<__m512i>(c.v[0][t]);
         if constexpr (!of_32(D))
