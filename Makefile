@@ -185,6 +185,7 @@ cross: build/golden-double | build/have-cross
 golden:
 	@python3 -c "import numpy" || { echo "make golden needs Python with numpy; make test does not."; exit 1; }
 	python3 tests/golden/make_golden.py
+	python3 tests/golden/make_fp8.py
 
 # Multiply-adds may be fused here: these are peaks, not results.
 build/floors: tests/bench/floors.cpp build/flags | build/have-run

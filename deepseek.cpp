@@ -22,6 +22,7 @@
 //   11  The model                  weights, cache, block, forward, head
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
+//   14  FP8                        scales, what a tensor core sums, the forward pass in bf16 and FP8
 //   19  The bill                   parameters, memory, bytes of the cache
 //   21  Command line               options, commands, main
 //
@@ -219,8 +220,9 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 //
-// OpenMP's threads wait in a team and are given tasks. A loop is over when its indices are done, not when each
-// thread has arrived: one whose core another program uses at the moment is waited for with one index at most.
+// OpenMP's threads wait in a team and are given tasks. A loop is over when its indices are done, not when
+// each thread has arrived: one whose core another program uses at the moment is waited for with one index at
+// most.
 
 inline int thread_count = 1;
 inline thread_local bool in_loop = false;              // inside a body
@@ -486,10 +488,13 @@ template <class Row> void widen_into(real* out, Row w, int n) {
 
 // -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
+// What activations are rounded to: chapter 14.
+enum class Arith : uint8_t { F32, BF16, FP8, FP8_UE8M0 };
+
 // y = W x with W (rows, cols), row-major, in the file's mapping. `scale` belongs to F8_E4M3 alone. A view of
 // some rows keeps `first_row`, since a head's rows may begin in the middle of a scale block.
-// The last two fields say how llama.cpp's files may hold W (gguf.h): matmul undoes it, row() and view() do
-// not.
+// `transposed` and `pairs` say how llama.cpp's files may hold W (gguf.h): matmul undoes it, row() and view()
+// do not.
 struct Matrix {
     const std::byte* data = nullptr;
     const std::byte* scale = nullptr;   // f32 (ceil(all rows / 128), ceil(cols / 128))
@@ -499,6 +504,7 @@ struct Matrix {
     bool interleaved = false;           // sixteen rows side by side, as a fast kernel wants them (5.4)
     bool transposed = false;            // what is stored is W^T (cols, rows)
     int pairs = 0;                      // rows of a head, stored x0 x_d/2 x1 x_d/2+1 ...; 0: in order
+    Arith arith = Arith::F32;           // what its inputs and outputs are rounded to (chapter 14)
 
     explicit operator bool() const { return data != nullptr; }
     const std::byte* row(int r) const {
@@ -719,7 +725,8 @@ struct Config {
     int Rq = 0, Rkv = 0, Dn = 0, Dr = 0, Dv = 0;            // MLA; Rq = 0: queries are not compressed
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
-    bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false, fp8 = false;
+    bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false;
+    bool fp8 = false, ue8m0 = false;                        // weights in F8_E4M3; scales powers of two
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
     std::vector<int> eos;
@@ -865,7 +872,7 @@ Config parse_config(std::string_view json, const std::string& file) {
         q.choice("quant_method", {"fp8"});
         q.choice("fmt", {"e4m3"}, "e4m3");
         q.choice("activation_scheme", {"dynamic"}, "dynamic");
-        q.choice("scale_fmt", {"ue8m0", "float"}, "float");
+        c.ue8m0 = q.choice("scale_fmt", {"ue8m0", "float"}, "float") == 0;
         if (simdjson::minify(q.get("weight_block_size")) != "[128,128]")
             refuse(q.where(), "'weight_block_size' is not [128, 128]");
         c.fp8 = true;
@@ -1302,8 +1309,8 @@ struct ConstRows {
 
 constexpr int LANES = 16;
 
-inline real sum_lanes(const real* lane) {
-    real v[LANES / 2];
+template <class T> T sum_lanes(const T* lane) {
+    T v[LANES / 2];
     for (int j = 0; j < 8; j++) v[j] = lane[j] + lane[j + 8];
     for (int j = 0; j < 4; j++) v[j] += v[j + 4];
     return (v[0] + v[2]) + (v[1] + v[3]);
@@ -1509,8 +1516,13 @@ struct Kernels {
     bool (*rearrange)(Matrix& w) = nullptr;
     bool (*rearranges)(const Matrix& w) = nullptr;
     const struct SimdTarget* target = nullptr;   // what simd.h made these of
+    Arith arith = Arith::F32;                    // --arith, and how it rounds results (chapter 14)
+    void (*round)(real* x, int64_t n) = nullptr;
 };
 inline Kernels kernels;
+
+// Each operation ends with this: results stay as they are, unless --arith asks for fewer bits.
+inline void rounded(real* x, int64_t n) { if (kernels.round) kernels.round(x, n); }
 
 // -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
 
@@ -1546,6 +1558,7 @@ inline void matmul_stored(Rows out, ConstRows x, const Matrix& w, int T) {
 inline void weigh_stored(Rows out, ConstRows x, const Matrix& w, int T) {
     for (int t = 0; t < T; t++) std::fill_n(out[t], w.cols, real(0));
     kernels.weigh(out, x, w, T, w.rows);
+    for (int t = 0; t < T; t++) rounded(out[t], w.cols);
 }
 
 // out[t] (w.rows) = W x[t] and out[t] (w.cols) = W^T x[t], whichever of W and W^T is stored. The order of the
@@ -1560,18 +1573,23 @@ inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
 // out[t] += bias for T rows   bias: (n) or none
 inline void add_bias(real* out, const Vector& bias, int T) {
     for (size_t i = 0; i < bias.size() * size_t(T); i++) out[i] += bias[i % bias.size()];
+    rounded(out, int64_t(bias.size()) * T);
 }
 
 // out += x, both (n)
 inline void add(real* out, const real* x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
+    rounded(out, int64_t(n));
 }
 
 // -- 5.6  embed, rmsnorm -------------------------------------------------------------------------
 
 // out[t] = row ids[t] of W   out: (T, w.cols)
 inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
-    for (size_t t = 0; t < ids.size(); t++) kernels.widen(out[int64_t(t)], w, ids[t]);
+    for (size_t t = 0; t < ids.size(); t++) {
+        kernels.widen(out[int64_t(t)], w, ids[t]);
+        rounded(out[int64_t(t)], w.cols);
+    }
 }
 
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
@@ -1581,6 +1599,7 @@ inline void rmsnorm(Rows out, ConstRows x, const Vector& w, int T, double eps) {
     parallel_for(T, [&](int64_t t) {
         real scale = 1 / std::sqrt(kernels.dot_real(x[t], x[t], n) / real(n) + real(eps));
         for (int i = 0; i < n; i++) out[t][i] = x[t][i] * scale * w[size_t(i)];
+        rounded(out[t], n);
     }, n);
 }
 
@@ -1691,10 +1710,12 @@ inline void rotate(real& a, real& b, const real* cos_sin) {
 // x: (dim)   cos_sin: (dim / 2, 2)
 inline void rope_interleaved(real* x, const real* cos_sin, int dim) {
     for (int i = 0; i < dim / 2; i++) rotate(x[2 * i], x[2 * i + 1], cos_sin + 2 * i);
+    rounded(x, dim);
 }
 
 inline void rope_half(real* x, const real* cos_sin, int dim) {
     for (int i = 0; i < dim / 2; i++) rotate(x[i], x[i + dim / 2], cos_sin + 2 * i);
+    rounded(x, dim);
 }
 
 // =================================================================================================
@@ -2149,6 +2170,7 @@ inline void combine(real* out, const real* expert_out, const int* slot, const re
             kernels.weigh({sum, 0}, {weight + k, 0}, expert, 1, 1);
         }
         if (shared) add(sum, shared + t * D, size_t(D));
+        else rounded(sum, D);
     }, int64_t(K) * D);
 }
 
@@ -2851,7 +2873,7 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
 // -- 12.3  a prompt's cache on disk --------------------------------------------------------------
 //
 // A long prompt that is asked about again need not be read again: its keys and values can be kept. The
-// file is a safetensors file of bytes as they are in memory; it says for which weights and which --kv
+// file is a safetensors file of bytes as they are in memory; it says for which weights, --kv and --arith
 // they were made, and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
 
@@ -2896,9 +2918,13 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
     return out;
 }
 
+// In what its numbers were computed and are stored.
+inline uint64_t cache_kind(const Session& s) {
+    return uint64_t(s.cache.dtype) | uint64_t(kernels.arith) << 8;
+}
+
 inline void save_cache(const Session& s, const std::string& path) {
-    uint64_t about[] = {fingerprint(s.model), uint64_t(s.cache.dtype), uint64_t(s.length),
-                        uint64_t(s.mtp_length)};
+    uint64_t about[] = {fingerprint(s.model), cache_kind(s), uint64_t(s.length), uint64_t(s.mtp_length)};
     std::vector<OutputTensor> out = {
         {"about", "U64", {4}, about, sizeof about},
         {"tokens", "I32", {size_t(s.length)}, s.tokens.data(), 4 * size_t(s.length)}};
@@ -2919,7 +2945,7 @@ inline void load_cache(Session& s, const std::string& path) {
     uint64_t about[4];
     std::memcpy(about, found["about"].data(), sizeof about);
     if (about[0] != fingerprint(s.model)) fail("%s: the cache of another model", path.c_str());
-    if (about[1] != uint64_t(s.cache.dtype)) fail("%s: was saved with another --kv", path.c_str());
+    if (about[1] != cache_kind(s)) fail("%s: was saved with another --kv or --arith", path.c_str());
     if (about[2] > uint64_t(s.options.context) || about[3] > about[2])
         fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2],
              s.options.context);
@@ -3170,6 +3196,457 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 }
 
 // =================================================================================================
+// Chapter 14. FP8
+// =================================================================================================
+//
+// What is a tensor core asked for, and what does it answer? V3 was trained, and is served, with e4m3 numbers
+// on both sides of nearly every product: half the bytes of bf16 at twice the speed. Eight bits hold too few
+// sizes for a whole matrix, and the tensor core's sums hold too few bits for a long row. So (V3 section 3.3)
+//
+//      x  (T, K)    each token's 128 numbers share a scale       s_x (T, K / 128)          "1 x 128"
+//      W  (N, K)    each square of 128 x 128 shares one          s_w (N / 128, K / 128)
+//
+//      y[t][n] = sum over blocks b of   s_x[t][b] s_w[n / 128][b]   sum over k in b of x_q[t][k] W_q[n][k]
+//                     f32, outside the tensor core                        inside: 128 products
+//
+// An outlier spoils the 127 neighbours that share its scale, no others; and what Hopper's accumulator loses,
+// it loses in 128 products, not in 7,168. The second is called promotion.
+//
+// How far from f32 does it lead? KL divergence of the next token's distribution from that of --arith f32 with
+// the same weights, in millinats, the mean over a prompt; and positions whose likeliest token stays:
+//
+//                     bf16                  fp8
+//      weights/tiny   0.010    98 of 98     0.030   98 of 98     FP8 weights by --quant fp8
+//      v3-fp8         0.283    24 of 24     13.5    17 of 24     its own (tests/golden/models)
+//      v3-ue8m0       0.346    20 of 20     27.4    16 of 20     its own
+//      v2-lite        0.306    34 of 34     9.98    26 of 34     --quant fp8
+//      qwen2          0.051    33 of 34     1.85    32 of 34     --quant fp8
+//      llama3         0.100    47 of 48     5.04    41 of 48     --quant fp8
+//
+// The trained model hardly moves. The others have random weights: their logits lie close together, and where
+// a rounding picks another expert, another sum is computed.
+//
+// The other half of the chapter is that forward pass: every result rounded to bf16, as PyTorch stores it, and
+// the products with FP8 weights in FP8.
+
+// -- 14.1  the scale of a tile: five published formulas ------------------------------------------
+//
+// All make the largest magnitude of a tile 448, the largest e4m3. They differ in the last bit:
+//
+//                        s                   q                  with ue8m0 (V3.1): s up to a power of two
+//      V3                amax / 448          x / s              2^ceil(log2 s), log2 s rounded to f32
+//      V32               amax * (1 / 448)    x / s              exact
+//      DEEPGEMM          amax / 448          x * (1 / s)        exact
+//      DEEPEP            amax * (1 / 448)    x * (448 / amax)   exact;   q = x * (1 / s)
+//      TILEKERNELS       amax / 448          x * (448 / amax)   exact;   q = x * (1 / s)
+//
+// With powers of two they agree but for amax / 448 within some 2^-23 of one: amax * (1 / 448) may lie on its
+// other side, and V3's logarithm on it. The scale is rounded first, then x is divided by it: the other way
+// round, numbers miss their scale by up to a factor of two.
+
+enum class Fp8Formula : uint8_t { V3, V32, DEEPGEMM, DEEPEP, TILEKERNELS };
+
+constexpr float E4M3_MOST = 448, LEAST_AMAX = 1e-4f;   // a tile of zeros has the scale of this amax
+constexpr uint8_t E4M3_NAN = 127;
+
+struct TileScale {
+    float s;                               // x ~ q s
+    float inverse = 0;                     // q = x * inverse; 0: q = x / s
+};
+
+// The least power of two that is not below s.
+inline float power_above(float s, bool ue8m0) {
+    return ue8m0 ? std::bit_cast<float>((std::bit_cast<uint32_t>(s) + 0x7FFFFF) & 0x7F800000) : s;
+}
+
+inline TileScale scale_v3(float amax, bool ue8m0) {
+    float s = amax / E4M3_MOST;
+    return {ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s};
+}
+inline TileScale scale_v32(float amax, bool ue8m0) { return {power_above(amax * (1 / E4M3_MOST), ue8m0)}; }
+inline TileScale scale_deepgemm(float amax, bool ue8m0) {
+    float s = power_above(amax / E4M3_MOST, ue8m0);
+    return {s, 1 / s};
+}
+inline TileScale scale_deepep(float amax, bool ue8m0) {
+    float s = power_above(amax * (1 / E4M3_MOST), ue8m0);
+    return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
+}
+inline TileScale scale_tilekernels(float amax, bool ue8m0) {
+    float s = power_above(amax / E4M3_MOST, ue8m0);
+    return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
+}
+
+inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m0) {
+    constexpr decltype(&scale_v3) BY_FORMULA[] = {scale_v3, scale_v32, scale_deepgemm, scale_deepep,
+                                                  scale_tilekernels};
+    return BY_FORMULA[size_t(formula)](std::max(amax, LEAST_AMAX), ue8m0);
+}
+
+// -- 14.2  quantise_fp8: activations 1 x 128, weights 128 x 128 ----------------------------------
+
+struct Fp8Format {
+    Fp8Formula formula = Fp8Formula::V3;
+    bool ue8m0 = false;
+    int tile = 1;                          // rows that share a scale: 1 or 128
+};
+
+inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
+
+// One tile of x, whose scale is returned; q: of rows `stride` apart. A number that is not finite makes NaN of
+// its whole tile, for no scale holds it.
+inline float quantise_tile(uint8_t* q, int64_t stride, ConstRows x, int rows, int n, const Fp8Format& f) {
+    uint32_t largest = 0;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) largest = std::max(largest, magnitude_bits(float(x[r][i])));
+    const float amax = std::bit_cast<float>(largest);
+    const bool finite = std::isfinite(amax);
+    TileScale t = finite ? tile_scale(f.formula, amax, f.ue8m0) : TileScale{};
+    for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < n; i++) {
+            float v = float(x[r][i]);
+            q[r * stride + i] = finite ? float_to_e4m3(t.inverse == 0 ? v / t.s : v * t.inverse) : E4M3_NAN;
+        }
+    }
+    return finite ? t.s : std::numeric_limits<float>::quiet_NaN();
+}
+
+// q: (rows, n)   scale: (ceil(rows / tile), ceil(n / 128))   x: (rows, n). Tiles at the edges are smaller:
+// their scale is that of the numbers they have.
+inline void quantise_fp8(uint8_t* q, float* scale, ConstRows x, int rows, int n, const Fp8Format& f) {
+    const int64_t blocks = scale_blocks(n), tiles = (rows + f.tile - 1) / f.tile;
+    parallel_for(tiles * blocks, [&](int64_t i) {
+        int64_t r = i / blocks * f.tile, begin = i % blocks * SCALE_BLOCK;
+        scale[i] = quantise_tile(q + r * n + begin, n, {x[r] + begin, x.stride},
+                                 int(std::min<int64_t>(f.tile, rows - r)),
+                                 int(std::min<int64_t>(SCALE_BLOCK, n - begin)), f);
+    }, 16 * int64_t(f.tile) * SCALE_BLOCK);
+}
+
+// -- 14.3  the sum of one number, in three arithmetics -------------------------------------------
+//
+//      exact       f64: blocks without an error, scaled and added in order by fma, rounded once in the end
+//      promoted    f32: a block as a dot of chapter 5 (16 lanes, a tree), then sum = fma(s_x s_w, block, sum)
+//      hopper      the block as four instructions of 32 products, on an accumulator of 13 fraction bits
+//
+// Hopper's instruction (published measurements of H100; ISCA 2025, arXiv 2505.09343, section 3.1.1) aligns
+// its 32 products and the accumulator to the largest exponent among them, cuts each to 13 fraction bits
+// toward zero, adds these as integers, and cuts the sum to 14 bits again:
+//
+//      1.0000000000000          the largest       What lies below the 13th bit is lost from each term, toward
+//    + 0.0000010110100|11..                       zero: without promotion, sums of one sign come out too
+//    + 0.0000000000000|1..      lost whole        small, by 3.3 % over 2,048 products and 12 % over 7,168.
+
+enum class Fp8Sum : uint8_t { EXACT, PROMOTED, HOPPER };
+
+// A row of each side with its scales, one a block.
+struct Fp8Pair {
+    const uint8_t *a, *b;                  // (n)
+    const float *a_scale, *b_scale;        // (ceil(n / 128))
+    int n;
+    int end(int begin, int size) const { return std::min(n, begin + size); }
+};
+
+inline double sum_exact(const Fp8Pair& p) {
+    double sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        double block = 0;                  // multiples of 2^-18 below 2^25: exact in any order
+        for (int k = begin; k < p.end(begin, SCALE_BLOCK); k++)
+            block += double(E4M3[p.a[k]]) * double(E4M3[p.b[k]]);
+        sum = std::fma(double(p.a_scale[i]) * double(p.b_scale[i]), block, sum);
+    }
+    return sum;
+}
+
+inline float sum_promoted(const Fp8Pair& p) {
+    float sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        float lane[LANES] = {};            // a product of two e4m3 has 8 bits: exact
+        for (int k = begin; k < p.end(begin, SCALE_BLOCK); k++)
+            lane[k % LANES] += E4M3[p.a[k]] * E4M3[p.b[k]];
+        sum = std::fma(p.a_scale[i] * p.b_scale[i], sum_lanes(lane), sum);
+    }
+    return sum;
+}
+
+constexpr int HOPPER_STEP = 32, HOPPER_FRACTION = 13, F32_FRACTION = 23;
+
+// A number as significand / 2^23 * 2^exponent. Subnormals and products above 2 are not normalised.
+struct Aligned {
+    int exponent, significand;
+};
+inline Aligned aligned_product(uint8_t a, uint8_t b) {
+    auto exponent = [](uint8_t x) { return std::max(x >> 3 & 15, 1) - 7; };
+    auto eighths = [](uint8_t x) { return (x & 7) + (x >> 3 & 15 ? 8 : 0); };
+    int product = eighths(a) * eighths(b) * (1 << (F32_FRACTION - 6));
+    return {exponent(a) + exponent(b), (a ^ b) & 128 ? -product : product};
+}
+inline Aligned aligned_float(float c) {
+    uint32_t bits = std::bit_cast<uint32_t>(c);
+    int exponent = int(bits >> F32_FRACTION & 255);
+    int significand = int(bits & 0x7FFFFF) + (exponent ? 0x800000 : 0);
+    return {std::max(exponent, 1) - 127, bits >> 31 ? -significand : significand};
+}
+
+// One instruction: c plus n products, n at most 32.
+inline float hopper_step(float c, const uint8_t* a, const uint8_t* b, int n) {
+    Aligned terms[HOPPER_STEP + 1] = {aligned_float(c)};
+    int top = terms[0].significand ? terms[0].exponent : -127, sum = 0;
+    bool finite = std::isfinite(c);
+    for (int i = 0; i < n; i++) {
+        terms[i + 1] = aligned_product(a[i], b[i]);
+        finite = finite && (a[i] & 127) != E4M3_NAN && (b[i] & 127) != E4M3_NAN;
+        if (terms[i + 1].significand) top = std::max(top, terms[i + 1].exponent);
+    }
+    if (!finite) return std::bit_cast<float>(0x7FFFFFFF);
+    for (int i = 0; i <= n; i++) {
+        int shift = top - terms[i].exponent + F32_FRACTION - HOPPER_FRACTION;
+        sum += shift < 31 ? terms[i].significand / (1 << std::max(shift, 0)) : 0;   // toward zero; a zero may
+    }                                                                               // lie above the top
+    int cut = 1 << std::max(0, int(std::bit_width(uint32_t(std::abs(sum)))) - HOPPER_FRACTION - 1);
+    return std::ldexp(float(sum / cut * cut), top - HOPPER_FRACTION);
+}
+
+inline float sum_hopper(const Fp8Pair& p) {
+    float sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        float block = 0;
+        int end = p.end(begin, SCALE_BLOCK);
+        for (int k = begin; k < end; k += HOPPER_STEP)
+            block = hopper_step(block, p.a + k, p.b + k, std::min(HOPPER_STEP, end - k));
+        sum = std::fma(p.a_scale[i] * p.b_scale[i], block, sum);
+    }
+    return sum;
+}
+
+// -- 14.4  gemm_fp8: D = A B^T, dense and grouped ------------------------------------------------
+
+// e4m3 rows with their scales.
+struct Fp8Matrix {
+    const uint8_t* q;                      // (rows, n)
+    const float* scale;                    // (ceil((first_row + rows) / tile), ceil(n / 128))
+    int rows, n;
+    int tile = 1;                          // rows that share a scale: 1 (activations) or 128 (weights)
+    int first_row = 0;                     // of a view: the row of its first scales' tile where it begins
+
+    const float* scale_row(int64_t r) const { return scale + (first_row + r) / tile * scale_blocks(n); }
+    // Rows begin, begin + 1, ... where each has scales of its own.
+    Fp8Matrix view(int64_t begin, int count) const {
+        return {q + begin * n, scale_row(begin), count, n, tile, 0};
+    }
+    // The g-th of several matrices of this shape, one behind the other, each with whole tiles of scales.
+    Fp8Matrix group(int64_t g) const {
+        return {q + g * rows * n, scale + g * ((rows + tile - 1) / tile) * scale_blocks(n), rows, n, tile, 0};
+    }
+};
+
+struct Fp8Output {
+    std::byte* data;                       // (rows of A, rows of B)
+    Dtype dtype;                           // BF16 or F32
+    bool add = false;                      // D += A B^T: one more addition, before D is rounded
+
+    Fp8Output at(int64_t i) const { return {data + i * format_of(dtype).bytes, dtype, add}; }
+};
+
+// The nearest bf16 of a float64, ties to even: not by way of f32, which would round twice.
+inline float nearest_bf16(double x) {
+    if (x == 0 || !std::isfinite(x)) return float(x);
+    int exponent = std::max(std::ilogb(x), -126);
+    return float(std::ldexp(std::nearbyint(std::ldexp(x, 7 - exponent)), exponent - 7));
+}
+
+// D[0] = sum, or D[0] + sum, rounded once. All NaNs are stored as the same one.
+inline void put(const Fp8Output& out, double sum, Fp8Sum arithmetic) {
+    const bool bf16 = out.dtype == Dtype::BF16;
+    if (out.add) {
+        float old = bf16 ? bf16_to_float(load<uint16_t>(out.data)) : load<float>(out.data);
+        sum = arithmetic == Fp8Sum::EXACT ? double(old) + sum : double(old + float(sum));
+    }
+    float value = bf16 ? nearest_bf16(sum) : float(sum);
+    if (std::isnan(sum)) value = std::numeric_limits<float>::quiet_NaN();
+    uint16_t half = float_to_bf16(value);
+    if (bf16) std::memcpy(out.data, &half, 2);
+    else std::memcpy(out.data, &value, 4);
+}
+
+// a: (M, K)   b: (N, K)   out: (M, N). K = 0 is a sum of nothing; M = 0 or N = 0: nothing to do.
+//                                                     DeepGEMM fp8_gemm_nt, recipes (1,128,128), (1,1,128)
+inline void gemm_fp8(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b, Fp8Sum arithmetic) {
+    CHECK(a.n == b.n, "K is %d and %d", a.n, b.n);
+    parallel_for(b.rows, [&](int64_t n) {
+        for (int64_t m = 0; m < a.rows; m++) {
+            Fp8Pair p{a.q + m * a.n, b.q + n * b.n, a.scale_row(m), b.scale_row(n), a.n};
+            double sum = arithmetic == Fp8Sum::EXACT ? sum_exact(p)
+                         : arithmetic == Fp8Sum::PROMOTED ? double(sum_promoted(p)) : double(sum_hopper(p));
+            put(out.at(m * b.rows + n), sum, arithmetic);
+        }
+    }, int64_t(a.rows) * a.n);
+}
+
+// Row m of A belongs to group[m] of B (G, N, K), or to none (-1): it is not read, nor is D[m] written. Groups
+// begin at multiples of 128 rows and what is missing to the next is -1, since a kernel looks at the first row
+// of a tile alone.                                            DeepGEMM m_grouped_fp8_gemm_nt_contiguous
+inline void gemm_fp8_contiguous(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b,
+                                std::span<const int> group, Fp8Sum arithmetic) {
+    for (int64_t begin = 0, end; begin < a.rows; begin = end) {
+        const int g = group[size_t(begin)];
+        for (end = begin; end < a.rows && end - begin < SCALE_BLOCK && group[size_t(end)] == g;) end++;
+        int64_t tile = begin / SCALE_BLOCK * SCALE_BLOCK;
+        CHECK(g < 0 || begin == tile, "group %d begins at row %d", g, int(begin));
+        if (g >= 0) gemm_fp8(out.at(begin * b.rows), a.view(begin, int(end - begin)), b.group(g), arithmetic);
+    }
+}
+
+// a: (G, Mmax, K)   b: (G, N, K)   out: (G, Mmax, N)   rows: (G), how many of a group's Mmax are there; the
+// others are neither read nor written.                            DeepGEMM m_grouped_fp8_gemm_nt_masked
+inline void gemm_fp8_masked(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b,
+                            std::span<const int> rows, Fp8Sum arithmetic) {
+    for (size_t g = 0; g < rows.size(); g++) {
+        CHECK(rows[g] >= 0 && rows[g] <= a.rows, "group %zu: %d of %d rows", g, rows[g], a.rows);
+        Fp8Matrix present = a.group(int64_t(g)).view(0, rows[g]);
+        gemm_fp8(out.at(int64_t(g) * a.rows * b.rows), present, b.group(int64_t(g)), arithmetic);
+    }
+}
+
+// The gradient of the experts' weights: group g sums over its own K_g = k[g] tokens, a multiple of 128 or 0.
+// a: of each group (M, K_g), b: (N, K_g), tile 1, one group behind the other; their `n` does not count.
+// out: (G, M, N)                                               DeepGEMM k_grouped_fp8_gemm_nt_contiguous
+inline void gemm_fp8_k_grouped(const Fp8Output& out, Fp8Matrix a, Fp8Matrix b, std::span<const int> k,
+                               Fp8Sum arithmetic) {
+    for (size_t g = 0; g < k.size(); g++) {
+        CHECK(k[g] >= 0 && k[g] % SCALE_BLOCK == 0, "group %zu has %d tokens", g, k[g]);
+        a.n = b.n = k[g];
+        gemm_fp8(out.at(int64_t(g) * a.rows * b.rows), a, b, arithmetic);
+        a = a.group(1), b = b.group(1);    // the next lies behind this one
+    }
+}
+
+// -- 14.5  the forward pass in bf16 and FP8 ------------------------------------------------------
+//
+// --arith bf16: each operation's result is rounded to bf16 as PyTorch does between kernels, and so is every
+// number that DeepSeek's model.py keeps: embedding, norms, outputs of the linear layers, rotated queries and
+// keys, scores, probabilities, silu and its product, both residual sums, logits. Not the gate: its logits and
+// weights are f32 in transformers as here, for a rounding there picks other experts. An expert's output is
+// rounded, the sum over experts only in the end. Weights count as stored.
+//
+// --arith fp8: the same, and a linear layer with FP8 weights gets its input in e4m3, 1 x 128, by V3's formula
+// (powers of two where config.json's scale_fmt says ue8m0), summed as `promoted`; with --exact as `exact`.
+// What stays in bf16 is what V3 section 3.3 lists: embedding, head, gate, norms, attention; and W^UK and W^UV
+// in the absorbed form, where they are a part of attention. In the naive form they are a linear layer.
+//
+// None of this is in chapters 5 to 13: the table of kernels (5.4) is exchanged for one that rounds.
+
+inline Kernels in_f32;                     // the table as it was
+
+inline void round_to_bf16(real* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] = bf16_to_float(float_to_bf16(float(x[i])));
+}
+
+inline void matmul_wide(const Product& p) {
+    if (in_f32.matmul) in_f32.matmul({&p, 1});
+    else matmul_plain(p);
+}
+
+// y = W x in FP8, y in bf16
+inline void linear_fp8(const Product& p) {
+    const Matrix& w = *p.w;
+    const int64_t blocks = scale_blocks(w.cols), inside = w.first_row % SCALE_BLOCK;
+    std::vector<uint8_t> q(size_t(p.T) * size_t(w.cols));
+    std::vector<float> scale(size_t(p.T * blocks)), w_scale(size_t(scale_blocks(inside + w.rows) * blocks));
+    std::vector<uint16_t> y(size_t(p.T) * size_t(w.rows));
+    quantise_fp8(q.data(), scale.data(), p.x, p.T, w.cols, {Fp8Formula::V3, w.arith == Arith::FP8_UE8M0});
+    std::memcpy(w_scale.data(), w.scale_row(0), w_scale.size() * sizeof(float));
+    Fp8Matrix a{q.data(), scale.data(), p.T, w.cols};
+    Fp8Matrix b{reinterpret_cast<const uint8_t*>(w.data), w_scale.data(), w.rows, w.cols, SCALE_BLOCK,
+                int(inside)};
+    gemm_fp8({reinterpret_cast<std::byte*>(y.data()), Dtype::BF16}, a, b,
+             kernels.integers ? Fp8Sum::PROMOTED : Fp8Sum::EXACT);
+    for (int t = 0; t < p.T; t++)
+        for (int n = 0; n < w.rows; n++)
+            p.out[t][n] = bf16_to_float(y[size_t(t) * size_t(w.rows) + size_t(n)]);
+}
+
+inline void matmul_rounded(std::span<const Product> products) {
+    for (const Product& p : products) {
+        if (p.w->arith >= Arith::FP8) linear_fp8(p);
+        else matmul_wide(p);
+        for (int t = 0; p.w->arith == Arith::BF16 && t < p.T; t++) round_to_bf16(p.out[t], p.w->rows);
+    }
+}
+
+// attend_plain, each step rounded: q . k, times the scale, its softmax, the mean of the values
+inline void attend_rounded(std::span<const Attention> heads, Rows scratch) {
+    for (const Attention& a : heads) {
+        const int64_t dk = a.k.cols, dv = a.v.cols, T = int64_t(a.n.size());
+        parallel_for(T * a.heads, [&](int64_t i) {
+            int64_t t = i / a.heads, h = i % a.heads;
+            const int n = a.n[size_t(t)];
+            real *out = a.out[t] + h * dv, *p = scratch[thread_index()];
+            Matrix k = a.k;
+            k.rows = n;
+            matmul_wide({{p, 0}, {a.q[t] + h * dk, 0}, &k, 1});
+            round_to_bf16(p, n);
+            for (int j = 0; j < n; j++) p[j] *= a.scale;
+            round_to_bf16(p, n);
+            in_f32.softmax(p, 1, n);
+            round_to_bf16(p, n);
+            std::fill_n(out, dv, real(0));
+            in_f32.weigh({out, 0}, {p, 0}, a.v, 1, n);
+            round_to_bf16(out, dv);
+        }, a.n.back() * (dk + dv));
+    }
+}
+
+inline void silu_times_rounded(real* gate, const real* up, int n) {
+    const Vector one(size_t(n), 1);
+    in_f32.silu_times(gate, one.data(), n);
+    round_to_bf16(gate, n);
+    for (int i = 0; i < n; i++) gate[i] *= up[i];
+    round_to_bf16(gate, n);
+}
+
+// After the kernels were chosen: from now on in this arithmetic.
+inline void use_arith(Arith arith) {
+    in_f32 = kernels;
+    kernels.arith = arith;
+    if (arith == Arith::F32) return;
+    kernels.round = round_to_bf16;
+    kernels.matmul = matmul_rounded, kernels.attend = attend_rounded, kernels.silu_times = silu_times_rounded;
+}
+
+// Tells a model's linear layers, the gates left out, what they are computed in.
+inline void set_arith(Model& m, MlaForm form) {
+    if (kernels.arith == Arith::F32) return;
+    const Arith fp8 = m.config.ue8m0 ? Arith::FP8_UE8M0 : Arith::FP8;
+    bool any = kernels.arith == Arith::BF16;
+    auto in_bf16 = [&](Matrix& w) {
+        if (in_integers(w))
+            fail("--arith: %s weights are multiplied in integers; --exact dequantises them",
+                 format_of(w.dtype).name);
+        w.arith = Arith::BF16;
+    };
+    auto linear = [&](Matrix& w) {
+        in_bf16(w);
+        if (kernels.arith == Arith::FP8 && w.dtype == Dtype::F8_E4M3) w.arith = fp8, any = true;
+    };
+    auto mlp = [&](Mlp& w) { linear(w.w_gate), linear(w.w_up), linear(w.w_down); };
+    auto layer = [&](Layer& l) {
+        for (Matrix* w : {&l.mla.wq, &l.mla.wq_a, &l.mla.wq_b, &l.mla.wkv_a, &l.mla.wo, &l.gqa.wq, &l.gqa.wk,
+                          &l.gqa.wv, &l.gqa.wo}) linear(*w);
+        for (std::vector<Matrix>* part : {&l.mla.wk_b, &l.mla.wv_b})
+            for (Matrix& w : *part) form == MlaForm::NAIVE ? linear(w) : in_bf16(w);
+        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv})          // rounded after their bias, not before
+            if (m.config.qkv_bias && w->arith == Arith::BF16) w->arith = Arith::F32;
+        mlp(l.mlp), mlp(l.moe.shared);
+        for (Mlp& expert : l.moe.experts) mlp(expert);
+    };
+    in_bf16(m.head);
+    for (Layer& l : m.layers) layer(l);
+    for (Mtp& mtp : m.mtp) linear(mtp.proj), layer(mtp.layer);
+    if (!any) fail("--arith fp8: %s has no FP8 weights", m.config.file.c_str());
+}
+
+// =================================================================================================
 // Chapter 19. The bill
 // =================================================================================================
 //
@@ -3389,6 +3866,8 @@ inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t
 // A model, ready to run with these options of a session.
 inline Model load_planned(const fs::path& folder, const std::string& quant, const Config& c,
                           const SessionOptions& s) {
+    if (kernels.arith == Arith::FP8 && quant != "fp8" && (quant != "none" || !c.fp8))
+        fail("--arith fp8: needs FP8 weights: those of a folder that has them, or --quant fp8");
     MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
     plan.require(s.context);
     std::unique_ptr<Progress> progress;
@@ -3401,6 +3880,7 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
     Model model = load_model(folder, {quant, shown(text_of("quantising to %s, bytes", quant.c_str()))});
     progress.reset();
     rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    set_arith(model, s.mla);
     return model;
 }
 
@@ -3493,7 +3973,7 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 // -- 21.1  options -------------------------------------------------------------------------------
 
 struct Options {
-    std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32";
+    std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
     std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
     int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
@@ -3523,6 +4003,7 @@ inline void prepare(const Options& o) {
     set_threads(o.threads > 0 ? o.threads : unasked);
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(wish ? wish : "", o.exact);
+    use_arith(o.arith == "fp8" ? Arith::FP8 : o.arith == "bf16" ? Arith::BF16 : Arith::F32);
 }
 
 inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
@@ -3787,9 +4268,9 @@ inline void command_bench(const Options& o) {
             speed += text_of("%s%.2f", r ? ", " : "", n / time_tokens(s, n, decode));
         if (interrupted) return;
         std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
-                    "\"kernels\":\"%s\"}\n",
+                    "\"arith\":\"%s\",\"kernels\":\"%s\"}\n",
                     decode ? "decode" : "prefill", n, speed.c_str(), n_threads(), o.quant.c_str(),
-                    kernels.name);
+                    o.arith.c_str(), kernels.name);
         std::fflush(stdout);
     }
 }
@@ -3828,7 +4309,10 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
            "none, q8_0, q4_k or fp8: quantise while loading");
     option(c, "--kv", o.kv, CLI::IsMember({"f32", "bf16", "q8_0"}),
            "store keys and values as f32, bf16 or q8_0");
-    c->add_flag("--exact", o.exact, "dequantise quantised weights, rather than multiply in integers");
+    option(c, "--arith", o.arith, CLI::IsMember({"f32", "bf16", "fp8"}),
+           "f32, bf16 or fp8: what activations are rounded to");
+    c->add_flag("--exact", o.exact,
+                "dequantise quantised weights, rather than multiply in integers; sum --arith fp8 in f64");
     c->add_flag("--json", o.json, "machine-readable result");
     return c;
 }

@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 COLUMNS = 110
-FILE_LINES = {"deepseek.cpp": 4300, "deepseek.cu": 4000, "tokenizer.h": 800, "gguf.h": 1700, "simd.h": 2300}
+FILE_LINES = {"deepseek.cpp": 7000, "deepseek.cu": 4000, "tokenizer.h": 800, "gguf.h": 1700, "simd.h": 2300}
 HEADERS = tuple(name for name in FILE_LINES if name.endswith(".h"))
 CHAPTER_LINES, FIRST_CHAPTER_LINES = 500, 250          # a reader of chapter 1 wants to meet the model
 FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_MAX = 20, 60, 130

@@ -350,6 +350,76 @@ class Logits(Case):
         self.refused("logits", "-m", TINY, "--ids", "1", "--out", self.folder / "absent" / "x", says="absent")
 
 
+class Arith(Case):
+    """--arith: what activations are rounded to (chapter 14)."""
+    FP8 = ROOT / "tests" / "golden" / "models" / "v3-fp8"
+
+    def logits(self, *arguments, model=TINY):
+        file = self.folder / "out.safetensors"
+        self.ok("logits", "-m", model, "--ids", "0,8,42,60,81,9,10,21", "--out", file, *arguments)
+        return read_safetensors(file)["logits"][2]
+
+    def test_f32_is_the_default(self):
+        self.assertEqual(self.logits("--arith", "f32"), self.logits())
+        self.assertEqual(self.logits("--arith", "f32", model=self.FP8), self.logits(model=self.FP8))
+
+    def test_logits_are_bf16(self):
+        for arguments, model in ((("--arith", "bf16"), TINY), (("--arith", "bf16"), self.FP8),
+                                 (("--arith", "fp8"), self.FP8), (("--arith", "fp8", "--quant", "fp8"), TINY)):
+            bits = array.array("I", self.logits(*arguments, model=model).tobytes())
+            self.assertEqual({b & 0xFFFF for b in bits}, {0}, arguments)
+
+    def test_arithmetics_differ(self):
+        texts = [self.logits("--arith", a, model=self.FP8).tobytes() for a in ("f32", "bf16", "fp8")]
+        texts.append(self.logits("--arith", "fp8", "--mla", "naive", model=self.FP8).tobytes())
+        self.assertEqual(len(set(texts)), 4)
+
+    def test_bits_do_not_depend_on_the_setting(self):
+        for arith, model in (("bf16", TINY), ("fp8", self.FP8)):
+            expected = self.logits("--arith", arith, model=model)
+            for setting in (("--chunk", "3"), ("--threads", "3"), ("--kv", "bf16")):
+                self.assertEqual(self.logits("--arith", arith, *setting, model=model), expected, setting)
+
+    def test_answers(self):
+        for setting in (("bf16",), ("bf16", "--mtp"), ("bf16", "--quant", "q8_0", "--exact"),
+                        ("fp8", "--quant", "fp8"), ("fp8", "--quant", "fp8", "--exact"),
+                        ("fp8", "--quant", "fp8", "--mla", "naive")):
+            self.assertEqual(self.ok("run", "-p", QUESTION, "--arith", *setting)[0], ANSWER, setting)
+        self.assertEqual(self.ok("chat", "--arith", "bf16", given=QUESTION + "\n")[0], ANSWER)
+
+    def test_perplexity_and_bench(self):
+        text = self.folder / "text.txt"
+        text.write_text("Which is larger, 3.14 or 2.72? Ask Mia.")
+        nll = [json.loads(self.ok("perplexity", "-f", text, "--json", *a)[0])["nll"]
+               for a in ((), ("--arith", "bf16"), ("--quant", "fp8", "--arith", "fp8"))]
+        self.assertEqual(len(set(nll)), 3)
+        self.assertLess(max(nll) - min(nll), 0.05 * nll[0])
+        out, _ = self.ok("bench", "-p", "4", "-n", "2", "-r", "1", "--arith", "bf16")
+        self.assertEqual([json.loads(line)["arith"] for line in out.splitlines()], ["bf16", "bf16"])
+
+    def test_refusals(self):
+        ask = ("run", "-p", "a", "-n", "1")
+        self.refused(*ask, "--arith", "fp16", says="--arith")
+        self.refused(*ask, "--arith", "fp8", says="--arith fp8: needs FP8 weights")
+        self.refused(*ask, "--arith", "fp8", "--quant", "q8_0", says="--arith fp8: needs FP8 weights")
+        self.refused(*ask, "--arith", "bf16", "--quant", "q8_0", says="--exact")
+        gguf = self.folder / "tiny.gguf"
+        self.ok("quantize", "-m", TINY, "-o", gguf, "--type", "q4_k_m")
+        self.refused(*ask, "-m", gguf, "--arith", "fp8", says="--arith fp8: needs FP8 weights")
+        self.refused(*ask, "-m", gguf, "--arith", "bf16", says="are multiplied in integers")
+        self.ok(*ask, "-m", gguf, "--arith", "bf16", "--exact")
+
+    def test_a_cache_belongs_to_its_arithmetic(self):
+        kv = self.folder / "kv"
+        self.ok("run", "-p", QUESTION, "--arith", "bf16", "--save-kv", kv)
+        self.assertEqual(self.ok("run", "-p", QUESTION, "--arith", "bf16", "--load-kv", kv)[0], ANSWER)
+        self.refused("run", "-p", QUESTION, "--load-kv", kv, says="--arith")
+
+    def test_help(self):
+        for command in ("run", "chat", "logits", "perplexity", "bench"):
+            self.assertIn("--arith", self.ok(command, "--help")[0])
+
+
 class Measures(Case):
     def test_perplexity_is_that_of_the_logits(self):
         text = self.folder / "text.txt"

@@ -634,6 +634,8 @@ TEST(GoldenTokens, AreThoseOfTheLibrary) {
     EXPECT_GT(chats, 4);
 }
 
+#include "fp8.cpp"
+
 // -- the tests themselves -----------------------------------------------------------------------------------
 
 TEST(GoldenChecker, EveryFolderIsInTheList) {

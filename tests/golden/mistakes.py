@@ -25,17 +25,19 @@ from dataclasses import dataclass
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "mistakes"
 CPP, TOKENIZER = "deepseek.cpp", "tokenizer.h"
+PROGRAMS = DOUBLE, FLOAT = "golden-double", "golden"
 
 
 @dataclass
 class Mistake:
     kind: str                   # the family, in the words of the field
     what: str                   # what is planted
-    model: str                  # where it shows: a golden model, or "tokens"
+    model: str                  # where it shows: a golden model, "tokens" or "fp8"
     tensor: str                 # the first tensor that differs; for tokens: ids, chat or decode
     places: list                # (source text with «part to replace», what stands there instead)
     test: str = "MatchesGolden"
     file: str = CPP
+    programs: tuple = PROGRAMS  # that must see it: one rounding less among many shows in double alone
 
 
 # In the patched copy only: what a port does that keeps numbers in another type.
@@ -99,6 +101,8 @@ MAGNITUDE = "rope.magnitude = «yarn_mscale(c.factor, c.mscale) / all»;"
 MSCALE = "yarn_mscale(c.factor, c.mscale)"
 BITS = "HasTheSameBits"
 CHUNK = "the second chunk of a prompt"
+FP8, H100, ARITH = "GoldenFp8", "GoldenFp8.AddsAsAnH100", "RoundsWhere"
+CUT = "«terms[i].significand / (1 << std::max(shift, 0))»"
 
 MISTAKES = [
     # 1. YaRN's mscale: exact at position 0, wrong later, fluent all the same.
@@ -223,6 +227,56 @@ MISTAKES = [
     # And one that only an unusual config shows.
     Mistake("eps", "the config's eps in the latent norms", "v2-noyarn", "layers.0.c_q",
             [("w.q_norm, T, «LATENT_EPS»", "c.eps")]),
+
+    # 13. FP8: the scale of a tile.
+    Mistake("fp8", "NaN beyond 448 instead of 448", "fp8", "cast.q",
+            [("sign | «std::min(rounded, 126u)»", "std::min(rounded, 127u)")], FP8),
+    Mistake("fp8", "no floor below the scale", "fp8", "quant.v3.s",
+            [("«std::max(amax, LEAST_AMAX)», ue8m0)", "amax")], FP8),
+    Mistake("fp8", "times the inverse of the scale where V3 divides", "fp8", "quant.v3.q",
+            [("«v / t.s» : v * t.inverse", "v * (1 / t.s)")], FP8),
+    Mistake("fp8", "scale rounded to a power of two after dividing by it", "fp8", "quant.v3_ue8m0.s",
+            [("tile_scale(f.formula, amax, «f.ue8m0»)", "false"),
+             ("return finite ? «t.s»", "power_above(t.s, f.ue8m0)")], FP8),
+    Mistake("fp8", "tiles of 127 numbers", "fp8", "quant.v3.q",
+            [("begin = i % blocks * «SCALE_BLOCK»; scale[i]", "(SCALE_BLOCK - 1)")], FP8),
+    Mistake("fp8", "scales of the wrong block", "fp8", "gemm.exact",
+            [("scale + «(first_row + r) / tile * scale_blocks(n)»", "(first_row + r) / tile")], FP8),
+
+    # 14. FP8: what a tensor core adds.
+    Mistake("hopper", "no promotion", "fp8", "gemm.hopper",
+            [("float block = «0»;", "sum / (p.a_scale[i] * p.b_scale[i])"),
+             ("sum = std::fma(p.a_scale[i] * p.b_scale[i], block, «sum»);", "0.0f")], FP8),
+    Mistake("hopper", "14 fraction bits", "fp8", "h100.d",
+            [("exponent + F32_FRACTION - «HOPPER_FRACTION»;", "14"),
+             ("std::abs(sum)))) - «HOPPER_FRACTION» - 1)", "14"), ("top - «HOPPER_FRACTION»);", "14")], H100),
+    Mistake("hopper", "terms rounded to the nearest", "fp8", "h100.d",
+            [(CUT, "int(std::nearbyint(double(terms[i].significand) / (1 << std::max(shift, 0))))")], H100),
+    Mistake("hopper", "terms cut towards minus infinity", "fp8", "h100.d",
+            [(CUT, "terms[i].significand >> std::max(shift, 0)")], H100),
+    Mistake("hopper", "the sum not cut", "fp8", "h100.d", [("«sum / cut * cut»", "sum")], H100),
+    Mistake("promoted", "two roundings more: (sum s_x) s_w, then added", "fp8", "gemm.promoted",
+            [("sum = «std::fma(p.a_scale[i] * p.b_scale[i], sum_lanes(lane), sum)»;",
+              "sum + sum_lanes(lane) * p.a_scale[i] * p.b_scale[i]")], FP8),
+
+    # 15. The forward pass in bf16 and FP8.
+    Mistake("arith", "activations not quantised", "v3-fp8", "layers.0.attn_out",
+            [("if («p.w->arith >= Arith::FP8») linear_fp8(p);", "false")], ARITH),
+    Mistake("arith", "powers of two where scale_fmt does not ask for them", "v3-fp8", "layers.0.attn_out",
+            [("{Fp8Formula::V3, «w.arith == Arith::FP8_UE8M0»}", "true")], ARITH),
+    Mistake("arith", "a head's rows counted from the start of a block", "v3-fp8", "layers.0.attn_out",
+            [("inside = «w.first_row % SCALE_BLOCK»;", "0")], ARITH),
+    Mistake("arith", "norms not rounded", "v3-fp8", "layers.0.attn_out",
+            [("* scale * w[size_t(i)]; «rounded(out[t], n);»", ";")], ARITH, CPP, (DOUBLE,)),
+    Mistake("arith", "probabilities not rounded", "v3-fp8", "layers.0.attn_out",
+            [("in_f32.softmax(p, 1, n); «round_to_bf16(p, n);»", ";")], ARITH, CPP, (DOUBLE,)),
+    Mistake("arith", "the gate's logits rounded", "v3-fp8", "layers.1.ffn_out",
+            [("«in_bf16(m.head);»", "in_bf16(m.head); for (Layer& l : m.layers) in_bf16(l.moe.gate_w);")],
+            ARITH, CPP, (DOUBLE,)),
+    Mistake("arith", "silu and its product rounded together", "v2-lite", "layers.0.ffn_out",
+            [("gate, one.data(), n); «round_to_bf16(gate, n);»", ";")], ARITH, CPP, (DOUBLE,)),
+    Mistake("arith", "rounded before the bias is added", "qwen2", "layers.0.attn_out",
+            [("if («m.config.qkv_bias && w->arith == Arith::BF16»)", "false")], ARITH, CPP, (DOUBLE,)),
 ]
 
 
@@ -273,8 +327,8 @@ def build(workers):
     for file in (CPP, TOKENIZER):
         text = planted((ROOT / file).read_text(), file)
         (OUT / file).write_text(PRELUDE * (file == CPP) + text)       # which includes the other one
-    jobs = [workers.submit(compile_program, "golden-double", ["-DDEEPSEEK_REAL=double"]),
-            workers.submit(compile_program, "golden", [])]
+    jobs = [workers.submit(compile_program, DOUBLE, ["-DDEEPSEEK_REAL=double"]),
+            workers.submit(compile_program, FLOAT, [])]
     for job in jobs:
         job.result()
 
@@ -302,13 +356,13 @@ def verdict(m, code, output):
 
 
 def tests_of(m):
-    return f"*{m.test}*" if m.model == "tokens" else f"*{m.test}*/{m.model.replace('-', '_')}"
+    return f"*{m.test}*" if m.model in ("tokens", "fp8") else f"*{m.test}*/{m.model.replace('-', '_')}"
 
 
 def check(number):
     """Lines of what is wrong, one for each program; the double build first, its results are the yardstick."""
-    m, programs = MISTAKES[number], ("golden-double", "golden")
-    wrong = {program: verdict(m, *run(program, number, tests_of(m))) for program in programs}
+    m = MISTAKES[number]
+    wrong = {program: verdict(m, *run(program, number, tests_of(m))) for program in m.programs}
     return [f"{program}: {text}" for program, text in wrong.items() if text]
 
 
@@ -334,7 +388,7 @@ def check_itself():
 def check_right():
     """Without a mistake the same tests pass."""
     filters = ":".join(sorted(set(map(tests_of, MISTAKES))))
-    results = [(program, *run(program, -1, filters)) for program in ("golden-double", "golden")]
+    results = [(program, *run(program, -1, filters)) for program in PROGRAMS]
     return [f"{program}: fails without one\n{output[-1500:]}" for program, code, output in results if code]
 
 
@@ -350,11 +404,13 @@ def main(words):
             print(error)
             print(f"mistakes: {passed} passed, {failed + 1} failed")
             return 1
-        jobs = {"no mistake": workers.submit(check_right)}
-        jobs |= {f"{MISTAKES[n].kind}: {MISTAKES[n].what}": workers.submit(check, n) for n in numbers}
-        for name, job in jobs.items():
+        jobs = [("no mistake", len(PROGRAMS), workers.submit(check_right))]
+        for n in numbers:
+            m = MISTAKES[n]
+            jobs.append((f"{m.kind}: {m.what}", len(m.programs), workers.submit(check, n)))
+        for name, tests, job in jobs:
             wrong = job.result()
-            passed, failed = passed + 2 - len(wrong), failed + len(wrong)
+            passed, failed = passed + tests - len(wrong), failed + len(wrong)
             for line in wrong:
                 print(f"{name}: {line}")
     print(f"mistakes: {passed} passed, {failed} failed")

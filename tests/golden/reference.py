@@ -1,12 +1,15 @@
 """Float64 reference of the DeepSeek forward pass in NumPy alone: V2, V3 (FP8 and MTP included), Qwen2, Llama.
 
-    reference.py MODEL_FOLDER --ids 1,2,3 --out taps.safetensors [--float32]
+    reference.py MODEL_FOLDER --ids 1,2,3 --out taps.safetensors [--float32] [--arith bf16|fp8]
 
 Written from the papers' formulas and the published files, for checking, not for speed. It shares no code
 with the C++ program. Weights are read as stored (BF16, F16, F32, F8_E4M3 with 128x128 weight_scale_inv) and
 widened exactly to float64. All arithmetic is float64, so a correct float32 program differs only by its own
 rounding. Attention is computed in the naive form; the absorbed form is algebraically equal. --float32 runs
 the same lines in float32: the difference between the two is a yardstick of what rounding alone may do.
+
+--arith bf16 rounds each result to bfloat16 where DeepSeek's model.py and transformers do, but for the gate's;
+fp8 also quantises the inputs of linear layers with FP8 weights to E4M3 in groups of 128.
 """
 import argparse
 import json
@@ -17,6 +20,7 @@ import struct
 import numpy as np
 
 F = np.float64              # set reference.F = np.float32 before forward() for the float32 run
+ARITH = "f32"               # or bf16, fp8: what activations are rounded to
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -94,16 +98,56 @@ class Weights(dict):
                 files = sorted(set(json.load(f)["weight_map"].values()))
         for f in files:
             self.update(read_safetensors(os.path.join(folder, f)))
+        self.fp8 = {}           # name -> (E4M3 values, scales)
         for k in [k for k in self if k.endswith("_scale_inv")]:
             w, s = self[k[:-len("_scale_inv")]], self.pop(k)
+            self.fp8[k[:-len("_scale_inv")]] = w, s
             big = np.repeat(np.repeat(s, 128, 0), 128, 1)[:w.shape[0], :w.shape[1]]
             self[k[:-len("_scale_inv")]] = w * big
+
+
+# -- bf16 and FP8 --------------------------------------------------------------------------------------------
+
+def step_rounded(x, bits, least):
+    """x to `bits` significant bits, ties to even; below 2^least in steps as small as there."""
+    _, e = np.frexp(x)                       # x = f 2^e, 1/2 <= f < 1
+    step = np.exp2(np.maximum(e - bits, least + 1 - bits).astype(np.float64))
+    return np.rint(x / step) * step
+
+
+def r(x):
+    """A result as it is stored."""
+    return x if ARITH == "f32" else step_rounded(x.astype(np.float32).astype(np.float64), 8, -126).astype(F)
+
+
+def scale_v3(amax, ue8m0):                   # all float32
+    s = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
+    if not ue8m0:
+        return s
+    return np.exp2(np.ceil(np.log2(s.astype(np.float64)).astype(np.float32))).astype(np.float32)
+
+
+def linear_fp8(x, q, scale, ue8m0):
+    """x (T, K) in E4M3 with a scale for each 128 of a token, times W: blocks are exact in float64."""
+    x, y = x.astype(np.float32), np.zeros((len(x), len(q)))
+    for b in range(scale.shape[1]):
+        part = np.s_[:, b * 128:(b + 1) * 128]
+        s = scale_v3(np.abs(x[part]).max(-1, keepdims=True), ue8m0)
+        xq = np.clip(step_rounded((x[part] / s).astype(np.float64), 4, -6), -448, 448)
+        y += s.astype(np.float64) * scale[:, b].repeat(128)[:len(q)] * (xq @ q[part].T)
+    return y
+
+
+def linear(x, w, name, bias=0.0):
+    if ARITH == "fp8" and name in w.fp8:
+        return r(r(linear_fp8(x, *w.fp8[name], w.ue8m0)) + bias)
+    return r(x @ w[name].T + bias)
 
 
 # -- small operations ----------------------------------------------------------------------------------------
 
 def rmsnorm(x, w, eps):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+    return r(x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w)
 
 
 def silu(z):
@@ -125,8 +169,8 @@ def top(values, k):
 
 
 def swiglu(x, w, p):
-    gate, up = x @ w[p + "gate_proj.weight"].T, x @ w[p + "up_proj.weight"].T
-    return (silu(gate) * up) @ w[p + "down_proj.weight"].T
+    gate, up = linear(x, w, p + "gate_proj.weight"), linear(x, w, p + "up_proj.weight")
+    return linear(r(r(silu(gate)) * up), w, p + "down_proj.weight")
 
 
 # -- positions -----------------------------------------------------------------------------------------------
@@ -166,55 +210,55 @@ def rope_interleaved(x, pos, f, m):      # pairs (2i, 2i+1), written back in pla
     c, s, e, o = np.cos(a) * m, np.sin(a) * m, x[..., 0::2], x[..., 1::2]
     y = np.empty_like(x)
     y[..., 0::2], y[..., 1::2] = e * c - o * s, e * s + o * c
-    return y
+    return r(y)
 
 
 def rope_half(x, pos, f, m):             # pairs (i, i + d/2)
     a = pos[:, None, None] * f
     h = x.shape[-1] // 2
     c, s, lo, hi = np.cos(a) * m, np.sin(a) * m, x[..., :h], x[..., h:]
-    return np.concatenate([lo * c - hi * s, hi * c + lo * s], -1)
+    return r(np.concatenate([lo * c - hi * s, hi * c + lo * s], -1))
 
 
 # -- attention -----------------------------------------------------------------------------------------------
 
 def attend(q, k, v, scale):              # (T,H,dk) (T,H,dk) (T,H,dv), causal
     T = q.shape[0]
-    s = np.einsum("thd,jhd->htj", q, k) * scale + np.triu(np.full((T, T), -np.inf, F), 1)
-    return np.einsum("htj,jhd->thd", softmax(s), v)
+    s = r(r(np.einsum("thd,jhd->htj", q, k)) * scale) + np.triu(np.full((T, T), -np.inf, F), 1)
+    return r(np.einsum("htj,jhd->thd", r(softmax(s)), v))
 
 
 def mla(u, w, p, c, pos, tap):
     T, H, dn, dr = len(u), c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
     r, dv, eps = c["kv_lora_rank"], c["v_head_dim"], 1e-6   # latent norms: not rms_norm_eps
     if c.get("q_lora_rank"):
-        tap["c_q"] = rmsnorm(u @ w[p + "q_a_proj.weight"].T, w[p + "q_a_layernorm.weight"], eps)
-        q = tap["c_q"] @ w[p + "q_b_proj.weight"].T
+        tap["c_q"] = rmsnorm(linear(u, w, p + "q_a_proj.weight"), w[p + "q_a_layernorm.weight"], eps)
+        q = linear(tap["c_q"], w, p + "q_b_proj.weight")
     else:
-        q = u @ w[p + "q_proj.weight"].T
+        q = linear(u, w, p + "q_proj.weight")
     q = q.reshape(T, H, dn + dr)
-    a = u @ w[p + "kv_a_proj_with_mqa.weight"].T
+    a = linear(u, w, p + "kv_a_proj_with_mqa.weight")
     tap["c_kv"] = c_kv = rmsnorm(a[:, :r], w[p + "kv_a_layernorm.weight"], eps)
     f, m, scale = rope_frequencies(c, dr)
     tap["q_nope"] = q[..., :dn]
     tap["q_rope"] = q_rope = rope_interleaved(q[..., dn:], pos, f, m)
     tap["k_rope"] = k_rope = rope_interleaved(a[:, None, r:], pos, f, m)[:, 0]
-    kv = (c_kv @ w[p + "kv_b_proj.weight"].T).reshape(T, H, dn + dv)
+    kv = linear(c_kv, w, p + "kv_b_proj.weight").reshape(T, H, dn + dv)
     k = np.concatenate([kv[..., :dn], np.repeat(k_rope[:, None], H, 1)], -1)
     o = attend(np.concatenate([q[..., :dn], q_rope], -1), k, kv[..., dn:], scale / math.sqrt(dn + dr))
-    return o.reshape(T, H * dv) @ w[p + "o_proj.weight"].T
+    return linear(o.reshape(T, H * dv), w, p + "o_proj.weight")
 
 
 def gqa(u, w, p, c, pos, tap):
     T, H = len(u), c["num_attention_heads"]
     G, d = c.get("num_key_value_heads", H), c.get("head_dim") or c["hidden_size"] // H
-    lin = lambda n: u @ w[p + n + ".weight"].T + w.get(p + n + ".bias", 0.0)
+    lin = lambda n: linear(u, w, p + n + ".weight", w.get(p + n + ".bias", 0.0))
     f, m, _ = rope_frequencies(c, d)
     q = rope_half(lin("q_proj").reshape(T, H, d), pos, f, m)
     k = rope_half(lin("k_proj").reshape(T, G, d), pos, f, m)
     v = lin("v_proj").reshape(T, G, d)
     o = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
-    return o.reshape(T, H * d) @ w[p + "o_proj.weight"].T
+    return linear(o.reshape(T, H * d), w, p + "o_proj.weight")
 
 
 # -- mixture of experts --------------------------------------------------------------------------------------
@@ -251,7 +295,7 @@ def moe(u, w, p, c, tap):
     for t, (idx, g) in enumerate(chosen):
         for i, gi in zip(idx, g):
             y[t] += gi * swiglu(u[t:t + 1], w, f"{p}experts.{i}.")[0]
-    return y
+    return r(y)
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -260,12 +304,12 @@ def layer(x, w, p, c, pos, tap):
     eps, deepseek = c["rms_norm_eps"], "kv_lora_rank" in c
     tap["attn_norm"] = u = rmsnorm(x, w[p + "input_layernorm.weight"], eps)
     tap["attn_out"] = a = (mla if deepseek else gqa)(u, w, p + "self_attn.", c, pos, tap)
-    x = x + a
+    x = r(x + a)
     tap["ffn_norm"] = u = rmsnorm(x, w[p + "post_attention_layernorm.weight"], eps)
     sparse = p + "mlp.gate.weight" in w
     tap["ffn_out"] = y = moe(u, w, p + "mlp.", c, tap) if sparse else swiglu(u, w, p + "mlp.")
-    tap["out"] = x + y
-    return x + y
+    tap["out"] = x = r(x + y)
+    return x
 
 
 def forward(folder, ids, mtp=None):
@@ -274,22 +318,23 @@ def forward(folder, ids, mtp=None):
     with open(os.path.join(folder, "config.json")) as f:
         c = json.load(f)
     w, ids, pos, taps = Weights(folder), np.asarray(ids), np.arange(len(ids), dtype=F), {}
-    taps["embed"] = x = w["model.embed_tokens.weight"][ids]
+    w.ue8m0 = (c.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+    taps["embed"] = x = r(w["model.embed_tokens.weight"][ids])
     for l in range(c["num_hidden_layers"]):
         t = {}
         x = layer(x, w, f"model.layers.{l}.", c, pos, t)
         taps.update({f"layers.{l}.{k}": v for k, v in t.items()})
     head = w["model.embed_tokens.weight"] if c.get("tie_word_embeddings") else w["lm_head.weight"]
     taps["norm"] = h = rmsnorm(x, w["model.norm.weight"], c["rms_norm_eps"])
-    taps["logits"] = h @ head.T
+    taps["logits"] = r(h @ head.T)
     p, eps = f"model.layers.{c['num_hidden_layers']}.", c["rms_norm_eps"]
     if p + "eh_proj.weight" in w:
         # position i: the embedding of token i+1, then the hidden state of token i after the final norm
-        e = rmsnorm(w["model.embed_tokens.weight"][ids[1:]], w[p + "enorm.weight"], eps)
+        e = rmsnorm(taps["embed"][1:], w[p + "enorm.weight"], eps)
         h = rmsnorm(h[:-1], w[p + "hnorm.weight"], eps)
-        taps["mtp.in"] = z = np.concatenate([e, h], -1) @ w[p + "eh_proj.weight"].T
+        taps["mtp.in"] = z = linear(np.concatenate([e, h], -1), w, p + "eh_proj.weight")
         taps["mtp.out"] = z = layer(z, w, p, c, pos[:-1], {} if mtp is None else mtp)
-        taps["mtp_logits"] = rmsnorm(z, w[p + "shared_head.norm.weight"], eps) @ head.T
+        taps["mtp_logits"] = r(rmsnorm(z, w[p + "shared_head.norm.weight"], eps) @ head.T)
     return taps
 
 
@@ -299,7 +344,9 @@ if __name__ == "__main__":
     a.add_argument("--ids", required=True)
     a.add_argument("--out", required=True)
     a.add_argument("--float32", action="store_true")
+    a.add_argument("--arith", choices=("f32", "bf16", "fp8"), default="f32")
     a = a.parse_args()
+    ARITH = a.arith
     if a.float32:
         F = np.float32
     write_safetensors(a.out, forward(a.folder, [int(i) for i in a.ids.split(",")]))

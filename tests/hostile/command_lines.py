@@ -44,6 +44,7 @@ OPTIONS = {  # of `run`
     "--device": ("gpu", ""),
     "--quant": ("q9", ""),
     "--mla": ("both", ""),
+    "--arith": ("fp16", "BF16", ""),
 }
 MESSAGES = {
     "empty": "",

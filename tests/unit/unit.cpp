@@ -21,6 +21,7 @@
 #include "ch11_model.cpp"
 #include "ch12_talking.cpp"
 #include "ch13_mtp.cpp"
+#include "ch14_fp8.cpp"
 #include "ch19_bill.cpp"
 #include "simd_kernels.cpp"
 #include "simd_interleaved.cpp"
