@@ -221,8 +221,7 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 // -- 1.3  parallel_for: the only loop that runs on several cores ---------------------------------
 //
 // OpenMP's threads wait in a team and are given tasks. A loop is over when its indices are done, not when
-// each thread has arrived: one whose core another program uses at the moment is waited for with one index at
-// most.
+// each thread has arrived: one whose core another program has at the moment keeps one index waiting at most.
 
 inline int thread_count = 1;
 inline thread_local bool in_loop = false;              // inside a body
