@@ -114,7 +114,7 @@ TEST(ParallelFor, NumbersItsThreadsBelowTheLimit) {
     }
 }
 
-// Neighbours read neighbouring memory: a thread takes its own share and then those of others, each in its order.
+// Neighbours read neighbouring memory: a thread takes its own share, then those of others, each in its order.
 TEST(ParallelFor, TakesEachShareInOrder) {
     for (int threads : {2, 3, 8}) {
         ScopedThreads scoped(threads);
