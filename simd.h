@@ -1456,8 +1456,10 @@ template <Dtype D> void pack_row(IntBlock& block, int r, const std::byte* p, int
     }
 }
 
-// R rows from `row` on. What stands in the other rows is of no account.
+// R rows from `row` on. What stands in the other rows is of no account, but times 0 it cannot overflow.
 template <Dtype D> void pack(IntBlock& block, const Matrix& w, int row, int R) {
+    const int unused = R < INT_ROWS && !of_32(D) ? w.cols / GROUP * INT_ROWS : 0;
+    std::fill_n(block.scale, unused, 0), std::fill_n(block.minimum, unused / 2, 0);
     for (int r = 0; r < R; r++) pack_row<D>(block, r, w.row(row + r), w.cols);
     for (int r = 0; r < R; r += 8)
         for (int col = 0; col < w.cols; col += 32)
@@ -1685,13 +1687,13 @@ private:
     }
     // Four scales, and minimums; where there is none, it is what the offset is to be times.
     INLINE Ints four_scales(int i) const {
-        constexpr int TOP = int(0x80808080);           // keeps a byte from borrowing
+        constexpr unsigned TOP = 0x80808080;           // keeps a byte from borrowing
         if (D == Dtype::Q6_K) return packed[i];
         if (D == Dtype::Q2_K) return bits(packed[i], 0, 15);
         if (in_32_groups(D) && i == 0) return bits(packed[0], 0, 63);
         if (in_32_groups(D)) return bits(packed[2], 0, 15) | bits(packed[0], 6, 48);
         Ints six = bits(packed[i % 2], i / 2 * 4, 15) | bits(packed[2], 2 * i, 48);
-        return ((six | TOP) - 0x20202020) ^ TOP;
+        return Ints(((Words(six) | TOP) - 0x20202020) ^ TOP);
     }
     INLINE Ints four_minimums(int i) const {
         if (D == Dtype::Q2_K) return bits(packed[i], 4, 15);
