@@ -171,15 +171,17 @@ __attribute__((format(printf, 1, 2))) std::string text_of(const char* format, ..
 // -- 1.2  Pages, Arena: memory whose bill is known before it is spent ----------------------------
 
 // Zeroed pages from the system. A page costs memory only once it is written, so a long context is cheap
-// until it is used.
+// until it is used. `large` pages, where the system has them, suit what is read as a whole again and again:
+// the processor looks up fewer addresses.
 class Pages {
 public:
-    explicit Pages(size_t bytes = 0) : bytes_(bytes) {
+    explicit Pages(size_t bytes = 0, bool large = false) : bytes_(bytes) {
         if (bytes == 0) return;
         void* p =
             mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) fail("not enough memory: %.2f GB refused by the system", double(bytes) / 1e9);
         base_ = static_cast<std::byte*>(p);
+        if (large) madvise(p, bytes, MADV_HUGEPAGE);
     }
     ~Pages() { if (base_) munmap(base_, bytes_); }
     Pages(Pages&& other) noexcept { *this = std::move(other); }
@@ -248,7 +250,7 @@ inline void with_team(const std::function<void()>& body) {
     if (error) std::rethrow_exception(error);
 }
 
-// body(i) for 0 <= i < n, a task for each thread. It takes its share in the order of memory, which processors
+// body(i) for 0 <= i < n, a task for each thread. It takes its share in the order of memory, as processors
 // read ahead, and then what is left of the others'.
 inline void share_out(int64_t n, const std::function<void(int64_t)>& body) {
     struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; };
@@ -1511,8 +1513,8 @@ struct Kernels {
     // None: the plain form, 5.5 and 7.1.
     void (*matmul)(std::span<const Product> products) = nullptr;
     void (*attend)(std::span<const Attention> heads, Rows scratch) = nullptr;
-    // Puts W, where it is, in the order that is fastest if each token needs all of it; false where it cannot.
-    bool (*rearrange)(Matrix& w) = nullptr;
+    // Makes W one at `to`, in the order that is fastest if each token needs all of it.
+    void (*rearrange)(Matrix& w, std::byte* to) = nullptr;
     bool (*rearranges)(const Matrix& w) = nullptr;
     const struct SimdTarget* target = nullptr;   // what simd.h made these of
     Arith arith = Arith::F32;                    // --arith, and how it rounds results (chapter 14)
@@ -2206,8 +2208,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
-    std::unordered_map<const std::byte*, uint64_t> moved;   // samples (12.3) of weights in another order now
-    Pages quantised;                       // weights that were made smaller while loading
+    Pages quantised, rearranged;           // weights that were made smaller, or put in another order (19.4)
     Matrix embed, head;                    // (V, D)
     Vector norm;                           // (D)
     std::vector<Layer> layers;
@@ -2754,13 +2755,15 @@ inline int sample(const Distribution& d, Rng& rng) {
 
 // -- 12.2  generate ------------------------------------------------------------------------------
 
+struct Drafting;                                         // how tokens can be guessed ahead: chapter 13
+
 struct Generation {
     Sampling sampling;
     int max_tokens = std::numeric_limits<int>::max();
     std::vector<int> stops;                              // end-of-sentence ids: not shown, not kept
     int think_begin = -1, think_end = -1;                // ids, where the tokenizer has them
     int think_budget = -1;                               // tokens of thought; -1: no limit
-    bool mtp = false;
+    const Drafting* drafting = nullptr;                  // none: one token at a time
     Rng rng{0};
 };
 
@@ -2801,10 +2804,10 @@ inline void prefill(Session& s, std::span<const int> ids, int pos,
 // How many of `ids` need no forward pass, because the cache already holds them. The last token always
 // needs one; with MTP so does the first one whose draft is missing, since the hidden state before it is
 // gone.
-inline int reusable(Session& s, std::span<const int> ids, bool mtp) {
+inline int reusable(Session& s, std::span<const int> ids, bool drafts) {
     size_t common = 0, most = std::min({ids.size() - 1, size_t(s.length), s.tokens.size()});
     while (common < most && s.tokens[common] == ids[common]) common++;
-    if (mtp) common = std::min(common - (common > 0), size_t(s.mtp_length));
+    if (drafts) common = std::min(common - (common > 0), size_t(s.mtp_length));
     s.mtp_length = std::min(s.mtp_length, int(common));
     return int(common);
 }
@@ -2822,8 +2825,11 @@ inline std::vector<int> plain_step(Session& s, Generation& g) {
     forward(s, std::span(s.tokens).subspan(size_t(s.length)), s.length);
     return {sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
 }
-inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats);   // chapter 13
-inline int mtp_catch_up(Session& s);
+
+struct Drafting {
+    int (*catch_up)(Session& s);                         // after each chunk of the prompt
+    std::vector<int> (*step)(Session& s, Generation& g, Statistics& stats);   // as plain_step
+};
 
 // Generates after the prompt `ids` until a stop token, max_tokens, the end of the context, or Ctrl-C.
 // `progress(n)` is called with the number of prompt tokens done, `emit(id)` with each token. Keeps
@@ -2832,10 +2838,10 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
                            const std::function<void(int)>& progress, const std::function<void(int)>& emit) {
     Statistics stats;
     double start = seconds();
-    stats.prompt = stats.reused = reusable(s, ids, g.mtp);
+    stats.prompt = stats.reused = reusable(s, ids, g.drafting);
     s.tokens.assign(ids.begin(), ids.end());
     prefill(s, ids.subspan(size_t(stats.reused)), stats.reused, [&](int pos, int T) {
-        if (g.mtp) mtp_catch_up(s);
+        if (g.drafting) g.drafting->catch_up(s);
         stats.prompt = pos + T;
         progress(stats.prompt);
     });
@@ -2863,7 +2869,7 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
         s.length = std::min(s.length, int(s.tokens.size()) - 1);
         if (int(s.tokens.size()) > s.options.context || stats.generated == g.max_tokens) break;
         stats.steps++;
-        next = g.mtp ? mtp_step(s, g, stats) : plain_step(s, g);
+        next = g.drafting ? g.drafting->step(s, g, stats) : plain_step(s, g);
     }
     stats.decode_s = seconds() - start - stats.prefill_s;
     return stats;
@@ -2896,8 +2902,7 @@ inline uint64_t fingerprint(const Model& m) {
     for (auto& [name, t] : m.checkpoint.tensors) {
         hash.add(name.data(), name.size()), hash.add(t.dtype.data(), t.dtype.size());
         for (uint64_t side : t.shape) hash.add(&side, 8);
-        auto moved = m.moved.find(t.data);
-        uint64_t bytes = moved == m.moved.end() ? sample(t.data, t.bytes) : moved->second;
+        uint64_t bytes = sample(t.data, t.bytes);
         hash.add(&bytes, 8);
     }
     return hash.h;
@@ -3066,7 +3071,7 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
     if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
     std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
                  rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
-    if (g.mtp)
+    if (g.drafting)
         std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
                      s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
                      s.steps ? double(s.generated - 1) / s.steps : 0.0);
@@ -3193,6 +3198,8 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     stats.accepted++;
     return {draft, sample(distribution(both.data() + c.V, c.V, g.sampling), g.rng)};
 }
+
+constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 
 // =================================================================================================
 // Chapter 14. FP8
@@ -3816,7 +3823,7 @@ inline Model load_model(const fs::path& folder, const Loading& loading) {
     Binder binder(&m.checkpoint, folder, m.config.fp8, &quantiser);
     bind_model(binder, counted);                        // once for the bill, once for the weights
     size_t total = quantiser.arena.used;
-    m.quantised = Pages(total);
+    m.quantised = Pages(total, true);
     quantiser.arena = {m.quantised.data(), 0};
     quantiser.progress = [&](size_t done) { loading.progress(done, total); };
     bind_model(binder, m);
@@ -3847,18 +3854,22 @@ inline std::vector<Matrix*> to_rearrange(Model& m) {
 inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t, size_t)>& progress) {
     if (!kernels.integers || !kernels.rearrange) return;
     std::vector<Matrix*> all = to_rearrange(m);
-    size_t done = 0, total = 0;
-    for (const Matrix* w : all) total += size_t(w->rows) * row_bytes(w->dtype, w->cols);
-    if (total > memory) {
+    auto bytes = [](const Matrix& w) { return size_t(w.rows) * row_bytes(w.dtype, w.cols); };
+    Arena bill;
+    for (const Matrix* w : all) bill.take<std::byte>(bytes(*w));
+    if (bill.used > memory) {
         std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
-                     double(total) / 1e9, double(memory) / 1e9);
+                     gigabytes(bill.used), gigabytes(memory));
         return;
     }
+    m.rearranged = Pages(bill.used, true);
+    Arena arena{m.rearranged.data(), 0};
     for (Matrix* w : all) {
-        size_t bytes = size_t(w->rows) * row_bytes(w->dtype, w->cols);
-        m.moved[w->data] = sample(w->data, bytes);
-        if (interrupted || !kernels.rearrange(*w)) return;
-        progress(done += bytes, total);
+        if (interrupted) return;
+        Matrix before = *w;
+        kernels.rearrange(*w, arena.take<std::byte>(bytes(*w)));
+        forget_pages(before);
+        progress(arena.used, bill.used);
     }
 }
 
@@ -4032,7 +4043,7 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     g.think_begin = t.token_id("<think>"), g.think_end = t.token_id("</think>");
     g.think_budget = o.think_budget;
     if (g.think_budget >= 0 && g.think_end < 0) fail("--think-budget: this model has no token </think>");
-    g.mtp = o.mtp;
+    g.drafting = o.mtp ? &MTP_DRAFTS : nullptr;
     if (o.mtp && c.n_mtp == 0) fail("--mtp: %s has no MTP module", folder.c_str());
     g.rng.state = o.seed;
     return g;
@@ -4418,12 +4429,16 @@ inline void set_signals() {
 
 // How long a thread that waits for the next loop stays awake: some ten microseconds. The default of OpenMP's
 // run times is a thousand times that, and takes the time of other programs; they read it before main begins.
+// Not where the user has a say in it, nor where threads are bound: by now this one is, to one processor, and
+// would pass that on.
 inline void set_patience(char** argv) {
-    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
+    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND",
+                               "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
         if (std::getenv(chosen)) return;
     setenv("GOMP_SPINCOUNT", "2000", 1);
     setenv("KMP_BLOCKTIME", "0", 1);
-    execv("/proc/self/exe", argv);                       // where that is refused, it works all the same
+    std::error_code error;                               // by its name, which ps and killall go by
+    execv(fs::read_symlink("/proc/self/exe", error).c_str(), argv);    // where refused, it works all the same
 }
 
 int main(int argc, char** argv) {

@@ -156,7 +156,7 @@ struct IntBlock {
 // sixteen scales. With a row in a register they must be unpacked, spread over its lanes, and the lanes added.
 // With sixteen rows side by side, 32 bits of each, a lane is a row: scales are unpacked for sixteen rows at
 // once, and nothing is added across lanes. They take as many bytes as before, so matrices of which each token
-// needs every row are interleaved where they are, once, after loading. Of experts a token needs few of many.
+// needs every row are interleaved once, after loading. Of experts a token needs few of many.
 
 constexpr int SIDE = 16;                   // rows side by side
 
@@ -208,27 +208,15 @@ inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, in
 
 inline bool can_interleave(const Matrix& w) { return w.dtype >= Dtype::Q2_K && w.rows % SIDE == 0; }
 
-// Interleaves W where it is. Pages of a mapped file that are written become memory of our own: all of a part
-// at once, which takes a quarter of the time of one by one. False where the system refuses.
-inline bool interleave_rows(Matrix& w) {
+// Makes W one with interleaved rows, at `to`.
+inline void interleave_rows(Matrix& w, std::byte* to) {
     constexpr int PART = 16 * SIDE;                    // rows
-    const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    auto pages = [&](int begin, int end, auto call, int how) {         // of these rows
-        size_t from = reinterpret_cast<size_t>(w.row(begin)) / page * page;
-        return call(reinterpret_cast<void*>(from), reinterpret_cast<size_t>(w.row(end)) - from, how);
-    };
-    if (pages(0, w.rows, mprotect, PROT_READ | PROT_WRITE) != 0) return false;
     parallel_for((w.rows + PART - 1) / PART, [&](int64_t part) {
-        thread_local std::vector<std::byte> dense;
         int begin = int(part) * PART, end = std::min(w.rows, begin + PART);
-        pages(begin, end, madvise, MADV_POPULATE_WRITE);
-        for (int r = begin; r < end; r += SIDE) {
-            dense.assign(w.row(r), w.row(r + SIDE));
-            reorder<true>(const_cast<std::byte*>(w.row(r)), dense.data(), w.dtype, w.cols);
-        }
+        for (int r = begin; r < end; r += SIDE)
+            reorder<true>(to + (w.row(r) - w.data), w.row(r), w.dtype, w.cols);
     });
-    pages(0, w.rows, mprotect, PROT_READ);
-    return w.interleaved = true;
+    w.data = to, w.interleaved = true;
 }
 
 #else  // SIMD_BITS: once for each instruction set
@@ -1468,8 +1456,10 @@ template <Dtype D> void pack_row(IntBlock& block, int r, const std::byte* p, int
     }
 }
 
-// R rows from `row` on. What stands in the other rows is of no account.
+// R rows from `row` on. What stands in the other rows is of no account, but times 0 it cannot overflow.
 template <Dtype D> void pack(IntBlock& block, const Matrix& w, int row, int R) {
+    const int unused = R < INT_ROWS && !of_32(D) ? w.cols / GROUP * INT_ROWS : 0;
+    std::fill_n(block.scale, unused, 0), std::fill_n(block.minimum, unused / 2, 0);
     for (int r = 0; r < R; r++) pack_row<D>(block, r, w.row(row + r), w.cols);
     for (int r = 0; r < R; r += 8)
         for (int col = 0; col < w.cols; col += 32)
@@ -1697,13 +1687,13 @@ private:
     }
     // Four scales, and minimums; where there is none, it is what the offset is to be times.
     INLINE Ints four_scales(int i) const {
-        constexpr int TOP = int(0x80808080);           // keeps a byte from borrowing
+        constexpr unsigned TOP = 0x80808080;           // keeps a byte from borrowing
         if (D == Dtype::Q6_K) return packed[i];
         if (D == Dtype::Q2_K) return bits(packed[i], 0, 15);
         if (in_32_groups(D) && i == 0) return bits(packed[0], 0, 63);
         if (in_32_groups(D)) return bits(packed[2], 0, 15) | bits(packed[0], 6, 48);
         Ints six = bits(packed[i % 2], i / 2 * 4, 15) | bits(packed[2], 2 * i, 48);
-        return ((six | TOP) - 0x20202020) ^ TOP;
+        return Ints(((Words(six) | TOP) - 0x20202020) ^ TOP);
     }
     INLINE Ints four_minimums(int i) const {
         if (D == Dtype::Q2_K) return bits(packed[i], 4, 15);

@@ -499,6 +499,15 @@ class Measures(Case):
             self.assertTrue(all(speed > 0 for speed in line["tokens_per_s"]))
         self.assertEqual(len(self.ok("bench", "-p", "0", "-n", "1", "-r", "1")[0].splitlines()), 1)
 
+    def test_processes_are_called_by_the_programs_name(self):
+        process = subprocess.Popen([PROGRAM, "tokenize", "--lines"], stdin=subprocess.PIPE, text=True,
+                                   stdout=subprocess.PIPE)
+        process.stdin.write('"a"\n')
+        process.stdin.flush()
+        self.assertEqual(process.stdout.readline()[0], "[")
+        self.assertEqual(pathlib.Path(f"/proc/{process.pid}/comm").read_text(), "deepseek\n")
+        process.communicate()
+
     def test_threads_are_those_of_openmp(self):
         def threads(*arguments, **variables):
             env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | variables
@@ -506,6 +515,7 @@ class Measures(Case):
             return json.loads(out)["threads"]
         cores = sorted(os.sched_getaffinity(0))
         self.assertLessEqual(threads(), len(cores))
+        self.assertEqual(threads(OMP_PROC_BIND="true"), threads())
         self.assertEqual(threads(OMP_NUM_THREADS="3"), 3)
         self.assertEqual(threads("--threads", "2", OMP_NUM_THREADS="3"), 2)
         os.sched_setaffinity(0, cores[:1])

@@ -587,7 +587,7 @@ protected:
         Generation g;
         g.sampling.temperature = 0;
         g.stops = {tokenizer.eos};
-        g.mtp = mtp;
+        g.drafting = mtp ? &MTP_DRAFTS : nullptr;
         Statistics stats = generate(session, prompt, g, [](int) {}, [&](int id) { ids.push_back(id); });
         total.drafted += stats.drafted, total.accepted += stats.accepted;
         std::erase_if(ids, [&](int id) { return tokenizer.is_special(id); });

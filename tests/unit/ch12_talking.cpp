@@ -216,7 +216,7 @@ TEST(Generate, DoesNotKeepTheStopId) {
 TEST(Generate, EndsWithTheContext) {
     for (bool mtp : {false, true}) {
         Generation g = greedy(1000);
-        g.mtp = mtp;
+        g.drafting = mtp ? &MTP_DRAFTS : nullptr;
         // the last token that is said needs no place: nothing follows it
         EXPECT_EQ(speak(Chain(ring(7, 1)).model, {3, 4}, g, 10).stats.generated, 10 + 1 - 2) << mtp;
     }
@@ -285,7 +285,7 @@ TEST(ThinkBudget, IsTheSameWithDrafts) {
     for (int budget = 0; budget < 6; budget++) {
         Generation g = thinking(budget, 20);
         Ids expected = speak(Chain(table).model, {5}, g).ids;
-        g.mtp = true;
+        g.drafting = &MTP_DRAFTS;
         EXPECT_EQ(speak(Chain(table).model, {5}, g).ids, expected) << budget;
     }
 }
@@ -308,7 +308,7 @@ TEST(Thought, DoesNotCountThePrompt) { EXPECT_EQ(Thought(thinking(2), Ids{5, 1, 
 
 static Generation tiny_greedy(bool mtp, int max_tokens = 20) {
     Generation g = greedy(max_tokens);
-    g.mtp = mtp;
+    g.drafting = mtp ? &MTP_DRAFTS : nullptr;
     return g;
 }
 

@@ -221,7 +221,7 @@ TEST(MtpGreedy, SaysTheSameOnTheShippedModel) {
         Drafted runs[2];
         for (bool mtp : {false, true}) {
             Session s(model, {400, 64, MlaForm::ABSORBED});
-            g.mtp = mtp;
+            g.drafting = mtp ? &MTP_DRAFTS : nullptr;
             runs[mtp] = continuation(s, prompt, g);
         }
         EXPECT_EQ(runs[0].ids, runs[1].ids) << text;
@@ -239,7 +239,7 @@ TEST(MtpGreedy, SaysTheSameOnRandomModels) {
         g.sampling.temperature = 0, g.max_tokens = 60;
         for (bool mtp : {false, true}) {
             Session s(model, {100, 8, MlaForm::ABSORBED});
-            g.mtp = mtp;
+            g.drafting = mtp ? &MTP_DRAFTS : nullptr;
             runs[mtp] = continuation(s, prompt, g);
         }
         EXPECT_EQ(runs[0].ids, runs[1].ids) << seed;
@@ -293,7 +293,7 @@ static void expect_lossless(const Model& model, const std::vector<int>& prompt, 
     g.sampling = sampling;
     std::vector<long double> p = continuation_probabilities(model, prompt, sampling);
     for (bool mtp : {false, true}) {
-        g.mtp = mtp;
+        g.drafting = mtp ? &MTP_DRAFTS : nullptr;
         Counted c = count_continuations(model, prompt, g, n);
         EXPECT_LT(surprise(c.counts, p), 1) << mtp;
         if (!mtp) continue;
