@@ -3039,8 +3039,8 @@ private:
     }
     void write(const std::string& text) {
         text_ += text;
-        std::fwrite(text.data(), 1, text.size(), stdout);
-        std::fflush(stdout);
+        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
+        if (!all && errno == EINTR) clearerr(stdout);    // Ctrl-C, and not a pipe or a disk that failed
     }
 };
 
@@ -4321,8 +4321,7 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
            "store keys and values as f32, bf16 or q8_0");
     option(c, "--arith", o.arith, CLI::IsMember({"f32", "bf16", "fp8"}),
            "f32, bf16 or fp8: what activations are rounded to");
-    c->add_flag("--exact", o.exact,
-                "dequantise quantised weights, rather than multiply in integers; sum --arith fp8 in f64");
+    c->add_flag("--exact", o.exact, "dequantise weights, not multiply in integers; sum --arith fp8 in f64");
     c->add_flag("--json", o.json, "machine-readable result");
     return c;
 }
@@ -4340,8 +4339,7 @@ inline void add_generation_options(CLI::App* c, Options& o) {
     option(c, "--temp", o.temperature, heat, "temperature, 0: greedy")->check(check_number);
     option(c, "--top-p", o.top_p, share, "likeliest tokens that hold this share")->check(check_number);
     option(c, "--top-k", o.top_k, COUNT, "K likeliest tokens, 0: all");
-    option(c, "--min-p", o.min_p, part, "tokens at least this likely, relative to the best")
-        ->check(check_number);
+    option(c, "--min-p", o.min_p, part, "at least so likely, relative to the best")->check(check_number);
     option(c, "--seed", o.seed, check_seed, "seed of the random numbers (default: 0)");
     option(c, "--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
     c->add_option("--system", o.system, "system message");
@@ -4427,16 +4425,14 @@ inline void set_signals() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
-// How long a thread that waits for the next loop stays awake: some ten microseconds. The default of OpenMP's
-// run times is a thousand times that, and takes the time of other programs; they read it before main begins.
-// Not where the user has a say in it, nor where threads are bound: by now this one is, to one processor, and
-// would pass that on.
+// How long a thread that waits for the next loop stays awake: ten microseconds. The default of OpenMP's run
+// times, which read it before main, is a thousand times that and takes the time of other programs. Not where
+// the user has a say in it, nor where threads are bound: the first one's processor would be passed on.
 inline void set_patience(char** argv) {
     for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND",
                                "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
         if (std::getenv(chosen)) return;
-    setenv("GOMP_SPINCOUNT", "2000", 1);
-    setenv("KMP_BLOCKTIME", "0", 1);
+    setenv("GOMP_SPINCOUNT", "2000", 1), setenv("KMP_BLOCKTIME", "0", 1);
     std::error_code error;                               // by its name, which ps and killall go by
     execv(fs::read_symlink("/proc/self/exe", error).c_str(), argv);    // where refused, it works all the same
 }
@@ -4456,7 +4452,7 @@ int main(int argc, char** argv) {
         return app.exit(e);
     } catch (const std::bad_alloc&) {
         return complain("out of memory");
-    } catch (const std::length_error&) {                 // an array beyond the address space
+    } catch (const std::length_error&) {                 // beyond the address space
         return complain("out of memory");
     } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
         return complain(e.what());

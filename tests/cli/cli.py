@@ -5,6 +5,7 @@ DEEPSEEK names another program than ./deepseek.
 """
 import array
 import errno
+import fcntl
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import time
 import unittest
 
 import suite
@@ -660,6 +662,27 @@ class Terminal(Case):
         os.write(self.master, b"\x03")
         code, text = self.finish()
         self.assertEqual(code, 0, text)
+
+    def test_sigint_while_nobody_reads(self):
+        """A write that Ctrl-C ends is no error of stdout."""
+        endless(self.folder)
+        reader, writer = os.pipe()
+        size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, b"-" * (size - 4))
+        process = subprocess.Popen([PROGRAM, "run", "-m", self.folder, "-p", QUESTION], env=ONE_THREAD,
+                                   stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        asleep, state = 0, pathlib.Path(f"/proc/{process.pid}/stat")
+        while asleep < 5:                              # for half a second: in a write
+            time.sleep(0.1)
+            asleep = asleep + 1 if state.read_text().split()[2] == "S" else 0
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        while os.read(reader, size):
+            pass
+        os.close(reader)
+        _, error = process.communicate()
+        self.assertEqual(process.returncode, 0, error)
 
     def test_sigint_without_terminal(self):
         """kill -INT does what Ctrl-C does; a pipe gets what there is so far."""
