@@ -3039,8 +3039,9 @@ private:
     }
     void write(const std::string& text) {
         text_ += text;
-        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
-        if (!all && errno == EINTR) clearerr(stdout);    // Ctrl-C, and not a pipe or a disk that failed
+        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
+        bool out = std::fflush(stdout) == 0;
+        if (!(all && out) && errno == EINTR) clearerr(stdout);   // Ctrl-C, and no pipe or disk that failed
     }
 };
 
