@@ -151,6 +151,16 @@ build/asan/tests: tests/tests.cpp build/flags | build/have-test
 $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer -Wno-pass-failed,$<)
 
+# deepseek.cu without a GPU and without nvcc: CUDA's headers, and tests/gpu in place of its run time.
+CUDA     ?= $(patsubst %/include/cuda_runtime_api.h,%,$(firstword \
+	$(wildcard $(addsuffix /include/cuda_runtime_api.h,/usr/local/cuda /opt/cuda))))
+EMULATED := -O1 -g1 -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
+
+build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-run
+	$(call compile,$(CXX),$(EMULATED) -c,$<)
+build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o | build/have-test
+	$(call compile,$(CXX),$(EMULATED),$<,$(word 2,$^) $(GTEST))
+
 -include $(wildcard build/deps/*.d)
 
 # -- tests -----------------------------------------------------------------------------------------------
@@ -158,7 +168,8 @@ $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | bui
 # The programs are built side by side, the longest first; then tests/run runs the suites of its list one after
 # the other.
 
-TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double
+TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
+	$(if $(CUDA),build/gpu/emulator_tests)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run

@@ -1,0 +1,1015 @@
+// The fibers, the scheduler, the memory and the run time behind cuda_emulator.h.
+//
+//   1  Switching               from a fiber to the scheduler and back
+//   2  What is under way       devices, streams, grids, blocks, warps, fibers
+//   3  Errors                  where they are, and how a run that has one ends
+//   4  Memory                  allocations that end at a guarded page
+//   5  Collectives, barriers   who waits for whom
+//   6  Shared memory           who touched what since the last barrier
+//   7  The scheduler           which fiber is next; deadlock
+//   8  The run time            cudaMalloc and the other functions
+#include "cuda_emulator.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <set>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <csignal>
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <unistd.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+// -- 1  Switching --------------------------------------------------------------------------------
+//
+// By hand where we know how: swapcontext asks the system to save a signal mask, and takes ten times as long.
+
+constexpr size_t PAGE = 4096, STACK = 32 * PAGE;
+
+#if defined(__x86_64__)
+using Context = void*;                     // the stack pointer; what a function must keep lies on the stack
+extern "C" void emulator_switch(Context* from, Context to);
+asm(R"(
+.text
+.globl emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch, .-emulator_switch
+)");
+static void switch_context(Context& from, const Context& to) { emulator_switch(&from, to); }
+static void prepare_context(Context& context, std::byte* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + STACK) - 2;    // 16-aligned before the call that never was
+    *top = reinterpret_cast<void*>(entry);
+    context = top - 6;
+}
+#else
+using Context = ucontext_t;
+static void switch_context(Context& from, const Context& to) { swapcontext(&from, &to); }
+static void prepare_context(Context& context, std::byte* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = STACK, context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+}
+#endif
+
+// -- 2  What is under way ------------------------------------------------------------------------
+
+struct Block;
+
+struct Fiber {
+    enum class State : uint8_t { READY, WAITING, DONE };
+
+    Context context;
+    Index index;                           // of the thread
+    Block* block = nullptr;
+    std::byte* stack = nullptr;
+    int thread = 0;                        // in the block
+    State state = State::READY;
+    const char* waits = nullptr;           // at what, for the list of a deadlock
+    uint64_t detail = 0;                   // line of a barrier, mask of a collective
+    uint64_t result = 0;                   // of a collective
+    uint64_t priority = 0;
+
+    int lane() const { return thread % 32; }
+    int warp() const { return thread / 32; }
+};
+
+struct Gather {                            // a collective that not all lanes have reached
+    Kind kind;
+    uint32_t mask, arrived;
+    std::array<uint64_t, 32> value;
+    std::array<int, 32> source;
+};
+
+struct Warp {
+    std::vector<Gather> gathers;
+    uint32_t lanes = 0, done = 0;
+    uint32_t time = 0;                     // counts __syncwarp
+    std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
+};
+
+struct Access {
+    int thread = -1;
+    uint32_t epoch = 0, time = 0;          // of the block, of the warp
+};
+struct Cell {
+    Access write, read[2];                 // the last; of readers the last two, which suffices to see a third
+};
+struct SharedArray {
+    const char* name = nullptr;
+    size_t count = 0, size = 0;
+    std::vector<uint64_t> data;
+    std::vector<Cell> cells;
+};
+
+struct Grid {
+    const void* kernel;
+    std::function<void()> body;
+    dim3 size, block;
+    size_t shared;
+    int device;
+    uint64_t next = 0, done = 0;           // blocks started, ended
+
+    uint64_t blocks() const { return uint64_t(size.x) * size.y * size.z; }
+};
+
+struct Block {
+    Grid* grid;
+    uint3 index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::unordered_map<const void*, SharedArray> arrays;
+    int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
+    uint32_t epoch = 0;                    // counts barriers
+};
+
+struct Operation {                         // of a stream
+    std::shared_ptr<Grid> grid;            // a launch, or
+    std::function<void()> run;             // what is done at once,
+    std::function<bool()> ready;           // not before this holds
+    uint64_t number = 0;
+};
+
+}
+
+struct CUgraph_st {
+    std::vector<emulator::Operation> operations;
+};
+struct CUgraphExec_st : CUgraph_st {};
+struct CUstream_st {
+    int device = 0;
+    bool is_default = false;
+    std::deque<emulator::Operation> operations;
+    std::shared_ptr<emulator::Grid> running;
+    uint64_t number = 0;                   // of what runs
+    std::unique_ptr<CUgraph_st> capture;
+};
+struct CUevent_st {
+    uint64_t asked = 0, reached = 0;       // numbers of the operation that records it
+};
+
+namespace emulator {
+
+struct Device {
+    CUstream_st legacy;                    // the default stream, which the others wait for
+    std::set<int> peers;                   // whose memory its kernels may touch
+    int resident = 0;                      // blocks under way
+    size_t used = 0;
+};
+
+struct World {
+    Options options;
+    uint64_t random = 1;
+    std::vector<Device> devices;
+    std::vector<std::unique_ptr<CUstream_st>> streams;
+    std::vector<std::unique_ptr<CUevent_st>> events;
+    std::vector<std::unique_ptr<Block>> blocks;          // under way
+    std::deque<Fiber*> ready;
+    uint64_t numbers = 0;
+    int device = 0;                        // that the host chose
+    cudaError_t error = cudaSuccess;
+    std::string failure;                   // why the run has to end
+    Fiber* running = nullptr;
+    Context host;
+    bool changed = true;                   // something may start that could not before
+    uint64_t spins = 0, switches = 0;
+};
+static World world;
+
+static uint64_t random_number() {          // SplitMix64
+    uint64_t z = (world.random += 0x9E3779B97F4A7C15u);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+// -- 3  Errors -----------------------------------------------------------------------------------
+
+__attribute__((format(printf, 1, 2))) static std::string text_of(const char* format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    std::vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return text;
+}
+
+static std::string text_of(uint3 i) { return text_of("(%u, %u, %u)", i.x, i.y, i.z); }
+
+// The program is linked with -rdynamic, so that kernels have names.
+static std::string name_of(const void* kernel) {
+    Dl_info info{};
+    if (!dladdr(kernel, &info) || !info.dli_sname) return "a kernel";
+    int status = 0;
+    char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+    std::string text = status == 0 ? name : info.dli_sname;
+    std::free(name);
+    return text.substr(0, text.find('('));
+}
+
+static std::string place_of(const Block& b) {
+    std::string kernel = name_of(b.grid->kernel);
+    return text_of("device %d, %s, block ", b.grid->device, kernel.c_str()) + text_of(b.index);
+}
+
+// Ends the run: `drain` throws. From a fiber, whatever stack the processor is on, there is no way back.
+[[noreturn]] static void stop(const std::string& what) {
+    world.failure = what;
+    if (!world.running) throw Error(what);
+    Fiber& f = *world.running;
+    world.failure = place_of(*f.block) + ", thread " + text_of(f.index.thread) + ": " + what;
+    Context nowhere;
+    switch_context(nowhere, world.host);
+    std::abort();
+}
+
+// -- 4  Memory -----------------------------------------------------------------------------------
+//
+// An allocation ends where a page ends, and the next page cannot be touched. So an access beyond it is seen
+// at once; a write before it, to what remains of its first page, after the kernels. While no kernel runs that
+// may touch it, none of it can be touched: the host must copy.
+
+constexpr int CLOSED = -1, ALL = -2;       // instead of a device: whose kernels run
+constexpr unsigned char POISON = 0xFF;     // NaN as f32, bf16 and e4m3, -1 as an integer
+
+struct Allocation {
+    std::byte *map, *data;                 // pages from `map` on: those of the numbers, then a guard
+    size_t pages, bytes;
+    int device;
+    bool open = true;
+
+    void protect(bool wanted) {
+        if (wanted == open) return;
+        open = wanted;
+        mprotect(map, pages * PAGE, wanted ? PROT_READ | PROT_WRITE : PROT_NONE);
+    }
+};
+static std::map<const void*, Allocation> allocations;            // by `data`
+static std::set<const void*> pinned;       // of the host: copied late
+static int view = ALL;
+
+static void open_memory(int device) {
+    if (view == device && device != CLOSED) return;
+    view = device;
+    for (auto& [data, a] : allocations)
+        a.protect(device == ALL || a.device == device ||
+                  (device >= 0 && world.devices[size_t(device)].peers.count(a.device)));
+}
+
+static std::byte* allocate(size_t bytes, int device) {
+    size_t pages = std::max<size_t>((bytes + PAGE - 1) / PAGE, 1);
+    void* map = mmap(nullptr, (pages + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) return nullptr;
+    auto* base = static_cast<std::byte*>(map);
+    std::memset(map, POISON, pages * PAGE);
+    mprotect(base + pages * PAGE, PAGE, PROT_NONE);
+    std::byte* data = base + pages * PAGE - bytes;
+    Allocation a{base, data, pages, bytes, device};
+    a.protect(view == ALL || view == device);
+    allocations.emplace(data, a);
+    return data;
+}
+
+static void forget(std::map<const void*, Allocation>::iterator at) {
+    world.devices[size_t(at->second.device)].used -= at->second.bytes;
+    munmap(at->second.map, (at->second.pages + 1) * PAGE);
+    allocations.erase(at);
+}
+
+// Empty, or which allocation was written to before its begin.
+static std::string damage() {
+    for (auto& [data, a] : allocations) {
+        a.protect(true);
+        if (std::all_of(a.map, a.data, [](std::byte b) { return b == std::byte(POISON); })) continue;
+        std::fill(a.map, a.data, std::byte(POISON));             // said once
+        return text_of("an access before the begin of an allocation of %zu bytes", a.bytes);
+    }
+    return "";
+}
+
+// The allocation that holds `bytes` from p on, whole.
+static const Allocation* holder(const void* p, size_t bytes) {
+    auto at = allocations.upper_bound(p);
+    if (at == allocations.begin()) return nullptr;
+    const Allocation& a = std::prev(at)->second;
+    const auto* q = static_cast<const std::byte*>(p);
+    return q + bytes <= a.data + a.bytes ? &a : nullptr;
+}
+
+static std::string describe_address(const void* p) {
+    const auto* q = static_cast<const std::byte*>(p);
+    for (auto& [data, a] : allocations) {
+        if (q < a.map || q >= a.map + (a.pages + 1) * PAGE) continue;
+        if (q >= a.data + a.bytes)
+            return text_of("an access %zu bytes beyond an allocation of %zu bytes on device %d",
+                           size_t(q - a.data) - a.bytes, a.bytes, a.device);
+        return world.running
+                   ? text_of("an access to memory of device %d without peer access", a.device)
+                   : text_of("the host accesses memory of device %d", a.device);
+    }
+    return text_of("an access to address %p, which is no memory of a device", p);
+}
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (!world.running && !holder(info->si_addr, 1)) {           // not a kernel's: none of our business
+        std::signal(signal, SIG_DFL);
+        return;
+    }
+    if (world.running) stop(describe_address(info->si_addr));
+    std::string line = "emulator: " + describe_address(info->si_addr) + "\n";
+    _exit(write(STDERR_FILENO, line.data(), line.size()) > 0 ? 3 : 4);
+}
+
+static void on_timer(int) {                // a loop that waits for nothing we know
+    static uint64_t before = 0;
+    if (world.running && world.switches == before) stop("it has run for seconds without giving way");
+    before = world.switches;
+}
+
+static void catch_signals() {
+    static std::byte stack[16 * PAGE];
+    stack_t other{};
+    other.ss_sp = stack, other.ss_size = sizeof stack;
+    sigaltstack(&other, nullptr);
+    struct sigaction action {};
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    action.sa_sigaction = on_fault;
+    sigaction(SIGSEGV, &action, nullptr);
+    action.sa_flags = SA_ONSTACK | SA_NODEFER | SA_RESTART;
+    action.sa_handler = on_timer;
+    sigaction(SIGPROF, &action, nullptr);
+}
+
+static void set_timer(int period) {        // seconds of our processor's time
+    itimerval timer{{period, 0}, {period, 0}};
+    setitimer(ITIMER_PROF, &timer, nullptr);
+}
+
+// -- 5  Collectives, barriers --------------------------------------------------------------------
+
+// To the scheduler, until someone makes this fiber ready.
+static void leave(Fiber& f) { switch_context(f.context, world.host); }
+
+static void wait_at(const char* what, uint64_t detail) {
+    Fiber& f = *world.running;
+    f.state = Fiber::State::WAITING, f.waits = what, f.detail = detail;
+    leave(f);
+}
+
+static void wake(Fiber& f) {
+    if (f.state != Fiber::State::WAITING) return;
+    f.state = Fiber::State::READY;
+    world.ready.push_back(&f);
+}
+
+int lane() { return world.running->lane(); }
+
+void give_way() {
+    if (!world.running || world.options.order == Order::FIFO || random_number() % 4) return;
+    world.ready.push_back(world.running);
+    leave(*world.running);
+}
+
+void spin() {
+    constexpr uint64_t TOO_MANY = 1 << 20;
+    Fiber& f = *world.running;
+    if (++world.spins > TOO_MANY) stop("livelock: nothing happens any more, and this thread waits in a loop");
+    f.priority /= 2, f.waits = "in a loop", f.detail = 0;
+    world.changed = true;                  // others may have to start first
+    world.ready.push_back(&f);
+    leave(f);
+}
+
+static const char* name_of(Kind kind) {
+    constexpr const char* NAMES[] = {"__syncwarp", "__shfl_sync", "__ballot_sync", "__any_sync", "__all_sync",
+                                     "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+    return NAMES[size_t(kind)];
+}
+
+static uint64_t combined(Kind kind, uint64_t a, uint64_t b) {
+    switch (kind) {
+    case Kind::ADD: return a + b;
+    case Kind::LEAST: return int64_t(a) < int64_t(b) ? a : b;
+    case Kind::LARGEST: return int64_t(a) < int64_t(b) ? b : a;
+    case Kind::ALL:
+    case Kind::AND: return a & b;
+    case Kind::XOR: return a ^ b;
+    default: return a | b;                 // ballots are shifted to their lanes before
+    }
+}
+
+// All have arrived: each gets its result.
+static void complete(Block& b, Warp& w, int warp, const Gather& g) {
+    uint64_t all = 0;
+    bool first = true;
+    w.time += g.kind == Kind::SYNC;
+    for (int l = 0; l < 32; l++) {
+        if (!(g.mask >> l & 1)) continue;
+        uint64_t mine = g.kind == Kind::BALLOT ? g.value[size_t(l)] << l : g.value[size_t(l)];
+        all = first ? mine : combined(g.kind, all, mine);
+        first = false;
+        for (int m = 0; g.kind == Kind::SYNC && m < 32; m++)
+            if (g.mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
+    }
+    for (int l = 0; l < 32; l++) {
+        if (!(g.mask >> l & 1)) continue;
+        Fiber& f = b.fibers[size_t(warp * 32 + l)];
+        f.result = g.kind == Kind::SHUFFLE ? g.value[size_t(g.source[size_t(l)])] : all;
+        wake(f);
+    }
+}
+
+// The collective that this lane takes part in; a new one, or one that others wait in.
+static Gather& join(Warp& w, Kind kind, uint32_t mask, int lane) {
+    const char* name = name_of(kind);
+    if (!(mask >> lane & 1)) stop(text_of("%s: mask %08x leaves out its own lane %d", name, mask, lane));
+    if (mask & ~w.lanes) stop(text_of("%s: mask %08x names lanes that the block has not", name, mask));
+    if (mask & w.done) stop(text_of("%s: mask %08x names lanes that have ended", name, mask));
+    for (Gather& g : w.gathers) {
+        if (g.mask == mask && g.kind == kind) return g;
+        // Lanes that wait there wait for this one, which would wait for them.
+        if (!(g.arrived & mask) || !(g.mask >> lane & 1)) continue;
+        stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask,
+                     name_of(g.kind), g.mask));
+    }
+    w.gathers.push_back({kind, mask, 0, {}, {}});
+    return w.gathers.back();
+}
+
+uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
+    if (!world.running) stop("a collective outside of a kernel");
+    give_way();
+    Fiber& f = *world.running;
+    Warp& w = f.block->warps[size_t(f.warp())];
+    Gather& g = join(w, kind, mask, f.lane());
+    if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
+        stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
+    g.value[size_t(f.lane())] = value, g.source[size_t(f.lane())] = source;
+    g.arrived |= 1u << f.lane();
+    if (g.arrived != mask) {
+        wait_at(name_of(kind), mask);
+        return f.result;
+    }
+    Gather whole = g;
+    w.gathers.erase(w.gathers.begin() + (&g - w.gathers.data()));
+    complete(*f.block, w, f.warp(), whole);
+    return f.result;
+}
+
+void barrier(int line) {
+    if (!world.running) stop("__syncthreads outside of a kernel");
+    give_way();
+    Fiber& f = *world.running;
+    Block& b = *f.block;
+    if (b.ended) stop(text_of("__syncthreads (line %d), where threads of the block have ended", line));
+    if (b.arrived && b.line != line)
+        stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
+    b.line = line;
+    if (++b.arrived < int(b.fibers.size())) return wait_at("__syncthreads, line", uint64_t(line));
+    b.arrived = 0, b.epoch++;
+    for (Fiber& other : b.fibers) wake(other);
+}
+
+// -- 6  Shared memory ----------------------------------------------------------------------------
+//
+// Two accesses of which one writes need something between them that orders them: a barrier, or, in a warp, a
+// __syncwarp that both lanes take part in. Shuffles do not order memory.
+
+static bool ordered(const Access& a, const Fiber& f) {
+    if (a.thread < 0 || a.thread == f.thread || a.epoch < f.block->epoch) return true;
+    if (a.thread / 32 != f.warp()) return false;
+    const Warp& w = f.block->warps[size_t(f.warp())];
+    return w.met[size_t(a.thread % 32)][size_t(f.lane())] > a.time;
+}
+
+static SharedArray& make_array(const void* tag, size_t count, size_t bytes, const char* name) {
+    SharedArray& a = world.running->block->arrays[tag];
+    if (a.name) return a;
+    a = {name, count, bytes, std::vector<uint64_t>((count * bytes + 7) / 8, ~uint64_t(0)), {}};
+    a.cells.resize(count);
+    return a;
+}
+
+SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name) {
+    return &make_array(tag, count, bytes, name);
+}
+SharedArray* dynamic_array(size_t bytes, const char* name) {
+    static const char tag = 0;
+    return &make_array(&tag, world.running->block->grid->shared / bytes, bytes, name);
+}
+
+void* address(SharedArray* a, int64_t i) {
+    if (i < 0 || size_t(i) >= a->count)
+        stop(text_of("shared array %s has %zu elements, not %jd", a->name, a->count, intmax_t(i)));
+    return reinterpret_cast<std::byte*>(a->data.data()) + size_t(i) * a->size;
+}
+
+void* touch(SharedArray* a, int64_t i, bool writes) {
+    void* p = address(a, i);
+    Fiber& f = *world.running;
+    Cell& cell = a->cells[size_t(i)];
+    auto accuse = [&](const Access& other, const char* what) {
+        stop(text_of("race: %s[%jd] is %s thread %d %s, with no barrier in between", a->name, intmax_t(i),
+                     writes ? "written, and" : "read, and", other.thread, what));
+    };
+    if (!writes && cell.write.thread < 0)
+        stop(text_of("%s[%jd] is read, and no one wrote it", a->name, intmax_t(i)));
+    if (!ordered(cell.write, f)) accuse(cell.write, "wrote it");
+    for (const Access& r : cell.read)
+        if (writes && !ordered(r, f)) accuse(r, "read it");
+    Access mine{f.thread, f.block->epoch, f.block->warps[size_t(f.warp())].time};
+    if (writes) {
+        cell = {mine, {}};
+    } else {
+        if (cell.read[0].thread != f.thread) cell.read[1] = cell.read[0];
+        cell.read[0] = mine;
+    }
+    return p;
+}
+
+// -- 7  The scheduler ----------------------------------------------------------------------------
+
+static std::vector<std::byte*> free_stacks;
+
+static std::byte* take_stack() {
+    if (!free_stacks.empty()) {
+        std::byte* stack = free_stacks.back();
+        free_stacks.pop_back();
+        return stack;
+    }
+    void* map = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) throw Error("not enough memory for the stacks of a block");
+    mprotect(map, PAGE, PROT_NONE);        // a stack grows down
+    return static_cast<std::byte*>(map) + PAGE;
+}
+
+// What a fiber does: the kernel, then its end.
+static void fiber_main() {
+    Fiber& f = *world.running;
+    Block& b = *f.block;
+    b.grid->body();
+    Warp& w = b.warps[size_t(f.warp())];
+    w.done |= 1u << f.lane();
+    for (const Gather& g : w.gathers)
+        if (g.mask >> f.lane() & 1)
+            stop(text_of("it ends, while others wait for its lane %d in %s with mask %08x", f.lane(),
+                         name_of(g.kind), g.mask));
+    if (b.arrived)
+        stop(text_of("it ends, while others wait for it at __syncthreads (line %d)", b.line));
+    b.ended++;
+    f.state = Fiber::State::DONE;
+    leave(f);
+    std::abort();
+}
+
+static uint3 position(uint64_t i, dim3 size) {
+    return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+}
+
+static void start_block(Grid& g) {
+    uint64_t number = g.next++;
+    if (world.options.order != Order::FIFO && world.options.seed % 2) number = g.blocks() - 1 - number;
+    auto block = std::make_unique<Block>();
+    int threads = int(g.block.x * g.block.y * g.block.z);
+    block->grid = &g, block->index = position(number, g.size);
+    block->fibers.resize(size_t(threads)), block->warps.resize(size_t(threads + 31) / 32);
+    for (int i = 0; i < threads; i++) {
+        Fiber& f = block->fibers[size_t(i)];
+        f.thread = i, f.block = block.get(), f.stack = take_stack();
+        f.index = {position(uint64_t(i), g.block), block->index, g.block, g.size};
+        f.priority = i % 32 ? block->fibers[size_t(i - 1)].priority : random_number();
+        block->warps[size_t(f.warp())].lanes |= 1u << f.lane();
+        prepare_context(f.context, f.stack, fiber_main);
+        world.ready.push_back(&f);
+    }
+    world.devices[size_t(g.device)].resident++;
+    world.blocks.push_back(std::move(block));
+}
+
+static void end_block(Block* b) {
+    Grid& g = *b->grid;
+    g.done++;
+    world.devices[size_t(g.device)].resident--;
+    for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
+    std::erase_if(world.blocks, [b](auto& owned) { return owned.get() == b; });
+    world.changed = true;
+}
+
+static std::vector<CUstream_st*> all_streams() {
+    std::vector<CUstream_st*> all;
+    for (Device& d : world.devices) all.push_back(&d.legacy);
+    for (auto& s : world.streams) all.push_back(s.get());
+    return all;
+}
+
+// May the first operation of s start? The default stream waits for what the others were asked before, and
+// they for it.
+static bool may_start(const CUstream_st& s) {
+    if (s.running || s.operations.empty()) return false;
+    const Operation& op = s.operations.front();
+    if (op.ready && !op.ready()) return false;
+    for (CUstream_st* other : all_streams()) {
+        if (other == &s || other->device != s.device || other->is_default == s.is_default) continue;
+        if (other->running && other->number < op.number) return false;
+        if (!other->operations.empty() && other->operations.front().number < op.number) return false;
+    }
+    return true;
+}
+
+static void start(CUstream_st& s) {
+    Operation op = std::move(s.operations.front());
+    s.operations.pop_front();
+    if (op.grid) {
+        s.running = op.grid, s.number = op.number;
+        return;
+    }
+    open_memory(ALL);
+    op.run();
+}
+
+// Starts operations and blocks; true if something happened.
+static bool start_what_can() {
+    bool happened = false;
+    world.changed = false;
+    std::vector<CUstream_st*> streams = all_streams();
+    if (world.options.order != Order::FIFO)
+        for (size_t i = streams.size(); i > 1; i--) std::swap(streams[i - 1], streams[random_number() % i]);
+    for (bool more = true; more;) {
+        more = false;
+        for (CUstream_st* s : streams) {
+            if (s->running && s->running->done == s->running->blocks()) s->running.reset(), more = true;
+            if (may_start(*s)) start(*s), more = true;
+        }
+        happened |= more;
+    }
+    for (CUstream_st* s : streams) {
+        Grid* g = s->running.get();
+        while (g && g->next < g->blocks() && world.devices[size_t(g->device)].resident < world.options.blocks)
+            start_block(*g), happened = true;
+    }
+    return happened;
+}
+
+static size_t choose() {
+    size_t n = world.ready.size();
+    if (world.options.order == Order::FIFO) return 0;
+    if (world.options.order == Order::RANDOM) return random_number() % n;
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++)
+        if (world.ready[i]->priority > world.ready[best]->priority) best = i;
+    return best;
+}
+
+static void run_fiber() {
+    size_t i = choose();
+    Fiber* f = world.ready[i];
+    if (i) std::swap(world.ready[i], world.ready.front());
+    world.ready.pop_front();
+    open_memory(f->block->grid->device);
+    world.running = f, here = &f->index, world.switches++;
+    switch_context(world.host, f->context);
+    world.running = nullptr, here = nullptr;
+    if (!world.failure.empty()) return;
+    Block* b = f->block;
+    if (f->state == Fiber::State::DONE && b->ended == int(b->fibers.size())) end_block(b);
+}
+
+// A line for each warp and each thing that some of its lanes wait for.
+static std::string waiting_list() {
+    std::string text;
+    for (auto& b : world.blocks) {
+        std::map<std::tuple<int, std::string, uint64_t>, int> lanes;
+        for (Fiber& f : b->fibers)
+            if (f.state == Fiber::State::WAITING) lanes[{f.warp(), f.waits, f.detail}]++;
+        for (auto& [key, n] : lanes) {
+            auto& [warp, waits, detail] = key;
+            const char* form = waits.starts_with("__syncthreads") ? "%s %ju" : "%s, mask %08jx";
+            text += "\n  " + place_of(*b) + text_of(", warp %d: %d lanes at ", warp, n);
+            text += text_of(form, waits.c_str(), uintmax_t(detail));
+        }
+    }
+    return text;
+}
+
+static void forget_work() {
+    for (auto& b : world.blocks)
+        for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
+    world.blocks.clear(), world.ready.clear();
+    for (CUstream_st* s : all_streams()) s->operations.clear(), s->running.reset();
+    for (Device& d : world.devices) d.resident = 0;
+}
+
+static void give_up() {
+    std::string failure = std::exchange(world.failure, "");
+    forget_work();
+    open_memory(CLOSED), set_timer(0);
+    throw Error(failure);
+}
+
+// Does all that streams were asked to do.
+static void drain() {
+    set_timer(2);
+    world.spins = 0;
+    while (world.failure.empty()) {
+        bool happened = world.changed && start_what_can();
+        if (!world.ready.empty()) {
+            run_fiber();
+            continue;
+        }
+        if (happened || world.changed) continue;
+        bool pending = false;
+        for (CUstream_st* s : all_streams()) pending |= s->running || !s->operations.empty();
+        if (!pending) break;
+        world.failure = world.blocks.empty() ? "deadlock: a stream waits for what no stream does"
+                                             : "deadlock:" + waiting_list();
+    }
+    if (world.failure.empty()) world.failure = damage();
+    if (!world.failure.empty()) give_up();
+    open_memory(CLOSED), set_timer(0);
+}
+
+static CUstream_st& stream_of(cudaStream_t s) {
+    return s ? *s : world.devices[size_t(world.device)].legacy;
+}
+
+static void ask(cudaStream_t stream, Operation op) {
+    CUstream_st& s = stream_of(stream);
+    op.number = ++world.numbers;
+    if (s.capture) return s.capture->operations.push_back(std::move(op));
+    s.operations.push_back(std::move(op));
+    world.changed = true;
+    Async async = world.options.async;
+    if (async == Async::EAGER || (async == Async::RANDOM && random_number() % 2)) drain();
+}
+
+static cudaError_t fails(cudaError_t error) { return world.error = error; }
+
+void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+             std::function<void()> body) {
+    uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
+    bool too_large = threads > 1024 || grid.y > 65535 || grid.z > 65535 || shared > 48 * 1024;
+    if (threads == 0 || blocks == 0 || too_large) return void(fails(cudaErrorInvalidConfiguration));
+    int device = stream_of(stream).device;
+    auto g = std::make_shared<Grid>(Grid{kernel, std::move(body), grid, block, shared, device});
+    ask(stream, {std::move(g), {}, {}});
+}
+
+Options options_of_environment() {
+    Options o;
+    auto value = [](const char* name) {
+        const char* text = std::getenv(name);
+        return std::string_view(text ? text : "");
+    };
+    if (value("EMU_ORDER") == "random") o.order = Order::RANDOM;
+    if (value("EMU_ORDER") == "priority") o.order = Order::PRIORITY;
+    if (value("EMU_ASYNC") == "eager") o.async = Async::EAGER;
+    if (value("EMU_ASYNC") == "random") o.async = Async::RANDOM;
+    if (!value("EMU_SEED").empty()) o.seed = std::strtoull(std::getenv("EMU_SEED"), nullptr, 10);
+    return o;
+}
+
+void reset(const Options& options) {
+    forget_work();
+    while (!allocations.empty()) forget(allocations.begin());
+    pinned.clear();
+    world.streams.clear(), world.events.clear(), world.devices.clear();
+    world.devices.resize(size_t(options.devices));
+    for (int d = 0; d < options.devices; d++)
+        world.devices[size_t(d)].legacy.device = d, world.devices[size_t(d)].legacy.is_default = true;
+    world.options = options, world.random = options.seed, world.device = 0, world.error = cudaSuccess;
+    catch_signals();
+    open_memory(CLOSED);
+}
+
+const Options& options() { return world.options; }
+
+size_t allocated() {
+    size_t sum = 0;
+    for (Device& d : world.devices) sum += d.used;
+    return sum;
+}
+
+// The world exists before main begins.
+static const bool begun = (reset(options_of_environment()), true);
+
+static cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    auto wrong = [&](const void* p, bool on_device) {
+        return on_device ? !holder(p, bytes) : holder(p, 1) != nullptr;
+    };
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (kind == cudaMemcpyDefault) to_device = holder(to, 1), from_device = holder(from, 1);
+    if (bytes == 0) return cudaSuccess;
+    if (wrong(to, to_device) || wrong(from, from_device)) return fails(cudaErrorInvalidValue);
+    if (from_device || pinned.count(from)) {
+        ask(stream, {nullptr, [=] { std::memcpy(to, from, bytes); }, {}});
+        return cudaSuccess;
+    }
+    std::string now(static_cast<const char*>(from), bytes);      // pageable: staged before the call returns
+    ask(stream, {nullptr, [to, now] { std::memcpy(to, now.data(), now.size()); }, {}});
+    return cudaSuccess;
+}
+
+}
+
+// -- 8  The run time -----------------------------------------------------------------------------
+
+using namespace emulator;
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = world.options.devices, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = world.device, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= world.options.devices) return fails(cudaErrorInvalidDevice);
+    return world.device = device, cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: return *value = world.options.blocks, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
+    default: return fails(cudaErrorInvalidValue);
+    }
+}
+cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
+    return *can = device != peer, cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
+    if (peer < 0 || peer >= world.options.devices || peer == world.device)
+        return fails(cudaErrorInvalidDevice);
+    if (!world.devices[size_t(world.device)].peers.insert(peer).second)
+        return fails(cudaErrorPeerAccessAlreadyEnabled);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(world.error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return world.error; }
+const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorPeerAccessAlreadyEnabled: return "cudaErrorPeerAccessAlreadyEnabled";
+    default: return "an error";
+    }
+}
+const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+    Device& d = world.devices[size_t(world.device)];
+    *p = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    if (bytes > world.options.memory - d.used) return fails(cudaErrorMemoryAllocation);
+    *p = allocate(bytes, world.device);
+    if (!*p) return fails(cudaErrorMemoryAllocation);
+    d.used += bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+    if (!p) return cudaSuccess;
+    auto at = allocations.find(p);
+    if (at == allocations.end()) return fails(cudaErrorInvalidValue);
+    drain();
+    return forget(at), cudaSuccess;
+}
+cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
+cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
+    if (!p) return cudaSuccess;
+    if (!allocations.count(p)) return fails(cudaErrorInvalidValue);
+    ask(stream, {nullptr, [p] { forget(allocations.find(p)); }, {}});
+    return cudaSuccess;
+}
+cudaError_t cudaMallocHost(void** p, size_t bytes) {
+    *p = std::malloc(bytes);
+    if (!*p) return fails(cudaErrorMemoryAllocation);
+    return pinned.insert(*p), cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* p) {
+    if (!p) return cudaSuccess;
+    if (!pinned.erase(p)) return fails(cudaErrorInvalidValue);
+    drain();
+    return std::free(p), cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    *total = world.options.memory, *free = *total - world.devices[size_t(world.device)].used;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+    return copy(to, from, bytes, kind, stream);
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    cudaError_t error = copy(to, from, bytes, kind, nullptr);
+    if (error == cudaSuccess) drain();
+    return error;
+}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+    if (bytes && !holder(p, bytes)) return fails(cudaErrorInvalidValue);
+    ask(stream, {nullptr, [=] { if (bytes) std::memset(p, value, bytes); }, {}});
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, nullptr); }
+
+cudaError_t cudaStreamCreate(cudaStream_t* s) {
+    world.streams.push_back(std::make_unique<CUstream_st>());
+    *s = world.streams.back().get();
+    (*s)->device = world.device;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    drain();
+    std::erase_if(world.streams, [s](auto& owned) { return owned.get() == s; });
+    return cudaSuccess;
+}
+// Whoever waits for one stream waits for all of them: that is allowed, and the lazy order is lazy enough.
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return drain(), cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return drain(), cudaSuccess; }
+
+cudaError_t cudaEventCreate(cudaEvent_t* e) {
+    world.events.push_back(std::make_unique<CUevent_st>());
+    return *e = world.events.back().get(), cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
+cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    drain();
+    std::erase_if(world.events, [e](auto& owned) { return owned.get() == e; });
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t stream) {
+    uint64_t number = e->asked = world.numbers + 1;
+    ask(stream, {nullptr, [=] { e->reached = std::max(e->reached, number); }, {}});
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return drain(), cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t e) {
+    return e->reached >= e->asked ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
+    uint64_t number = e->asked;
+    ask(stream, {nullptr, [] {}, [=] { return e->reached >= number; }});
+    return cudaSuccess;
+}
+
+// A graph is the list of what its stream was asked.
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    CUstream_st& s = stream_of(stream);
+    if (s.is_default || s.capture) return fails(cudaErrorInvalidValue);
+    return s.capture = std::make_unique<CUgraph_st>(), cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    CUstream_st& s = stream_of(stream);
+    if (!s.capture) return fails(cudaErrorInvalidValue);
+    return *graph = s.capture.release(), cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    *exec = new CUgraphExec_st;
+    (*exec)->operations = graph->operations;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    for (Operation op : exec->operations) {
+        if (op.grid) {                     // once more from its first block
+            op.grid = std::make_shared<Grid>(*op.grid);
+            op.grid->next = op.grid->done = 0;
+        }
+        ask(stream, std::move(op));
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
