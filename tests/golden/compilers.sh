@@ -67,6 +67,17 @@ for golden in tests/golden/models/*/taps.safetensors tests/golden/tiny/taps.safe
 done
 check "at least 18 models" test "$models" -ge 18
 
+rounded() {                                  # rounded MODEL IDS ARITH: activations in fewer bits
+    logits gcc "$1" "$2" gcc.out --arith "$3" && logits clang "$1" "$2" clang.out --arith "$3" &&
+        cmp "$out/gcc.out" "$out/clang.out"
+}
+for arith in bf16 fp8; do
+    for golden in v3-fp8 v3-ue8m0; do
+        golden=tests/golden/models/$golden
+        check "$golden --arith $arith" rounded "$golden" "$(ids_of "$golden/taps.safetensors")" "$arith"
+    done
+done
+
 differs() {                                  # one other id must show in the bytes
     logits gcc weights/tiny 0,508,40 gcc.out && logits clang weights/tiny 0,508,41 clang.out &&
         ! cmp -s "$out/gcc.out" "$out/clang.out"
