@@ -151,7 +151,7 @@ build/asan/tests: tests/tests.cpp build/flags | build/have-test
 $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | build/have-test
 	$(call compile,$(CLANGXX),$(SANITIZE) -fsanitize=fuzzer -Wno-pass-failed,$<)
 
-# deepseek.cu without a GPU and without nvcc: CUDA's headers, and tests/gpu in place of its run time.
+# CUDA's sources without a GPU and without nvcc: its headers, and tests/gpu in place of its run time.
 CUDA     ?= $(patsubst %/include/cuda_runtime_api.h,%,$(firstword \
 	$(wildcard $(addsuffix /include/cuda_runtime_api.h,/usr/local/cuda /opt/cuda))))
 EMULATED := -O1 -g1 -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu

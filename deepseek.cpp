@@ -1513,7 +1513,7 @@ struct Kernels {
     // None: the plain form, 5.5 and 7.1.
     void (*matmul)(std::span<const Product> products) = nullptr;
     void (*attend)(std::span<const Attention> heads, Rows scratch) = nullptr;
-    // Makes W one at `to`, in the order that is fastest if each token needs all of it.
+    // Copies W to `to`, in the order that is fastest if each token needs all of it, and lets it point there.
     void (*rearrange)(Matrix& w, std::byte* to) = nullptr;
     bool (*rearranges)(const Matrix& w) = nullptr;
     const struct SimdTarget* target = nullptr;   // what simd.h made these of
@@ -1522,7 +1522,8 @@ struct Kernels {
 };
 inline Kernels kernels;
 
-// Each operation ends with this: results stay as they are, unless --arith asks for fewer bits.
+// Operations that are not in the table end with this: results stay as they are, unless --arith asks for fewer
+// bits.
 inline void rounded(real* x, int64_t n) { if (kernels.round) kernels.round(x, n); }
 
 // -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
@@ -3541,7 +3542,8 @@ inline void gemm_fp8_k_grouped(const Fp8Output& out, Fp8Matrix a, Fp8Matrix b, s
 // What stays in bf16 is what V3 section 3.3 lists: embedding, head, gate, norms, attention; and W^UK and W^UV
 // in the absorbed form, where they are a part of attention. In the naive form they are a linear layer.
 //
-// None of this is in chapters 5 to 13: the table of kernels (5.4) is exchanged for one that rounds.
+// Chapters 5 to 10 have no more of it than `rounded`: the table of kernels (5.4) is exchanged for one that
+// rounds.
 
 inline Kernels in_f32;                     // the table as it was
 

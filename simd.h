@@ -208,7 +208,7 @@ inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, in
 
 inline bool can_interleave(const Matrix& w) { return w.dtype >= Dtype::Q2_K && w.rows % SIDE == 0; }
 
-// Makes W one with interleaved rows, at `to`.
+// Copies W to `to` with its rows interleaved, and lets it point there.
 inline void interleave_rows(Matrix& w, std::byte* to) {
     constexpr int PART = 16 * SIDE;                    // rows
     parallel_for((w.rows + PART - 1) / PART, [&](int64_t part) {

@@ -1,4 +1,4 @@
-// CUDA on the CPU: what deepseek.cu and its tests include in place of nvcc's own declarations.
+// CUDA on the CPU: what kernels and their tests include in place of nvcc's own declarations.
 //
 // Can a kernel be tested where there is no GPU? Its source is C++. Compiled by g++ against CUDA's real
 // headers, a thread of the GPU becomes a fiber, and all fibers of all devices take turns on one thread of the
