@@ -124,6 +124,13 @@
 #endif
 using real = DEEPSEEK_REAL;
 
+// Functions of single numbers are what kernels call, too: nvcc compiles them for both sides.
+#ifdef __CUDACC__
+#define EVERYWHERE __host__ __device__
+#else
+#define EVERYWHERE
+#endif
+
 namespace fs = std::filesystem;
 
 // -- 1.1  fail, CHECK: the user's mistakes and ours ----------------------------------------------
@@ -404,7 +411,7 @@ inline size_t row_bytes(Dtype dtype, int cols) {
 }
 
 // A value at any address: tensors in a file need not be aligned.
-template <class T> T load(const void* p) {
+template <class T> EVERYWHERE T load(const void* p) {
     T value;
     std::memcpy(&value, p, sizeof value);
     return value;
@@ -412,9 +419,9 @@ template <class T> T load(const void* p) {
 
 // -- 2.1  widening -------------------------------------------------------------------------------
 
-inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
+EVERYWHERE inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 
-inline float f16_to_float(uint16_t h) {
+EVERYWHERE inline float f16_to_float(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
     float subnormal = float(fraction) * 0x1p-24f;
     if (exponent == 0) return sign ? -subnormal : subnormal;
@@ -436,13 +443,13 @@ inline const std::array<float, 256> E4M3 = [] {
     return table;
 }();
 
-inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
+EVERYWHERE inline uint16_t float_to_bf16(float x) {                 // ties to even; NaN stays NaN
     uint32_t bits = std::bit_cast<uint32_t>(x);
     if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline uint16_t float_to_f16(float x) {                  // the same
+EVERYWHERE inline uint16_t float_to_f16(float x) {                  // the same
     uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     float a = std::fabs(x);
     if (std::isnan(x)) return uint16_t(sign | 0x7E00);
@@ -452,7 +459,7 @@ inline uint16_t float_to_f16(float x) {                  // the same
     return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
 }
 
-inline uint8_t float_to_e4m3(float f) {                  // the same; |f| beyond 448 becomes 448
+EVERYWHERE inline uint8_t float_to_e4m3(float f) {                  // the same; |f| beyond 448 becomes 448
     uint32_t bits = std::bit_cast<uint32_t>(f), sign = bits >> 24 & 128;
     bits &= 0x7FFFFFFF;
     if (std::isnan(f)) return uint8_t(sign | 127);
@@ -1296,14 +1303,14 @@ inline Checkpoint open_checkpoint(const fs::path& model) {
 struct Rows {
     real* data;
     int64_t stride;
-    real* operator[](int64_t t) const { return data + t * stride; }
+    EVERYWHERE real* operator[](int64_t t) const { return data + t * stride; }
 };
 struct ConstRows {
     const real* data;
     int64_t stride;
     ConstRows(const real* data, int64_t stride) : data(data), stride(stride) {}
     ConstRows(Rows rows) : data(rows.data), stride(rows.stride) {}
-    const real* operator[](int64_t t) const { return data + t * stride; }
+    EVERYWHERE const real* operator[](int64_t t) const { return data + t * stride; }
 };
 
 // -- 5.1  dot: a row of weights times a vector ---------------------------------------------------
@@ -1383,7 +1390,7 @@ inline float sum_block_lanes(const float* lane) {
 }
 
 // The bits of |x| order like |x| does; NaN comes out above infinity.
-inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
+EVERYWHERE inline uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFF; }
 
 struct IntScale {
     float d, inverse;          // q = x * inverse, rounded; x ~ d * q
@@ -1434,22 +1441,23 @@ inline float int_dot_plain(const Matrix& w, int r, const real* x) {
 // e^x. The C library's expf differs between systems in the last bit. Here: e^x = 2^k e^r, |r| <= ln(2)/2, a
 // polynomial in double (error below 1e-12 of the value), rounded once: the same bits everywhere.
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453, TO_INTEGER_F64 = 0x1.8p52;
-constexpr double EXP_SERIES[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                 1.0 / 5040,     1.0 / 720,     1.0 / 120,    1.0 / 24,
-                                 1.0 / 6,        0.5,           1.0,          1.0};
+constexpr std::array EXP_SERIES = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                   1.0 / 5040,     1.0 / 720,     1.0 / 120,    1.0 / 24,
+                                   1.0 / 6,        0.5,           1.0,          1.0};
 
-inline float exp_of(float x) {
+EVERYWHERE inline float exp_of(float x) {
     if (!(x > -104.0f)) return std::isnan(x) ? x : 0.0f;
     if (x > 88.8f) return std::numeric_limits<float>::infinity();
     double k = std::fma(double(x), LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64,
            r = std::fma(k, -LN_2, double(x));
-    double p = EXP_SERIES[0];
-    for (size_t i = 1; i < std::size(EXP_SERIES); i++) p = std::fma(p, r, EXP_SERIES[i]);
+    constexpr auto SERIES = EXP_SERIES;                  // a kernel can read no array of the host
+    double p = SERIES[0];
+    for (size_t i = 1; i < SERIES.size(); i++) p = std::fma(p, r, SERIES[i]);
     return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
 }
-inline double exp_of(double x) { return std::exp(x); }   // the yardstick build: as exact as the system can
+EVERYWHERE inline double exp_of(double x) { return std::exp(x); }   // the yardstick: the most exact
 
-inline real sigmoid(real z) { return 1 / (1 + exp_of(-z)); }
+EVERYWHERE inline real sigmoid(real z) { return 1 / (1 + exp_of(-z)); }
 
 //   silu(z) = z sigmoid(z);   gate[i] = silu(gate[i]) * up[i], both (n)
 inline void silu_times_plain(real* gate, const real* up, int n) {
@@ -1703,7 +1711,7 @@ inline void rope_table(real* cos_sin, const Rope& rope, int T, int pos) {
 
 // -- 6.2  rope_interleaved, rope_half: rotate one vector in place --------------------------------
 
-inline void rotate(real& a, real& b, const real* cos_sin) {
+EVERYWHERE inline void rotate(real& a, real& b, const real* cos_sin) {
     real x = a, y = b;
     a = x * cos_sin[0] - y * cos_sin[1];
     b = x * cos_sin[1] + y * cos_sin[0];
@@ -1776,7 +1784,7 @@ inline void attend(std::span<const Attention> heads, Rows scratch) {
 // -- 7.2  the cache: keys and values of the past -------------------------------------------------
 
 // 32 numbers to the nearest multiples of the largest / 127; to NaN if one of them is not finite.
-inline void quantise_q8_0(std::byte* out, const real* x) {
+EVERYWHERE inline void quantise_q8_0(std::byte* out, const real* x) {
     constexpr float INF = std::numeric_limits<float>::infinity();
     float top = 0;
     for (int i = 0; i < 32; i++) top = std::isfinite(x[i]) ? std::max(top, std::fabs(float(x[i]))) : INF;
@@ -3263,32 +3271,40 @@ struct TileScale {
 };
 
 // The least power of two that is not below s.
-inline float power_above(float s, bool ue8m0) {
+EVERYWHERE inline float power_above(float s, bool ue8m0) {
     return ue8m0 ? std::bit_cast<float>((std::bit_cast<uint32_t>(s) + 0x7FFFFF) & 0x7F800000) : s;
 }
 
-inline TileScale scale_v3(float amax, bool ue8m0) {
+EVERYWHERE inline TileScale scale_v3(float amax, bool ue8m0) {
     float s = amax / E4M3_MOST;
     return {ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s};
 }
-inline TileScale scale_v32(float amax, bool ue8m0) { return {power_above(amax * (1 / E4M3_MOST), ue8m0)}; }
-inline TileScale scale_deepgemm(float amax, bool ue8m0) {
+EVERYWHERE inline TileScale scale_v32(float amax, bool ue8m0) {
+    return {power_above(amax * (1 / E4M3_MOST), ue8m0)};
+}
+EVERYWHERE inline TileScale scale_deepgemm(float amax, bool ue8m0) {
     float s = power_above(amax / E4M3_MOST, ue8m0);
     return {s, 1 / s};
 }
-inline TileScale scale_deepep(float amax, bool ue8m0) {
+EVERYWHERE inline TileScale scale_deepep(float amax, bool ue8m0) {
     float s = power_above(amax * (1 / E4M3_MOST), ue8m0);
     return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
 }
-inline TileScale scale_tilekernels(float amax, bool ue8m0) {
+EVERYWHERE inline TileScale scale_tilekernels(float amax, bool ue8m0) {
     float s = power_above(amax / E4M3_MOST, ue8m0);
     return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
 }
 
-inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m0) {
-    constexpr decltype(&scale_v3) BY_FORMULA[] = {scale_v3, scale_v32, scale_deepgemm, scale_deepep,
-                                                  scale_tilekernels};
-    return BY_FORMULA[size_t(formula)](std::max(amax, LEAST_AMAX), ue8m0);
+EVERYWHERE inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m0) {
+    amax = amax < LEAST_AMAX ? LEAST_AMAX : amax;
+    switch (formula) {
+    case Fp8Formula::V3: return scale_v3(amax, ue8m0);
+    case Fp8Formula::V32: return scale_v32(amax, ue8m0);
+    case Fp8Formula::DEEPGEMM: return scale_deepgemm(amax, ue8m0);
+    case Fp8Formula::DEEPEP: return scale_deepep(amax, ue8m0);
+    case Fp8Formula::TILEKERNELS: break;
+    }
+    return scale_tilekernels(amax, ue8m0);
 }
 
 // -- 14.2  quantise_fp8: activations 1 x 128, weights 128 x 128 ----------------------------------
@@ -3383,13 +3399,13 @@ constexpr int HOPPER_STEP = 32, HOPPER_FRACTION = 13, F32_FRACTION = 23;
 struct Aligned {
     int exponent, significand;
 };
-inline Aligned aligned_product(uint8_t a, uint8_t b) {
+EVERYWHERE inline Aligned aligned_product(uint8_t a, uint8_t b) {
     auto exponent = [](uint8_t x) { return std::max(x >> 3 & 15, 1) - 7; };
     auto eighths = [](uint8_t x) { return (x & 7) + (x >> 3 & 15 ? 8 : 0); };
     int product = eighths(a) * eighths(b) * (1 << (F32_FRACTION - 6));
     return {exponent(a) + exponent(b), (a ^ b) & 128 ? -product : product};
 }
-inline Aligned aligned_float(float c) {
+EVERYWHERE inline Aligned aligned_float(float c) {
     uint32_t bits = std::bit_cast<uint32_t>(c);
     int exponent = int(bits >> F32_FRACTION & 255);
     int significand = int(bits & 0x7FFFFF) + (exponent ? 0x800000 : 0);
@@ -3457,14 +3473,14 @@ struct Fp8Output {
 };
 
 // The nearest bf16 of a float64, ties to even: not by way of f32, which would round twice.
-inline float nearest_bf16(double x) {
+EVERYWHERE inline float nearest_bf16(double x) {
     if (x == 0 || !std::isfinite(x)) return float(x);
     int exponent = std::max(std::ilogb(x), -126);
     return float(std::ldexp(std::nearbyint(std::ldexp(x, 7 - exponent)), exponent - 7));
 }
 
 // D[0] = sum, or D[0] + sum, rounded once. All NaNs are stored as the same one.
-inline void put(const Fp8Output& out, double sum, Fp8Sum arithmetic) {
+EVERYWHERE inline void put(const Fp8Output& out, double sum, Fp8Sum arithmetic) {
     const bool bf16 = out.dtype == Dtype::BF16;
     if (out.add) {
         float old = bf16 ? bf16_to_float(load<uint16_t>(out.data)) : load<float>(out.data);

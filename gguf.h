@@ -371,25 +371,19 @@ constexpr const BlockLayout& layout_of(Dtype dtype) {
 
 inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
 
-inline void unpack_q2_k_scales(Block& b, Bytes p) {
-    for (int g = 0; g < 16; g++) b.scale[g] = p[g] & 15, b.minimum[g] = p[g] >> 4;
-}
+struct GroupScale {
+    int scale, minimum;
+};
 
-inline void unpack_q3_k_scales(Block& b, Bytes p) {
-    Bytes s = p + layout_of(Dtype::Q3_K).scales;
-    for (int g = 0; g < 16; g++) {
-        int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
-        b.scale[g] = int16_t((four | two << 4) - 32), b.minimum[g] = 0;
-    }
+EVERYWHERE inline GroupScale q3_k_scale(Bytes s, int g) {
+    int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = s[8 + g % 4] >> (g / 4 * 2) & 3;
+    return {(four | two << 4) - 32, 0};
 }
 
 // Q4_K, Q5_K: six-bit scales and minimums of eight groups of 32, in 12 bytes.
-inline void unpack_six_bits(Block& b, Bytes s) {
-    for (int j = 0; j < 8; j++) {
-        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
-        int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
-        for (int g : {2 * j, 2 * j + 1}) b.scale[g] = int16_t(scale), b.minimum[g] = int16_t(minimum);
-    }
+EVERYWHERE inline GroupScale six_bits(Bytes s, int j) {
+    if (j < 4) return {s[j] & 63, s[j + 4] & 63};
+    return {(s[j + 4] & 15) | (s[j - 4] >> 6) << 4, s[j + 4] >> 4 | (s[j] >> 6) << 4};
 }
 
 inline void pack_six_bits(uint8_t* s, const Block& b) {
@@ -401,16 +395,14 @@ inline void pack_six_bits(uint8_t* s, const Block& b) {
     }
 }
 
-template <Dtype D> void unpack_scales(Block& b, Bytes p) {
+// Of the 16 values of group g of the block at p.
+template <Dtype D> EVERYWHERE GroupScale group_scale(Bytes p, int g) {
     constexpr BlockLayout L = layout_of(D);
-    if constexpr (D == Dtype::Q2_K) unpack_q2_k_scales(b, p);
-    else if constexpr (D == Dtype::Q3_K) unpack_q3_k_scales(b, p);
-    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) unpack_six_bits(b, p + L.scales);
-    else
-        for (int g = 0; g < format_of(D).values / 16; g++) {
-            b.scale[g] = D == Dtype::Q6_K ? int8_t(p[L.scales + g]) : 1;
-            b.minimum[g] = format_of(D).minimums ? -1 : 0;                   // x = d q + m there
-        }
+    if constexpr (D == Dtype::Q2_K) return {p[g] & 15, p[g] >> 4};
+    else if constexpr (D == Dtype::Q3_K) return q3_k_scale(p + L.scales, g);
+    else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) return six_bits(p + L.scales, g / 2);
+    else if constexpr (D == Dtype::Q6_K) return {int8_t(p[L.scales + g]), 0};
+    else return {1, format_of(D).minimums ? -1 : 0};                         // x = d q + m there
 }
 
 // body.operator()<D>() for a quantised dtype
@@ -434,7 +426,10 @@ template <class Body> void for_format(Dtype dtype, const Body& body) {
 template <Dtype D> void unpack_block(Block& b, Bytes p) {
     constexpr BlockLayout L = layout_of(D);
     b.d = f16_at(p + L.d), b.m = L.m < 0 ? 0 : f16_at(p + L.m);
-    unpack_scales<D>(b, p);
+    for (int g = 0; g < format_of(D).values / 16; g++) {
+        GroupScale s = group_scale<D>(p, g);
+        b.scale[g] = int16_t(s.scale), b.minimum[g] = int16_t(s.minimum);
+    }
     for (int i = 0; i < format_of(D).values; i += 16) {
 #pragma omp simd
         for (int j = 0; j < 16; j++) {

@@ -495,7 +495,7 @@ struct Scales { Bytes16 scale, minimum; };
 
 constexpr uint32_t FOUR_BITS = 0x0F0F0F0F, SIX_BITS = 0x3F3F3F3F, UPPER_TWO = 0x30303030;   // of four bytes
 
-// unpack_six_bits of gguf.h: eight scales and eight minimums.
+// six_bits of gguf.h: eight scales and eight minimums.
 INLINE Bytes16 six_bits(const std::byte* p) {
     const Words4 v = load<Words4>(p);                  // d and m, then the three words of scales
     Words4 low = __builtin_shufflevector(v, v, 1, 3, 2, 3) >> Words4{0, 0, 0, 4};

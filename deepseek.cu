@@ -1,0 +1,1021 @@
+// deepseek on a GPU: the twin of deepseek.cpp.
+//
+// =================================================================================================
+// Chapter 0. How to read this file
+// =================================================================================================
+//
+// deepseek.cpp is included whole, and each of its operations gets a twin in `namespace cuda`: the same name,
+// the same arguments, the same numbers out. Only the arrays lie in the memory of a GPU. Chapters have the
+// numbers and the order of deepseek.cpp, so that both files can lie open side by side:
+//
+//   0   How to read this file      contents, notation, the rule of the twins
+//   1   Ground rules               threads, launches, errors, memory of the device
+//   2   Numbers                    how a kernel reads a weight of each format
+//   5   Small operations           softmax, matmul in three shapes, embed, rmsnorm, top_k
+//   6   Positions                  RoPE, a thread a pair
+//   7   Attention I: GQA           a block for eight queries, splits of the context and their merging
+//   8   Attention II: MLA          the naive and the absorbed form, all heads in one launch
+//   9   Feed-forward               SwiGLU
+//   10  Mixture of experts         gates by rank, dispatch without atomics, all experts in one launch
+//   11  The model                  uploading, the forward pass, a decoding step as a graph
+//   12  Talking                    what crosses the bus for a token
+//   13  Multi-token prediction     the draft, on the device
+//   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
+//   21  Command line               the machine of --device cuda; deepseek check
+//
+// What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
+// tree (chapter 5 there), for a half-warp is sixteen threads: lane j is thread j. So most twins give the same
+// bits, and `deepseek check` compares them with ==. Where a sum over the context is split among blocks
+// (chapter 7) the order is another one, and the bound on the difference is derived there.
+//
+// Three things have to be decided for each kernel, and its comment says them: what a thread owns, what is
+// read once for many uses, and who waits for whom. All of it is portable CUDA for any GPU from sm_80 on. What
+// a kernel computes never depends on the number of blocks, of tokens or of splits.
+//
+// Without a GPU the same text is compiled as host C++ against an emulator (tests/gpu): SHARED, launch and the
+// functions of a warp are what it puts something else behind.
+
+#include "deepseek.cpp"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#if defined(__CUDACC__)
+#define SHARED(T, name, count) __shared__ T name[count]
+#define DYNAMIC_SHARED(T, name)                                                                          \
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];                                      \
+    T* const name = reinterpret_cast<T*>(dynamic_shared)
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+            Args... args) {
+    kernel<<<grid, block, shared, stream>>>(static_cast<Params>(args)...);
+}
+#else
+#include "cuda_emulator.h"
+#endif
+
+static_assert(sizeof(real) == 4, "the twins compute in f32");
+
+// The two have one signature; where a name has several, the type says which is meant.
+#define TWIN(f) static_assert(std::is_same_v<decltype(&::f), decltype(&cuda::f)>, #f ": signature drifted")
+#define TWIN_OF(f, ...)                                                                                  \
+    static_assert(static_cast<__VA_ARGS__*>(&::f) && static_cast<__VA_ARGS__*>(&cuda::f), #f)
+
+// =================================================================================================
+// Chapter 1. Ground rules
+// =================================================================================================
+//
+// A kernel is a function that thousands of threads run at once. Each finds its part from the numbers of its
+// block and of itself in the block. Thirty-two neighbours are a warp: they read memory together, best when
+// they read neighbouring numbers, and can hand each other values without memory (shuffles). Here a warp is
+// mostly two half-warps of sixteen threads, each with a sum of its own.
+//
+//      grid   --  blocks, in any order, some of them at the same time
+//      block  --  128 threads, four warps, eight half-warps; they share memory and can wait for each other
+//
+// Blocks cannot wait for each other: where one needs what others made, a new kernel begins. All kernels go
+// into one queue, in the order of the calls.
+//
+// A kernel's mistake is seen when the host next waits for the queue. Every call of the run time is checked,
+// and an error is one line.
+
+namespace cuda {
+
+constexpr int THREADS = 128, HALF = 16, HALVES = THREADS / HALF;
+constexpr unsigned ALL_LANES = ~0u;
+
+inline cudaStream_t queue = nullptr;
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) fail("cuda: %s: %s", what, cudaGetErrorString(error));
+}
+
+// Waits until everything that was asked for is done.
+inline void wait() { check(cudaStreamSynchronize(queue), "a kernel"); }
+
+inline unsigned ceil_div(int64_t n, int64_t by) { return unsigned((n + by - 1) / by); }
+
+// kernel(args...) on a grid of blocks of THREADS threads, which share so many bytes besides what the kernel
+// declares; nothing where the grid is empty.
+template <class... Params, class... Args>
+void start_sharing(size_t bytes, void (*kernel)(Params...), dim3 grid, Args... args) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    launch(kernel, grid, dim3(THREADS), bytes, queue, args...);
+    check(cudaGetLastError(), "a launch");
+}
+template <class... Params, class... Args>
+void start(void (*kernel)(Params...), dim3 grid, Args... args) {
+    start_sharing(0, kernel, grid, args...);
+}
+
+// A thread for each of n items.
+template <class... Params, class... Args>
+void start_each(void (*kernel)(Params...), int64_t n, Args... args) {
+    start(kernel, dim3(ceil_div(n, THREADS)), args...);
+}
+__device__ inline int64_t item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+__device__ inline int half_of_block() { return int(threadIdx.x) / HALF; }
+__device__ inline int half_lane() { return int(threadIdx.x) % HALF; }
+
+// The tree of ::sum_lanes over a half-warp: every thread gets the sum. All 32 lanes of a warp must take part.
+template <class T> __device__ T sum_lanes(T x) {
+    for (int apart = HALF / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(ALL_LANES, x, apart, HALF);
+    return x;
+}
+template <class T> __device__ T max_lanes(T x) {
+    for (int apart = HALF / 2; apart > 0; apart /= 2) {
+        T other = __shfl_xor_sync(ALL_LANES, x, apart, HALF);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// An array in the device's memory, and copies of it. It is not initialised.
+template <class T> class Buffer {
+public:
+    explicit Buffer(size_t n = 0) : n_(n) {
+        if (n) check(cudaMalloc(reinterpret_cast<void**>(&data_), n * sizeof(T)), "memory");
+    }
+    explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { write(v.data(), n_); }
+    ~Buffer() { if (data_) cudaFree(data_); }
+    Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+    Buffer& operator=(Buffer&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(n_, other.n_);
+        return *this;
+    }
+    T* data() const { return data_; }
+    size_t size() const { return n_; }
+    void write(const T* from, size_t n) {                // has been read when this returns
+        if (n) check(cudaMemcpyAsync(data_, from, n * sizeof(T), cudaMemcpyHostToDevice, queue), "a copy");
+    }
+    std::vector<T> host() const {                        // waits
+        std::vector<T> v(n_);
+        if (n_) check(cudaMemcpyAsync(v.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost, queue), "a copy");
+        wait();
+        return v;
+    }
+
+private:
+    T* data_ = nullptr;
+    size_t n_ = 0;
+};
+
+}
+
+// =================================================================================================
+// Chapter 2. Numbers
+// =================================================================================================
+//
+// Weights lie on the device as in the file: eight bits stay eight bits until a thread multiplies with them. A
+// kernel is compiled once for each format, and value<D> is what makes them different. All widenings are exact,
+// those of chapter 2 of deepseek.cpp; what a conversion there does with branches and the C library, a thread
+// does with bits.
+
+namespace cuda {
+
+// -- 2.1  widening -------------------------------------------------------------------------------
+
+// The bits of e4m3, moved to where f32 has its exponent, are the number times 2^-120; subnormal ones too.
+__device__ inline float e4m3_to_float(uint8_t b) {
+    float magnitude = __uint_as_float(uint32_t(b & 127) << 20) * 0x1p120f;
+    if ((b & 127) == E4M3_NAN) return __uint_as_float(0x7FC00000);
+    return b & 128 ? -magnitude : magnitude;
+}
+
+__device__ inline float f16_at(const void* p) { return __half2float(*static_cast<const __half*>(p)); }
+
+// Number i of a row of blocks: scale q - minimum, rounded as ::dequantise rounds.
+template <Dtype D> __device__ float block_value(const std::byte* row, int i) {
+    constexpr Format F = format_of(D);
+    constexpr BlockLayout L = layout_of(D);
+    const int at = i % F.values, group = at / GROUP;
+    Bytes p = reinterpret_cast<Bytes>(row) + int64_t(i / F.values) * F.bytes;
+    GroupScale s = group_scale<D>(p, group);
+    int q = L.low.get(p, group * GROUP, at % GROUP);
+    if constexpr (L.high.bits > 0) q |= L.high.get(p, group * GROUP, at % GROUP) << L.low.bits;
+    float scale = f16_at(p + L.d) * float(s.scale);
+    float minimum = L.m < 0 ? 0 : f16_at(p + (L.m < 0 ? 0 : L.m)) * float(s.minimum);
+    return scale * float(int8_t(q - L.zero)) - minimum;
+}
+
+// Number i of a row. Of e4m3 without its scale.
+template <Dtype D> __device__ float value(const std::byte* row, int i) {
+    if constexpr (D == Dtype::F32) return reinterpret_cast<const float*>(row)[i];
+    else if constexpr (D == Dtype::BF16) return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[i]);
+    else if constexpr (D == Dtype::F16) return f16_at(row + 2 * int64_t(i));
+    else if constexpr (D == Dtype::F8_E4M3) return cuda::e4m3_to_float(uint8_t(row[i]));
+    else return block_value<D>(row, i);
+}
+
+// body.operator()<D>() for a format that kernels read
+template <class Body> void for_dtype(Dtype dtype, const Body& body) {
+    switch (dtype) {
+    case Dtype::F64: fail("--device cuda: F64 weights are not supported");
+    case Dtype::F32: return body.template operator()<Dtype::F32>();
+    case Dtype::BF16: return body.template operator()<Dtype::BF16>();
+    case Dtype::F16: return body.template operator()<Dtype::F16>();
+    case Dtype::F8_E4M3: return body.template operator()<Dtype::F8_E4M3>();
+    default: return for_format(dtype, body);
+    }
+}
+
+// -- 2.2  Stack: matrices evenly apart -----------------------------------------------------------
+
+// Matrices of one shape and format, at even distances: all heads of W^UK, all experts of a layer, or a single
+// one. A kernel that works on all of them gets the first and the distances, and no list.
+struct Stack {
+    const std::byte *data, *scale;
+    int rows, cols, first_row, pairs;
+    int64_t row_bytes;
+    int64_t next = 0, next_scale = 0;      // bytes to the next matrix
+    int next_first_row = 0;
+
+    __device__ const std::byte* row(int g, int64_t r) const { return data + g * next + r * row_bytes; }
+    // The scales of row r, one for each 128 columns.
+    __device__ const float* scales(int g, int r) const {
+        int64_t tile = (first_row + g * next_first_row + r) / SCALE_BLOCK;
+        return reinterpret_cast<const float*>(scale + g * next_scale) + tile * ((cols + 127) / SCALE_BLOCK);
+    }
+};
+
+inline Stack stack_of(const Matrix& w) {
+    return {w.data, w.scale, w.rows, w.cols, w.first_row, w.pairs, w.row(1) - w.row(0)};
+}
+
+// get(i): the i-th of n matrices
+template <class Get> Stack stack_of(size_t n, const Get& get) {
+    Stack s = stack_of(get(0));
+    if (n < 2) return s;
+    s.next = get(1).data - s.data, s.next_first_row = get(1).first_row - s.first_row;
+    s.next_scale = get(1).scale - s.scale;
+    for (size_t i = 0; i < n; i++) {
+        const Matrix& w = get(i);
+        bool even = w.data - s.data == int64_t(i) * s.next && w.scale - s.scale == int64_t(i) * s.next_scale &&
+                    w.first_row - s.first_row == int(i) * s.next_first_row;
+        CHECK(even && w.dtype == get(0).dtype && w.rows == s.rows && w.cols == s.cols,
+              "matrix %zu is not where the first two say", i);
+    }
+    return s;
+}
+
+}
+
+// =================================================================================================
+// Chapter 5. Small operations
+// =================================================================================================
+//
+// A decoding step multiplies one vector with every weight of the model: two operations for each weight that
+// is read. It takes as long as reading does, and all that counts is that neighbours read neighbouring bytes.
+// A prompt multiplies many vectors with the same weights, so a thread keeps several sums and each number that
+// it reads serves several of them:
+//
+//                  x[t]  x[t+1] ... x[t+7]         a half-warp, 4 rows x 8 tokens: thread j reads
+//      w[r]         .     .          .             numbers j, j + 16, j + 32 ... of 12 vectors and keeps
+//      w[r+1]       .     .          .             lane j of 32 dots. In the end the sixteen threads add
+//      w[r+2]       .     .          .             their lanes in the tree of chapter 5.
+//      w[r+3]       .     .          .
+//
+// That is the definition's own order, so the bits are the CPU's. Weights of llama.cpp's formats are
+// dequantised as they are read: what is equal is the CPU's --exact, not its sum of small integers.
+
+namespace cuda {
+
+// -- 5.1  softmax, silu: each row, each number ---------------------------------------------------
+
+// Row z (n) of a half-warp; a half-warp without one passes n = 0. Returns through top and sum what was taken
+// out; z is left as e^(scale z - top).
+template <class Row> __device__ void exp_row(const Row& z, float scale, int n, float& top, float& sum) {
+    top = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (int i = half_lane(); i < n; i += HALF) {
+        z[i] = z[i] * scale;
+        top = z[i] > top ? float(z[i]) : top;
+    }
+    top = max_lanes(top);
+    for (int i = half_lane(); i < n; i += HALF) z[i] = exp_of(z[i] - top), sum += z[i];
+    sum = sum_lanes(sum);
+}
+
+// A half-warp a row.
+inline __global__ void softmax_kernel(Rows z, float scale, int T, int n) {
+    int t = int(blockIdx.x) * HALVES + half_of_block();
+    float* row = t < T ? z[t] : nullptr;
+    float top, sum;
+    exp_row(row, scale, row ? n : 0, top, sum);
+    for (int i = half_lane(); row && i < n; i += HALF) row[i] /= sum;
+}
+inline void softmax(Rows z, real scale, int T, int n) {
+    start(softmax_kernel, dim3(ceil_div(T, HALVES)), z, scale, T, n);
+}
+TWIN(softmax);
+
+inline __global__ void silu_times_kernel(float* gate, const float* up, int64_t n) {
+    int64_t i = item();
+    if (i < n) gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
+}
+inline void silu_times(real* gate, const real* up, int width, int T) {
+    start_each(silu_times_kernel, int64_t(width) * T, gate, up, int64_t(width) * T);
+}
+TWIN(silu_times);
+
+inline __global__ void add_kernel(float* out, const float* x, int64_t n, int64_t period) {
+    int64_t i = item();
+    if (i < n) out[i] += x[i % period];
+}
+inline void add(real* out, const real* x, size_t n) {
+    start_each(add_kernel, int64_t(n), out, x, int64_t(n), int64_t(n));
+}
+inline void add_bias(real* out, std::span<const real> bias, int T) {
+    int64_t n = int64_t(bias.size());
+    start_each(add_kernel, n * T, out, bias.data(), n * T, n);
+}
+TWIN(add);
+TWIN(add_bias);
+
+// -- 5.2  matmul ---------------------------------------------------------------------------------
+
+// What one launch multiplies: T vectors with one matrix; or with each of several, `next_out` and `next_x`
+// numbers further; or, where `first` says which rows of `out` are whose (10.2), each with its own.
+struct Batch {
+    Rows out;
+    ConstRows x;
+    Stack w;
+    int T, groups = 1;
+    int64_t next_out = 0, next_x = 0;
+    const int* first = nullptr;            // (groups + 1)
+    const int* token = nullptr;            // (T): the row of x for each row of out; none: the same
+};
+
+// The group of a slot: the last whose first slot is not behind it.
+__device__ inline int group_of(const int* first, int groups, int slot) {
+    int low = 0, high = groups;            // first[low] <= slot < first[high]
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (first[middle] <= slot) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+// The rows of `out` that a block works on.
+struct Tile {
+    int group, begin, end;                 // begin >= end: nothing to do
+};
+// Blocks count rows where groups have rows of their own: only the first of each TT has something to do.
+template <int TT> __device__ Tile tile_of(const Batch& b) {
+    if (!b.first) return {int(blockIdx.z), int(blockIdx.x) * TT, b.T};
+    int slot = int(blockIdx.x), group = group_of(b.first, b.groups, slot);
+    bool begins = (slot - b.first[group]) % TT == 0;
+    return {group, slot, begins ? b.first[group + 1] : slot};
+}
+
+// Each half-warp R rows of W and TT vectors. What lies beyond the last row or vector is computed from the last
+// one again, and not written: so the threads of a warp stay together.
+template <Dtype D, int R, int TT> __global__ void by_rows_kernel(Batch b) {
+    constexpr bool SCALED = D == Dtype::F8_E4M3;
+    const Tile tile = tile_of<TT>(b);
+    if (tile.begin >= tile.end) return;
+    const int g = tile.group, last = b.w.rows - 1, cols = b.w.cols;
+    const int r0 = (int(blockIdx.y) * HALVES + half_of_block()) * R;
+    const std::byte* w[R];
+    const float* x[TT];
+    for (int r = 0; r < R; r++) w[r] = b.w.row(g, min(r0 + r, last));
+    for (int t = 0; t < TT; t++) {
+        int row = min(tile.begin + t, tile.end - 1);
+        x[t] = b.x[b.token ? b.token[row] : row] + g * b.next_x;
+    }
+    float sum[R][TT] = {};
+    for (int begin = 0, block = 0; begin < cols; begin += SCALED ? SCALE_BLOCK : cols, block++) {
+        float part[R][TT] = {};
+        const int end = SCALED ? min(begin + SCALE_BLOCK, cols) : cols;
+        for (int i = begin + half_lane(); i < end; i += HALF) {
+            for (int r = 0; r < R; r++) {
+                const float v = value<D>(w[r], i);
+                for (int t = 0; t < TT; t++) part[r][t] = std::fma(v, x[t][i], part[r][t]);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            const float s = SCALED ? b.w.scales(g, min(r0 + r, last))[block] : 1;
+            for (int t = 0; t < TT; t++) sum[r][t] = SCALED ? std::fma(s, part[r][t], sum[r][t]) : part[r][t];
+        }
+    }
+    for (int i = 0; i < R * TT; i++) {
+        const int r = r0 + i / TT, t = tile.begin + i % TT;
+        const float y = sum_lanes(sum[i / TT][i % TT]);
+        if (half_lane() != i % HALF || r > last || t >= tile.end) continue;
+        const int at = b.w.pairs ? r / b.w.pairs * b.w.pairs + place_in_head(r % b.w.pairs, b.w.pairs) : r;
+        b.out[t][g * b.next_out + at] = y;
+    }
+}
+
+// One vector: the rows of W go to as many half-warps as there are. Several: 4 x 8.
+inline void by_rows(Dtype dtype, const Batch& b) {
+    const unsigned groups = b.first ? 1 : unsigned(b.groups);
+    for_dtype(dtype, [&]<Dtype D>() {
+        if (b.T == 1 || (b.first && b.T <= b.groups)) {
+            start(by_rows_kernel<D, 1, 1>, dim3(unsigned(b.T), ceil_div(b.w.rows, HALVES), groups), b);
+        } else {
+            dim3 grid(b.first ? unsigned(b.T) : ceil_div(b.T, 8), ceil_div(b.w.rows, HALVES * 4), groups);
+            start(by_rows_kernel<D, 4, 8>, grid, b);
+        }
+    });
+}
+
+// out[t] = W^T x[t]: a thread a column, its sums over the rows in their order, for up to eight vectors.
+template <Dtype D> __global__ void by_columns_kernel(Batch b) {
+    constexpr int TT = 8;
+    const int i = int(item()), g = int(blockIdx.z), t0 = int(blockIdx.y) * TT;
+    if (i >= b.w.cols) return;
+    float sum[TT] = {};
+    for (int j = 0; j < b.w.rows; j++) {
+        float v = value<D>(b.w.row(g, j), i);
+        if (D == Dtype::F8_E4M3) v *= b.w.scales(g, j)[i / SCALE_BLOCK];
+        for (int t = 0; t < TT; t++) sum[t] = std::fma(b.x[min(t0 + t, b.T - 1)][g * b.next_x + j], v, sum[t]);
+    }
+    for (int t = 0; t < TT && t0 + t < b.T; t++) b.out[t0 + t][g * b.next_out + i] = sum[t];
+}
+inline void by_columns(Dtype dtype, const Batch& b) {
+    for_dtype(dtype, [&]<Dtype D>() {
+        start(by_columns_kernel<D>, dim3(ceil_div(b.w.cols, THREADS), ceil_div(b.T, 8), unsigned(b.groups)), b);
+    });
+}
+
+inline void matmul(std::span<const Product> products) {
+    for (const Product& p : products) {
+        CHECK(!p.w->transposed, "%d x %d", p.w->rows, p.w->cols);
+        by_rows(p.w->dtype, {p.out, p.x, stack_of(*p.w), p.T});
+    }
+}
+// Whichever of W and W^T is stored: sums over what lies in a row, or over the rows.
+inline void matmul(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? by_columns : by_rows)(w.dtype, {out, x, stack_of(w.stored()), T});
+}
+inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
+    (w.transposed ? by_rows : by_columns)(w.dtype, {out, x, stack_of(w.stored()), T});
+}
+TWIN_OF(matmul, void(std::span<const Product>));
+TWIN_OF(matmul, void(Rows, ConstRows, const Matrix&, int));
+TWIN(matmul_transposed);
+
+// -- 5.3  embed, rmsnorm -------------------------------------------------------------------------
+
+// A thread a number of out (T, w.cols): rows ids[t] of W, or 0, 1, ... without ids.
+template <Dtype D> __global__ void widen_kernel(Rows out, Stack w, const int* ids, int T) {
+    const int64_t t = item() / w.cols;
+    const int i = int(item() % w.cols);
+    if (t >= T) return;
+    const int r = ids ? ids[t] : int(t);
+    const float v = value<D>(w.row(0, r), i);
+    out[t][i] = D == Dtype::F8_E4M3 ? v * w.scales(0, r)[i / SCALE_BLOCK] : v;
+}
+inline void widen_rows(Rows out, const Matrix& w, const int* ids, int T) {
+    for_dtype(w.dtype, [&]<Dtype D>() {
+        start_each(widen_kernel<D>, int64_t(T) * w.cols, out, stack_of(w), ids, T);
+    });
+}
+inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
+    widen_rows(out, w, ids.data(), int(ids.size()));
+}
+TWIN(embed);
+
+// A block a token. Each half-warp sums the squares, all the same sum: that costs less than to hand it on.
+inline __global__ void rmsnorm_kernel(Rows out, ConstRows x, const float* w, int n, float eps) {
+    const float* row = x[blockIdx.x];
+    float sum = 0;
+    for (int i = half_lane(); i < n; i += HALF) sum = std::fma(row[i], row[i], sum);
+    const float scale = 1 / std::sqrt(sum_lanes(sum) / float(n) + eps);
+    __syncthreads();                       // `out` may be `x`, which others still read
+    for (int i = int(threadIdx.x); i < n; i += THREADS) out[blockIdx.x][i] = row[i] * scale * w[i];
+}
+inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, double eps) {
+    start(rmsnorm_kernel, dim3(unsigned(T)), out, x, w.data(), int(w.size()), float(eps));
+}
+TWIN(rmsnorm);
+
+// -- 5.4  top_k: by rank -------------------------------------------------------------------------
+
+// How many of the n numbers come before number i: the larger, and of equal ones those with a lower index. NaN
+// is the last of all. What comes at place r is known without sorting, and each thread finds its own.
+template <class Row> __device__ int rank_of(const Row& v, int n, int i) {
+    auto key = [&](int j) {
+        const float z = v[j];
+        return z == z ? z : -std::numeric_limits<float>::infinity();
+    };
+    const float mine = key(i);
+    int rank = 0;
+    for (int j = 0; j < n; j++) rank += key(j) > mine || (key(j) == mine && j < i);
+    return rank;
+}
+
+inline __global__ void top_k_kernel(int* idx, const float* v, int n, int k) {
+    const int i = int(item());
+    if (i >= n) return;
+    const int rank = rank_of(v, n, i);
+    if (rank < k) idx[rank] = i;
+}
+inline void top_k(int* idx, const real* v, int n, int k) { start_each(top_k_kernel, n, idx, v, n, k); }
+TWIN(top_k);
+
+}
+
+// =================================================================================================
+// Chapter 6. Positions
+// =================================================================================================
+//
+// A pair is turned by one thread, which reads both numbers before it writes either; so it can happen in place.
+// The angles are the host's: their cosines come from its C library, in double, rounded once, and a kernel that
+// computed them again would turn by other last bits. For a step they are a few hundred bytes.
+
+namespace cuda {
+
+// -- 6.1  rope_interleaved, rope_half ------------------------------------------------------------
+
+// The thread's pair: numbers `a` and `b` of a head.
+struct Pair {
+    int64_t t, h;
+    int i;                                 // t < 0: there is none
+};
+__device__ inline Pair pair_of(const Heads& x, int dim) {
+    int64_t at = item(), pairs = dim / 2, t = at / pairs / x.H;
+    return {t < x.T ? t : -1, at / pairs % x.H, int(at % pairs)};
+}
+
+inline __global__ void rope_interleaved_kernel(Heads x, const float* cos_sin, int dim) {
+    const Pair p = pair_of(x, dim);
+    if (p.t < 0) return;
+    float* head = x.at(p.t, p.h);
+    rotate(head[2 * p.i], head[2 * p.i + 1], cos_sin + p.t * dim + 2 * p.i);
+}
+inline __global__ void rope_half_kernel(Heads x, const float* cos_sin, int dim) {
+    const Pair p = pair_of(x, dim);
+    if (p.t < 0) return;
+    float* head = x.at(p.t, p.h);
+    rotate(head[p.i], head[p.i + dim / 2], cos_sin + p.t * dim + 2 * p.i);
+}
+inline void rope_interleaved(const Heads& x, const real* cos_sin, int dim) {
+    start_each(rope_interleaved_kernel, int64_t(x.T) * x.H * (dim / 2), x, cos_sin, dim);
+}
+inline void rope_half(const Heads& x, const real* cos_sin, int dim) {
+    start_each(rope_half_kernel, int64_t(x.T) * x.H * (dim / 2), x, cos_sin, dim);
+}
+TWIN(rope_interleaved);
+TWIN(rope_half);
+
+}
+
+// =================================================================================================
+// Chapter 7. Attention I: GQA
+// =================================================================================================
+//
+// Two loops again, q . k and p v, and between them a softmax that needs all scores of a query. What is one
+// buffer of scores on the CPU would be too large for a block here: so the context is cut into splits of 256
+// positions. A block takes eight queries that look at the same keys (neighbours in (t, h): the heads of a
+// group, and of the next tokens) and one split after the other:
+//
+//      half-warp j:  dots of keys j, j + 8, ...  with the eight queries     scores (8, 256), shared
+//      half-warp q:  softmax of query q's scores                            top, sum
+//      thread i:     out[q][i] = sum over the split of p[q][j] v[j][i]
+//
+// Each key and value is read once for eight queries. Results of splits are put together two at a time: with
+// tops m, sums l (of e^(score - m)) and outputs o,
+//
+//      m = max(m1, m2)    a = l1 e^(m1 - m)    b = l2 e^(m2 - m)    l = a + b    o = o1 a/l + o2 b/l
+//
+// One decoded token has few queries, so its splits go to blocks of their own, as many as the context has, and
+// a second kernel puts them together; a prompt has queries enough, and a block does both. The splits are the
+// same, and so is the order of putting together: the same bits. FlashMLA and FlashDecoding choose the number of
+// splits by the batch; then a sequence's answer depends on its neighbours.
+//
+// Up to 256 positions the bits are the CPU's. Beyond, each putting together rounds o five times: with n splits
+// the difference is at most about 8 n 2^-24 of the largest |v|, for the weights a/l and b/l add up to one.
+
+namespace cuda {
+
+// -- 7.1  attend ---------------------------------------------------------------------------------
+
+constexpr int SPLIT = 256, QUERIES = HALVES;
+
+// The key heads of a layer, as the kernels get them.
+struct Heads8 {
+    Rows out;
+    ConstRows q;
+    int64_t next_out, next_q;              // numbers to the next key head's queries
+    Stack k, v;
+    int heads, T;
+    const int* n;                          // (T)
+    float scale;
+    int splits;                            // of the whole context
+    float* partial;                        // of each query and split: top, sum, out (dv); none: put together
+
+    __device__ int queries() const { return T * heads; }
+    __device__ float* output(int query) const {
+        return out[query / heads] + blockIdx.z * next_out + query % heads * v.cols;
+    }
+    __device__ float* part(int query, int split) const {
+        return partial + ((int64_t(blockIdx.z) * queries() + query) * splits + split) * (v.cols + 2);
+    }
+};
+
+// Numbers i, i + 1, ... of shared memory as a row.
+template <class Array> struct Slice {
+    Array& array;
+    int begin;
+    __device__ decltype(auto) operator[](int i) const { return array[begin + i]; }
+};
+
+struct Weights {
+    float old, now;
+};
+// How much what there was and what comes count; top and sum become those of both.
+__device__ inline Weights put_together(float& top, float& sum, float top2, float sum2) {
+    const float both = top > top2 ? top : top2;
+    const float a = sum * exp_of(top - both), b = sum2 * exp_of(top2 - both);
+    top = both, sum = a + b;
+    return {a / sum, b / sum};
+}
+
+// p[q * SPLIT + j] = q . k of eight queries from `first` on and n positions from `begin` on.
+template <Dtype D, class Array> __device__ void scores(Array& p, const Heads8& a, int first, int begin, int n) {
+    const float* q[QUERIES];
+    for (int i = 0; i < QUERIES; i++) {
+        const int query = min(first + i, a.queries() - 1);
+        q[i] = a.q[query / a.heads] + blockIdx.z * a.next_q + query % a.heads * a.k.cols;
+    }
+    for (int j0 = 0; j0 < n; j0 += HALVES) {
+        const int j = j0 + half_of_block();
+        const std::byte* key = a.k.row(int(blockIdx.z), begin + min(j, n - 1));
+        float sum[QUERIES] = {};
+        for (int i = half_lane(); i < a.k.cols; i += HALF) {
+            const float v = value<D>(key, i);
+            for (int m = 0; m < QUERIES; m++) sum[m] = std::fma(v, q[m][i], sum[m]);
+        }
+        for (int m = 0; m < QUERIES; m++) {
+            const float s = sum_lanes(sum[m]);
+            if (half_lane() == m && j < n) p[m * SPLIT + j] = s;
+        }
+    }
+}
+
+// A block: eight queries and all splits in turn; or split blockIdx.y alone, left for join_kernel.
+template <Dtype D> __global__ void attend_kernel(Heads8 a) {
+    SHARED(float, p, QUERIES * SPLIT);
+    SHARED(int, visible, QUERIES);         // positions of the split that a query sees
+    SHARED(float, old, QUERIES);
+    SHARED(float, now, QUERIES);
+    const int first = int(blockIdx.x) * QUERIES, last = min(first + QUERIES, a.queries()) - 1;
+    const int mine = half_of_block(), query = min(first + mine, last);     // of the softmax
+    const int seen = a.n[query / a.heads], most = a.n[last / a.heads];
+    const int from = a.partial ? int(blockIdx.y) : 0, end = a.partial ? from + 1 : a.splits;
+    float top = 0, sum = 0;
+    for (int split = from; split < end && split * SPLIT < most; split++) {
+        const int begin = split * SPLIT, n = min(SPLIT, most - begin), count = max(0, min(seen - begin, n));
+        scores<D>(p, a, first, begin, n);
+        __syncthreads();
+        float part_top, part_sum;
+        exp_row(Slice<decltype(p)>{p, mine * SPLIT}, a.scale, count, part_top, part_sum);
+        for (int j = half_lane(); j < count; j += HALF) p[mine * SPLIT + j] = p[mine * SPLIT + j] / part_sum;
+        Weights w{0, 1};
+        if (split == from) top = part_top, sum = part_sum;
+        else if (count > 0) w = put_together(top, sum, part_top, part_sum);
+        if (half_lane() == 0) visible[mine] = count, old[mine] = w.old, now[mine] = w.now;
+        __syncthreads();
+        for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
+            float o[QUERIES] = {};
+            int counts[QUERIES];
+            for (int m = 0; m < QUERIES; m++) counts[m] = visible[m];
+            for (int j = 0; j < n; j++) {
+                const float v = value<D>(a.v.row(int(blockIdx.z), begin + j), i);
+                for (int m = 0; m < QUERIES; m++)
+                    if (j < counts[m]) o[m] = std::fma(p[m * SPLIT + j], v, o[m]);
+            }
+            for (int m = 0; m <= last - first; m++) {
+                float& out = a.partial ? a.part(first + m, split)[2 + i] : a.output(first + m)[i];
+                if (split == from) out = o[m];
+                else if (counts[m] > 0) out = out * old[m] + o[m] * now[m];
+            }
+        }
+        if (a.partial && half_lane() == 0 && first + mine <= last) {
+            float* part = a.part(query, split);
+            part[0] = part_top, part[1] = part_sum;
+        }
+        __syncthreads();                   // before the scores of the next split are written
+    }
+}
+
+// A block a query.
+inline __global__ void join_kernel(Heads8 a) {
+    const int query = int(blockIdx.x), n = a.n[query / a.heads];
+    for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
+        const float* part = a.part(query, 0);
+        float top = part[0], sum = part[1], out = part[2 + i];
+        for (int split = 1; split * SPLIT < n; split++) {
+            part = a.part(query, split);
+            Weights w = put_together(top, sum, part[0], part[1]);
+            out = out * w.old + part[2 + i] * w.now;
+        }
+        a.output(query)[i] = out;
+    }
+}
+
+// Numbers of `scratch` with which each of T tokens' splits has a block of its own. dv: numbers of a value
+inline int64_t split_scratch(int T, int H, int context, int dv) {
+    return int64_t(T) * H * ceil_div(context, SPLIT) * (dv + 2);
+}
+
+// Keys of one format; the heads lie at even distances. K and V may have more rows than any token sees.
+// scratch: one row, of split_scratch numbers; where it has fewer, a block does all splits.
+inline void attend(std::span<const Attention> heads, Rows scratch) {
+    const Attention& one = heads[0];
+    Heads8 a{one.out, one.q, 0, 0, stack_of(heads.size(), [&](size_t i) { return heads[i].k; }),
+             stack_of(heads.size(), [&](size_t i) { return heads[i].v; }), one.heads, int(one.n.size()),
+             one.n.data(), one.scale, int(ceil_div(one.k.rows, SPLIT)), nullptr};
+    if (heads.size() > 1)
+        a.next_out = heads[1].out.data - one.out.data, a.next_q = heads[1].q.data - one.q.data;
+    const unsigned queries = unsigned(a.T * a.heads), groups = unsigned(heads.size());
+    const int64_t needed = split_scratch(a.T, int(groups) * a.heads, one.k.rows, one.v.cols);
+    if (a.splits > 1 && needed <= scratch.stride) a.partial = scratch.data;
+    const dim3 grid(ceil_div(queries, QUERIES), a.partial ? unsigned(a.splits) : 1, groups);
+    switch (one.k.dtype) {
+    case Dtype::F32: start(attend_kernel<Dtype::F32>, grid, a); break;
+    case Dtype::BF16: start(attend_kernel<Dtype::BF16>, grid, a); break;
+    case Dtype::Q8_0: start(attend_kernel<Dtype::Q8_0>, grid, a); break;
+    default: CHECK(false, "keys in %s", format_of(one.k.dtype).name);
+    }
+    if (a.partial) start(join_kernel, dim3(queries, 1, groups), a);
+}
+TWIN(attend);
+
+// -- 7.2  the cache: keys and values of the past -------------------------------------------------
+
+// x[t] becomes row n[t] - 1: a thread a number, or a block of 32. Where a step writes is read on the device,
+// so the same launch serves every step.
+inline __global__ void store_kernel(Stack cache, Dtype dtype, const int* n, ConstRows x, int T) {
+    const int unit = dtype == Dtype::Q8_0 ? 32 : 1, units = cache.cols / unit;
+    const int t = int(item() / units), i = int(item() % units);
+    if (t >= T) return;
+    std::byte* row = const_cast<std::byte*>(cache.row(0, n[t] - 1));
+    if (dtype == Dtype::F32) reinterpret_cast<float*>(row)[i] = x[t][i];
+    if (dtype == Dtype::BF16) reinterpret_cast<uint16_t*>(row)[i] = float_to_bf16(x[t][i]);
+    if (dtype == Dtype::Q8_0) quantise_q8_0(row + 34 * i, x[t] + 32 * i);
+}
+inline void store(const Matrix& cache, std::span<const int> n, ConstRows x) {
+    const int units = cache.cols / format_of(cache.dtype).values, T = int(n.size());
+    start_each(store_kernel, int64_t(T) * units, stack_of(cache), cache.dtype, n.data(), x, T);
+}
+TWIN(store);
+
+// -- 7.3  gqa: what the distills have ------------------------------------------------------------
+
+inline void gqa_attend(real* out, const real* q, const Cache& cache, int l, int H, std::span<const int> n,
+                       Rows scratch) {
+    const int G = cache.parts / 2, d = cache.width, group = H / G;
+    std::vector<Attention> heads;
+    for (int g = 0; g < G; g++) {
+        int64_t at = int64_t(g) * group * d, stride = int64_t(H) * d;
+        heads.push_back({{out + at, stride}, {q + at, stride}, group, cache.matrix(l, 2 * g),
+                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n});
+    }
+    cuda::attend(heads, scratch);
+}
+TWIN(gqa_attend);
+
+}
+
+// =================================================================================================
+// Chapter 8. Attention II: MLA
+// =================================================================================================
+//
+// In the absorbed form all heads look at one key: a row of the cache, of which a block reads 576 numbers once
+// for eight queries, 128 heads of a decoded token with sixteen blocks a split. Before and after, each head has
+// its own small matrix; the heads of a weight lie evenly apart, so one launch does them all:
+//
+//      q_absorbed = W^UK^T q_nope      sums over the rows of W^UK      128 x (Dn x Rkv)
+//      out        = W^UV z             sums over the columns of W^UV   128 x (Dv x Rkv)
+//
+// The naive form is here to be compared with: it expands the cache for one head after the other.
+
+namespace cuda {
+
+// -- 8.1  the two forms --------------------------------------------------------------------------
+
+// to[t][h] (n numbers) = from[t][h]
+inline __global__ void copy_kernel(Heads to, Heads from, int n) {
+    const int64_t i = item() % n, h = item() / n % to.H, t = item() / n / to.H;
+    if (t < to.T) to.at(t, h)[i] = from.at(t, h)[i];
+}
+inline void copy(const Heads& to, const Heads& from, int n) {
+    start_each(copy_kernel, int64_t(to.T) * to.H * n, to, from, n);
+}
+
+inline Stack stack_of(std::span<const Matrix> heads) {
+    return cuda::stack_of(heads.size(), [&](size_t h) { return heads[h].stored(); });
+}
+
+// The cache's rows are those that the last token sees.
+inline void mla_naive(const LatentAttention& a) {
+    const int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
+    const int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.cache.rows;
+    Rows c{a.expanded[0], latent}, k{a.expanded[0] + int64_t(n) * latent, width}, v{k[0] + dk, width};
+    widen_rows(c, a.cache, nullptr, n);
+    copy({k[0] + Dn, width, 0, n, 1}, {c[0] + Rkv, latent, 0, n, 1}, a.Dr);
+    for (int h = 0; h < H; h++) {
+        cuda::matmul(k, c, a.wk_b[size_t(h)], n);                                       // W^UK c
+        cuda::matmul(v, c, a.wv_b[size_t(h)], n);                                       // W^UV c
+        Attention head{{a.out + h * Dv, int64_t(H) * Dv}, {a.q + h * dk, int64_t(H) * dk}, 1,
+                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n};
+        head.k.stride = head.v.stride = size_t(width) * sizeof(real);
+        cuda::attend({&head, 1}, a.scratch);
+    }
+}
+
+inline void mla_absorbed(const LatentAttention& a) {
+    const int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
+    const int T = int(a.n.size()), dk = Dn + a.Dr, latent = Rkv + a.Dr;
+    Batch down{{a.q_absorbed, int64_t(H) * latent}, {a.q, int64_t(H) * dk}, cuda::stack_of(a.wk_b), T, H, latent, dk};
+    (a.wk_b[0].transposed ? by_rows : by_columns)(a.wk_b[0].dtype, down);               // W^UK^T q_nope
+    copy({a.q_absorbed + Rkv, int64_t(H) * latent, latent, T, H},
+         {const_cast<real*>(a.q) + Dn, int64_t(H) * dk, dk, T, H}, a.Dr);
+    Attention all{{a.z, int64_t(H) * Rkv}, {a.q_absorbed, int64_t(H) * latent}, H, a.cache, a.cache, a.scale,
+                  a.n};
+    all.v.cols = Rkv, all.v.stride = row_bytes(a.cache.dtype, latent);                  // the value: c alone
+    cuda::attend({&all, 1}, a.scratch);
+    Batch up{{a.out, int64_t(H) * Dv}, {a.z, int64_t(H) * Rkv}, cuda::stack_of(a.wv_b), T, H, Dv, Rkv};
+    (a.wv_b[0].transposed ? by_columns : by_rows)(a.wv_b[0].dtype, up);                 // W^UV z
+}
+TWIN(mla_naive);
+TWIN(mla_absorbed);
+
+}
+
+// =================================================================================================
+// Chapter 9. Feed-forward
+// =================================================================================================
+//
+// Three products and what lies between them. Fusing silu into the first two would save a pass over gate and up,
+// a thousandth of what the weights take: here they stay apart.
+
+namespace cuda {
+
+// -- 9.1  swiglu ---------------------------------------------------------------------------------
+
+inline void swiglu(real* out, const real* x, const Mlp& w, int T, real* gate, real* up) {
+    const int F = w.w_gate.rows, D = w.w_gate.cols;
+    cuda::matmul({gate, F}, {x, D}, w.w_gate, T);
+    cuda::matmul({up, F}, {x, D}, w.w_up, T);
+    cuda::silu_times(gate, up, F, T);
+    cuda::matmul({out, D}, {gate, F}, w.w_down, T);
+}
+TWIN(swiglu);
+
+}
+
+// =================================================================================================
+// Chapter 10. Mixture of experts
+// =================================================================================================
+//
+// How does a GPU sort? Here it does not. An expert's place among the picked is the number of experts before
+// it, and a pair's slot the number of pairs before it, which each thread counts for itself: more comparisons
+// than a sort makes, and none that has to wait for another. No atomic addition decides an order, so slots, and
+// with them all sums, are the same each time and the same as the CPU's.
+//
+//      gate           a block a token: affinities, groups, ranks
+//      dispatch       a thread an expert: pairs of lower experts; a thread a pair: its slot
+//      run_experts    all slots of all experts in one launch; a block finds its expert in `first`, on the
+//                     device, so the host need not know who was picked
+//      combine        a thread a number of the output, over the token's picks in their order
+
+namespace cuda {
+
+// -- 10.1  gates: which experts see this token ---------------------------------------------------
+
+inline __global__ void sigmoid_kernel(float* out, const float* z, int64_t n) {
+    const int64_t i = item();
+    if (i < n) out[i] = sigmoid(z[i]);
+}
+inline void affinities(const Routing& r, const GateShape& g) {
+    const int64_t n = int64_t(r.T) * g.E;
+    if (g.affinity == Affinity::SIGMOID) return start_each(sigmoid_kernel, n, r.affinity, r.logits, n);
+    if (n) check(cudaMemcpyAsync(r.affinity, r.logits, size_t(n) * 4, cudaMemcpyDeviceToDevice, queue), "a copy");
+    cuda::softmax({r.affinity, g.E}, 1, r.T, g.E);
+}
+
+// By what a group is judged; NONE: there are no groups.
+enum class GroupScore : uint8_t { NONE, BEST, BEST_TWO };
+
+__device__ inline float group_score(const float* choice, int n, GroupScore by) {
+    float best = -std::numeric_limits<float>::infinity(), second = best;
+    for (int e = 0; e < n; e++) {
+        if (choice[e] > best) second = best, best = choice[e];
+        else if (choice[e] > second) second = choice[e];
+    }
+    return by == GroupScore::BEST ? best : best + second;
+}
+
+// A block a token. bias: none, or what is added before picking and never enters the weights
+inline __global__ void pick_kernel(Routing r, const float* bias, GateShape g, GroupScore by) {
+    DYNAMIC_SHARED(float, score);          // (n_group)
+    const int64_t t = blockIdx.x;
+    const int size = by == GroupScore::NONE ? g.E : g.E / g.n_group, me = int(threadIdx.x);
+    const float* affinity = r.affinity + t * g.E;
+    float *choice = r.choice + t * g.E, *weight = r.weight + t * g.K;
+    int* idx = r.idx + t * g.K;
+    for (int e = me; e < g.E; e += THREADS) choice[e] = bias ? affinity[e] + bias[e] : affinity[e];
+    __syncthreads();
+    for (int i = me; by != GroupScore::NONE && i < g.n_group; i += THREADS)
+        score[i] = group_score(choice + i * size, size, by);
+    __syncthreads();
+    for (int e = me; by != GroupScore::NONE && e < g.E; e += THREADS)
+        if (rank_of(score, g.n_group, e / size) >= g.topk_group) choice[e] = -std::numeric_limits<float>::infinity();
+    __syncthreads();
+    for (int e = me; e < g.E; e += THREADS) {
+        const int rank = rank_of(choice, g.E, e);
+        if (rank < g.K) idx[rank] = e;
+    }
+    __syncthreads();
+    const bool normalise = g.normalise && g.K > 1;
+    const float scale = normalise && !g.scale_normalised ? 1 : float(g.scale);
+    float sum = 0;                         // each thread the same: the order is that of the picks
+    for (int k = 0; k < g.K; k++) sum += affinity[idx[k]];
+    for (int k = me; k < g.K; k += THREADS) {
+        const float s = affinity[idx[k]];
+        weight[k] = (normalise ? s / (sum + 1e-20f) : s) * scale;
+    }
+}
+inline void pick(const Routing& r, const real* bias, const GateShape& g, GroupScore by) {
+    cuda::affinities(r, g);
+    start_sharing(size_t(g.n_group) * sizeof(float), pick_kernel, dim3(unsigned(r.T)), r, bias, g, by);
+}
+
+inline void gate_greedy(const Routing& r, const GateShape& g) { cuda::pick(r, nullptr, g, GroupScore::NONE); }
+inline void gate_group_limited_greedy(const Routing& r, const GateShape& g) {
+    cuda::pick(r, nullptr, g, GroupScore::BEST);
+}
+inline void gate_noaux_tc(const Routing& r, const real* bias, const GateShape& g) {
+    cuda::pick(r, bias, g, GroupScore::BEST_TWO);
+}
+TWIN(gate_greedy);
+TWIN(gate_group_limited_greedy);
+TWIN(gate_noaux_tc);
+
+// -- 10.2  dispatch: sort the (token, expert) pairs by expert ------------------------------------
+
+inline __global__ void count_kernel(int* first, const int* expert_idx, int pairs, int E) {
+    const int e = int(item());
+    if (e > E) return;
+    int lower = 0;
+    for (int i = 0; i < pairs; i++) lower += expert_idx[i] < e;
+    first[e] = lower;
+}
+inline __global__ void place_kernel(int* slot, int* slot_token, const int* first, const int* expert_idx,
+                                    int pairs, int K) {
+    const int i = int(item());
+    if (i >= pairs) return;
+    int at = first[expert_idx[i]];
+    for (int j = 0; j < i; j++) at += expert_idx[j] == expert_idx[i];
+    slot[i] = at, slot_token[at] = i / K;
+}
+inline void dispatch(int* first, int* slot, int* slot_token, const int* expert_idx, int T, int K, int E) {
+    start_each(count_kernel, E + 1, first, expert_idx, T * K, E);
+    start_each(place_kernel, T * K, slot, slot_token, first, expert_idx, T * K, K);
+}
+TWIN(dispatch);
+
+// -- 10.3  experts and combine -------------------------------------------------------------------
+
+// One of the three matrices of all experts.
+inline Stack stack_of(const std::vector<Mlp>& experts, Matrix Mlp::*which) {
+    return cuda::stack_of(experts.size(), [&](size_t e) { return experts[e].*which; });
+}
+
+// A token is read where it lies, so `in` is not needed but as the place of `shared_out`.
+inline void run_experts(const ExpertWork& a, const Moe& w) {
+    const Mlp& one = w.experts[0];
+    const int slots = a.slots, F = one.w_gate.rows, E = int(w.experts.size());
+    const int64_t D = one.w_gate.cols;
+    Batch gate{{a.gate, F}, {a.u, D}, cuda::stack_of(w.experts, &Mlp::w_gate), slots, E, 0, 0, a.first, a.slot_token};
+    Batch up{{a.up, F}, {a.u, D}, cuda::stack_of(w.experts, &Mlp::w_up), slots, E, 0, 0, a.first, a.slot_token};
+    Batch down{{a.out, D}, {a.gate, F}, cuda::stack_of(w.experts, &Mlp::w_down), slots, E, 0, 0, a.first};
+    by_rows(one.w_gate.dtype, gate);
+    by_rows(one.w_up.dtype, up);
+    cuda::silu_times(a.gate, a.up, F, slots);
+    by_rows(one.w_down.dtype, down);
+    if (!w.shared.w_gate) return;
+    cuda::swiglu(a.shared_out, a.u, w.shared, a.T, a.gate + int64_t(slots) * F, a.up + int64_t(slots) * F);
+}
+TWIN(run_experts);
+
+inline __global__ void combine_kernel(float* out, const float* expert_out, const int* slot, const float* weight,
+                                      int K, const float* shared, int T, int D) {
+    const int64_t t = item() / D, d = item() % D;
+    if (t >= T) return;
+    float sum = 0;
+    for (int64_t k = t * K; k < (t + 1) * K; k++) sum = std::fma(weight[k], expert_out[int64_t(slot[k]) * D + d], sum);
+    out[item()] = shared ? sum + shared[item()] : sum;
+}
+inline void combine(real* out, const real* expert_out, const int* slot, const real* weight, int K,
+                    const real* shared, int T, int D) {
+    start_each(combine_kernel, int64_t(T) * D, out, expert_out, slot, weight, K, shared, T, D);
+}
+TWIN(combine);
+
+}
