@@ -1581,7 +1581,7 @@ inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
 }
 
 // out[t] += bias for T rows   bias: (n) or none
-inline void add_bias(real* out, const Vector& bias, int T) {
+inline void add_bias(real* out, std::span<const real> bias, int T) {
     for (size_t i = 0; i < bias.size() * size_t(T); i++) out[i] += bias[i % bias.size()];
     rounded(out, int64_t(bias.size()) * T);
 }
@@ -1592,7 +1592,7 @@ inline void add(real* out, const real* x, size_t n) {
     rounded(out, int64_t(n));
 }
 
-// -- 5.6  embed, rmsnorm -------------------------------------------------------------------------
+// -- 5.6  embed, softmax, rmsnorm ----------------------------------------------------------------
 
 // out[t] = row ids[t] of W   out: (T, w.cols)
 inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
@@ -1602,9 +1602,14 @@ inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
     }
 }
 
+// z[t] = softmax(scale z[t]) in place, over T rows of n numbers, as 5.3 defines it.   scale > 0
+inline void softmax(Rows z, real scale, int T, int n) {
+    parallel_for(T, [&](int64_t t) { kernels.softmax(z[t], scale, n); }, 16 * int64_t(n));
+}
+
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
 // out, x: (T, n), `x` may be `out`; w: (n)
-inline void rmsnorm(Rows out, ConstRows x, const Vector& w, int T, double eps) {
+inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, double eps) {
     int n = int(w.size());
     parallel_for(T, [&](int64_t t) {
         real scale = 1 / std::sqrt(kernels.dot_real(x[t], x[t], n) / real(n) + real(eps));
@@ -1709,7 +1714,15 @@ inline void rope_table(real* cos_sin, const Rope& rope, int T, int pos) {
     }
 }
 
-// -- 6.2  rope_interleaved, rope_half: rotate one vector in place --------------------------------
+// -- 6.2  rope_interleaved, rope_half: rotate the heads of T tokens in place ---------------------
+
+// H vectors of each of T tokens, `token` numbers from token to token and `head` from head to head.
+struct Heads {
+    real* data;
+    int64_t token, head;
+    int T, H;
+    real* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
 
 EVERYWHERE inline void rotate(real& a, real& b, const real* cos_sin) {
     real x = a, y = b;
@@ -1717,15 +1730,25 @@ EVERYWHERE inline void rotate(real& a, real& b, const real* cos_sin) {
     b = x * cos_sin[1] + y * cos_sin[0];
 }
 
-// x: (dim)   cos_sin: (dim / 2, 2)
-inline void rope_interleaved(real* x, const real* cos_sin, int dim) {
-    for (int i = 0; i < dim / 2; i++) rotate(x[2 * i], x[2 * i + 1], cos_sin + 2 * i);
-    rounded(x, dim);
+// The first `dim` numbers of each vector; a token's heads turn alike.   cos_sin: (T, dim / 2, 2)
+inline void rope_interleaved(const Heads& x, const real* cos_sin, int dim) {
+    parallel_for(x.T, [&](int64_t t) {
+        for (int h = 0; h < x.H; h++) {
+            real* v = x.at(t, h);
+            for (int i = 0; i < dim / 2; i++) rotate(v[2 * i], v[2 * i + 1], cos_sin + t * dim + 2 * i);
+            rounded(v, dim);
+        }
+    }, int64_t(x.H) * dim);
 }
 
-inline void rope_half(real* x, const real* cos_sin, int dim) {
-    for (int i = 0; i < dim / 2; i++) rotate(x[i], x[i + dim / 2], cos_sin + 2 * i);
-    rounded(x, dim);
+inline void rope_half(const Heads& x, const real* cos_sin, int dim) {
+    parallel_for(x.T, [&](int64_t t) {
+        for (int h = 0; h < x.H; h++) {
+            real* v = x.at(t, h);
+            for (int i = 0; i < dim / 2; i++) rotate(v[i], v[i + dim / 2], cos_sin + t * dim + 2 * i);
+            rounded(v, dim);
+        }
+    }, int64_t(x.H) * dim);
 }
 
 // =================================================================================================
@@ -1826,11 +1849,17 @@ struct Cache {
         const std::byte* data = pages.data() + i * size_t(context) * row_bytes(dtype, width);
         return {data, nullptr, dtype, context, width, 0, 0};
     }
-    // x: (width), the row of position `pos`
-    void store(int l, int part, int pos, const real* x) const {
-        store_row(pages.data() + (matrix(l, part).row(pos) - pages.data()), x, width, dtype);
-    }
 };
+
+// Token t's numbers become row n[t] - 1 of a cache's matrix: the last position that it sees is its own.
+// n: (T)   x: (T, cache.cols)
+inline void store(const Matrix& cache, std::span<const int> n, ConstRows x) {
+    parallel_for(int64_t(n.size()), [&](int64_t t) {
+        // A Matrix is read everywhere but here, and what is a cache's is memory of the program's own.
+        std::byte* row = const_cast<std::byte*>(cache.row(n[size_t(t)] - 1));
+        store_row(row, x[t], cache.cols, cache.dtype);
+    }, cache.cols);
+}
 
 // -- 7.3  gqa: what the distills have ------------------------------------------------------------
 
@@ -2027,17 +2056,27 @@ struct GateShape {
     double scale;
 };
 
-// One token's routing.
+// The routing of T tokens.
 struct Routing {
-    const real* logits;           // (E)
-    real *affinity, *choice;      // (E): s; the score by which experts are picked
-    int* idx;                     // (K), in descending order of choice
-    real* weight;                 // (K), in the order of idx
+    int T;
+    const real* logits;           // (T, E)
+    real *affinity, *choice;      // (T, E): s; the score by which experts are picked
+    int* idx;                     // (T, K), a token's in descending order of choice
+    real* weight;                 // (T, K), in the order of idx
+
+    Routing token(int64_t t, const GateShape& g) const {
+        return {1, logits + t * g.E, affinity + t * g.E, choice + t * g.E, idx + t * g.K, weight + t * g.K};
+    }
 };
+
+// Calls gate(r) with each token's own routing.
+template <class Body> void each_token(const Routing& all, const GateShape& g, const Body& gate) {
+    parallel_for(all.T, [&](int64_t t) { gate(all.token(t, g)); }, 32 * int64_t(g.E));
+}
 
 inline void affinities(const Routing& r, const GateShape& g) {
     std::copy_n(r.logits, g.E, r.affinity);
-    if (g.affinity == Affinity::SOFTMAX) return kernels.softmax(r.affinity, 1, g.E);
+    if (g.affinity == Affinity::SOFTMAX) return softmax({r.affinity, g.E}, 1, 1, g.E);
     for (int e = 0; e < g.E; e++) r.affinity[e] = sigmoid(r.logits[e]);
 }
 
@@ -2070,54 +2109,59 @@ inline void pick(const Routing& r, const GateShape& g) {
 }
 
 //   pick = top-K of s                                                    V2-Lite
-inline void gate_greedy(const Routing& r, const GateShape& g) {
-    affinities(r, g);
-    std::copy_n(r.affinity, g.E, r.choice);
-    pick(r, g);
+inline void gate_greedy(const Routing& all, const GateShape& g) {
+    each_token(all, g, [&](const Routing& r) {
+        affinities(r, g);
+        std::copy_n(r.affinity, g.E, r.choice);
+        pick(r, g);
+    });
 }
 
 //   group score = max of s in the group; pick = top-K of s in the best groups               V2 section 2.2.2
-inline void gate_group_limited_greedy(const Routing& r, const GateShape& g) {
-    affinities(r, g);
-    std::copy_n(r.affinity, g.E, r.choice);
-    int size = g.E / g.n_group;
-    std::vector<real> score;
-    for (int i = 0; i < g.n_group; i++)
-        score.push_back(*std::max_element(r.choice + i * size, r.choice + (i + 1) * size));
-    keep_best_groups(r, score, g);
-    pick(r, g);
+inline void gate_group_limited_greedy(const Routing& all, const GateShape& g) {
+    each_token(all, g, [&](const Routing& r) {
+        affinities(r, g);
+        std::copy_n(r.affinity, g.E, r.choice);
+        int size = g.E / g.n_group;
+        std::vector<real> score;
+        for (int i = 0; i < g.n_group; i++)
+            score.push_back(*std::max_element(r.choice + i * size, r.choice + (i + 1) * size));
+        keep_best_groups(r, score, g);
+        pick(r, g);
+    });
 }
 
 //   group score = sum of the two best s + b; pick = top-K of s + b in the best groups      V3 eq. 16, 2.1.2
 // bias: (E)
-inline void gate_noaux_tc(const Routing& r, const real* bias, const GateShape& g) {
-    affinities(r, g);
-    for (int e = 0; e < g.E; e++) r.choice[e] = r.affinity[e] + bias[e];
-    int size = g.E / g.n_group, best[2];
-    std::vector<real> score;
-    for (int i = 0; i < g.n_group; i++) {
-        const real* choice = r.choice + i * size;
-        top_k(best, choice, size, 2);
-        score.push_back(choice[best[0]] + choice[best[1]]);
-    }
-    keep_best_groups(r, score, g);
-    pick(r, g);
+inline void gate_noaux_tc(const Routing& all, const real* bias, const GateShape& g) {
+    each_token(all, g, [&](const Routing& r) {
+        affinities(r, g);
+        for (int e = 0; e < g.E; e++) r.choice[e] = r.affinity[e] + bias[e];
+        int size = g.E / g.n_group, best[2];
+        std::vector<real> score;
+        for (int i = 0; i < g.n_group; i++) {
+            const real* choice = r.choice + i * size;
+            top_k(best, choice, size, 2);
+            score.push_back(choice[best[0]] + choice[best[1]]);
+        }
+        keep_best_groups(r, score, g);
+        pick(r, g);
+    });
 }
 
 // -- 10.2  dispatch: sort the (token, expert) pairs by expert ------------------------------------
 
-// Expert e works on slots first[e] .. first[e + 1], first: (E + 1), returned. A slot is one pair.
-// expert_idx: (T, K)   slot: (T, K), of each pair   slot_token: (T * K), of each slot, ascending in an expert
-inline std::vector<int> dispatch(int* slot, int* slot_token, const int* expert_idx, int T, int K, int E) {
-    std::vector<int> first(size_t(E) + 1);
-    for (int i = 0; i < T * K; i++) first[size_t(expert_idx[i]) + 1]++;
-    for (size_t e = 0; e < size_t(E); e++) first[e + 1] += first[e];
-    std::vector<int> next = first;
-    for (int i = 0; i < T * K; i++) {
-        slot[i] = next[size_t(expert_idx[i])]++;
+// Expert e works on slots first[e] .. first[e + 1]. A slot is one pair; an expert's are in the order of their
+// tokens.   first: (E + 1)   slot: (T, K), of each pair   slot_token: (T * K), of each slot
+// expert_idx: (T, K)
+inline void dispatch(int* first, int* slot, int* slot_token, const int* expert_idx, int T, int K, int E) {
+    std::fill_n(first, E + 1, 0);
+    for (int i = 0; i < T * K; i++) first[expert_idx[i]]++;
+    for (int e = 0; e < E; e++) first[e + 1] += first[e];      // where e's slots end, and back from there
+    for (int i = T * K - 1; i >= 0; i--) {
+        slot[i] = --first[expert_idx[i]];
         slot_token[slot[i]] = i / K;
     }
-    return first;
 }
 
 // -- 10.3  experts and combine -------------------------------------------------------------------
@@ -2132,7 +2176,7 @@ struct Moe {
 struct ExpertWork {
     const real* u;                         // (T, D)
     int T;
-    std::span<const int> first;            // (E + 1)
+    const int* first;                      // (E + 1)
     const int* slot_token;                 // (T * K)
     real *in, *out;                        // (T * K, D) each, by slot
     real* shared_out;                      // (T, D); may be `in`, which is used up by then
@@ -2142,7 +2186,7 @@ struct ExpertWork {
 // Each expert on its slots, all at the same time: its weights are read once for all its tokens. The shared
 // one, with all T tokens, is one of them.
 inline void run_experts(const ExpertWork& a, const Moe& w) {
-    const int slots = a.first.back(), F = w.experts[0].w_gate.rows, shared = w.shared.w_gate.rows;
+    const int slots = a.first[w.experts.size()], F = w.experts[0].w_gate.rows, shared = w.shared.w_gate.rows;
     const int64_t D = w.experts[0].w_gate.cols;
     real *shared_gate = a.gate + int64_t(slots) * F, *shared_up = a.up + int64_t(slots) * F;
     std::vector<Product> up, down;
@@ -2261,6 +2305,7 @@ struct Activations {
     real *gate_weight = reals(C, c.K), *expert_in = reals(C, c.K, c.D), *expert_out = reals(C, c.K, c.D);
     real *mtp_in = reals(c.n_mtp, C, 2 * c.D);
     real *mtp_x = reals(c.n_mtp, C, c.D), *mtp_h = reals(c.n_mtp, C, c.D);
+    int* first = ints(c.E ? c.E + 1 : 0);                       // of a dense model: nothing
     int *seen = ints(C), *expert_idx = ints(C, c.K), *slot = ints(C, c.K), *slot_token = ints(C, c.K);
 
     static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
@@ -2514,8 +2559,9 @@ inline Model load_model(const fs::path& folder) {
 
 // -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
 
-// a.y (T, D) = attention of a.u (T, D) at positions pos, pos + 1, ...; writes the cache of layer l. mla too.
-inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
+// a.y (T, D) = attention of a.u (T, D), at the positions that `place` has set; writes the cache of layer l.
+// mla too.
+inline void gqa(Session& s, const Gqa& w, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
     int d = c.head_dim, width = c.G * d;
@@ -2525,21 +2571,18 @@ inline void gqa(Session& s, const Gqa& w, int l, int T, int pos) {
         {{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
     matmul(products);
     if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
-    parallel_for(T, [&](int64_t t) {
-        const real* cos_sin = a.cos_sin + t * d;
-        for (int g = 0; g < c.G; g++) {
-            real* key = k + t * width + g * d;
-            rope_half(key, cos_sin, d);
-            s.cache.store(l, 2 * g, pos + int(t), key);
-            s.cache.store(l, 2 * g + 1, pos + int(t), v + t * width + g * d);
-        }
-        for (int h = 0; h < c.H; h++) rope_half(a.q + (t * c.H + h) * d, cos_sin, d);
-    }, c.H * d);
-    gqa_attend(a.o, a.q, s.cache, l, c.H, {a.seen, size_t(T)}, a.scratch);
+    rope_half({a.q, c.H * d, d, T, c.H}, a.cos_sin, d);
+    rope_half({k, width, d, T, c.G}, a.cos_sin, d);
+    std::span<const int> n{a.seen, size_t(T)};
+    for (int g = 0; g < c.G; g++) {
+        store(s.cache.matrix(l, 2 * g), n, {k + g * d, width});
+        store(s.cache.matrix(l, 2 * g + 1), n, {v + g * d, width});
+    }
+    gqa_attend(a.o, a.q, s.cache, l, c.H, n, a.scratch);
     matmul({a.y, c.D}, {a.o, c.H * d}, w.wo, T);
 }
 
-inline void tap_mla(const Session& s, int l, int T, int pos) {
+inline void tap_mla(const Session& s, int l, int T) {
     if (!s.taps) return;
     const Config& c = s.model.config;
     Matrix past = s.cache.matrix(l, 0);
@@ -2550,7 +2593,7 @@ inline void tap_mla(const Session& s, int l, int T, int pos) {
     for (int64_t i = 0; i < int64_t(T) * c.H; i++)
         split(s.a.q + i * c.q_dim(), c.Dn, c.q_dim(), q_nope, q_rope);
     for (int t = 0; t < T; t++) {
-        kernels.widen(row.data(), past, pos + t);
+        kernels.widen(row.data(), past, s.a.seen[t] - 1);
         split(row.data(), c.Rkv, past.cols, c_kv, k_rope);
     }
     s.tap(l, "q_nope", q_nope.data(), T, {c.H, c.Dn});
@@ -2574,7 +2617,7 @@ inline void attend_latent(Session& s, const Mla& w, int l, int T) {
 
 //   c^Q = RMSNorm(W^DQ u), [q_nope | q_rope] = W^UQ c^Q                   V3 eq. 6-9
 //   [c | k] = W^DKV u,  c^KV = RMSNorm(c),  k_rope = RoPE(k)              V3 eq. 1-3
-inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
+inline void mla(Session& s, const Mla& w, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
     int width = c.Rkv + c.Dr, q_dim = c.q_dim();
@@ -2588,13 +2631,10 @@ inline void mla(Session& s, const Mla& w, int l, int T, int pos) {
         matmul(q, c_q, w.wq_b, T);
     }
     rmsnorm(kv, kv, w.kv_norm, T, LATENT_EPS);
-    parallel_for(T, [&](int64_t t) {
-        const real* cos_sin = a.cos_sin + t * c.Dr;
-        rope_interleaved(kv[t] + c.Rkv, cos_sin, c.Dr);
-        s.cache.store(l, 0, pos + int(t), kv[t]);
-        for (int h = 0; h < c.H; h++) rope_interleaved(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);
-    }, c.H * c.Dr + width);
-    tap_mla(s, l, T, pos);
+    rope_interleaved({a.q + c.Dn, c.H * q_dim, q_dim, T, c.H}, a.cos_sin, c.Dr);
+    rope_interleaved({a.kv + c.Rkv, width, 0, T, 1}, a.cos_sin, c.Dr);
+    store(s.cache.matrix(l, 0), {a.seen, size_t(T)}, kv);
+    tap_mla(s, l, T);
     attend_latent(s, w, l, T);
     matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
 }
@@ -2611,36 +2651,33 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     Activations& a = s.a;
     matmul({a.router_logits, c.E}, {a.u, c.D}, w.gate_w, T);
     GateShape shape = gate_shape(c);
-    parallel_for(T, [&](int64_t t) {
-        Routing r{a.router_logits + t * c.E, a.affinity + t * c.E, a.choice + t * c.E, a.expert_idx + t * c.K,
-                  a.gate_weight + t * c.K};
-        switch (c.gate) {
-        case Gate::GREEDY: return gate_greedy(r, shape);
-        case Gate::GROUP_LIMITED_GREEDY: return gate_group_limited_greedy(r, shape);
-        case Gate::NOAUX_TC: return gate_noaux_tc(r, w.gate_bias.data(), shape);
-        }
-    }, 32 * c.E);
+    Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight};
+    switch (c.gate) {
+    case Gate::GREEDY: gate_greedy(r, shape); break;
+    case Gate::GROUP_LIMITED_GREEDY: gate_group_limited_greedy(r, shape); break;
+    case Gate::NOAUX_TC: gate_noaux_tc(r, w.gate_bias.data(), shape); break;
+    }
     s.tap(l, "router_logits", a.router_logits, T, {c.E});
     if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
 
-    std::vector<int> first = dispatch(a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
-    run_experts({a.u, T, first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
+    run_experts({a.u, T, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
     combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
 }
 
 // -- 11.4  block, forward, head ------------------------------------------------------------------
 
 // One layer on the residual stream x (T, D), in place.
-inline void block(Session& s, const Layer& w, real* x, int l, int T, int pos) {
+inline void block(Session& s, const Layer& w, real* x, int l, int T) {
     const Config& c = s.model.config;
     Activations& a = s.a;
     size_t n = size_t(T) * size_t(c.D);
 
     rmsnorm({a.u, c.D}, {x, c.D}, w.attn_norm, T, c.eps);
     s.tap(l, "attn_norm", a.u, T, {c.D});
-    if (c.mla()) mla(s, w.mla, l, T, pos);
-    else gqa(s, w.gqa, l, T, pos);
+    if (c.mla()) mla(s, w.mla, l, T);
+    else gqa(s, w.gqa, l, T);
     s.tap(l, "attn_out", a.y, T, {c.D});
     add(x, a.y, n);
 
@@ -2671,7 +2708,7 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
     place(s, T, pos);
     embed({a.x, c.D}, m.embed, ids);
     if (s.taps) s.taps->add("embed", a.x, T, {c.D});
-    for (int l = 0; l < c.n_layers; l++) block(s, m.layers[size_t(l)], a.x, l, T, pos);
+    for (int l = 0; l < c.n_layers; l++) block(s, m.layers[size_t(l)], a.x, l, T);
     rmsnorm({a.h, c.D}, {a.x, c.D}, m.norm, T, c.eps);
     if (s.taps) s.taps->add("norm", a.h, T, {c.D});
     s.length = pos + T, s.h_pos = pos, s.h_rows = T;
@@ -3152,7 +3189,7 @@ inline void mtp_forward(Session& s, const real* h, std::span<const int> next, in
     matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);
     if (s.taps) s.taps->add("mtp.in", a.mtp_x, T, {c.D});
     place(s, T, pos);
-    block(s, w.layer, a.mtp_x, c.n_layers, T, pos);
+    block(s, w.layer, a.mtp_x, c.n_layers, T);
     if (s.taps) s.taps->add("mtp.out", a.mtp_x, T, {c.D});
     rmsnorm({a.mtp_h, c.D}, {a.mtp_x, c.D}, w.norm, T, c.eps);
     s.mtp_length = pos + T;

@@ -75,17 +75,23 @@ SCORES_OF = """for (int j = 0; j < n; j++) p[j] = as_f16(FACTOR * p[j]);
         softmax_plain(p, 1, n);"""
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
 UP_TO_2 = "std::exp2(std::ceil(std::log2(load<float>(scale))))"
-GATE = "case Gate::NOAUX_TC: «return gate_noaux_tc(r, w.gate_bias.data(), shape);»"
+MLA_HEADS = ("{a.q + c.Dn, c.H * q_dim, q_dim, T, c.H}, a.cos_sin, c.Dr",
+             "{a.kv + c.Rkv, width, 0, T, 1}, a.cos_sin, c.Dr")
+GQA_HEADS = "{a.q, c.H * d, d, T, c.H}, a.cos_sin, d", "{k, width, d, T, c.G}, a.cos_sin, d"
+GATE = "case Gate::NOAUX_TC: «gate_noaux_tc(r, w.gate_bias.data(), shape);»"
 RECOVERED = """gate_noaux_tc(r, w.gate_bias.data(), shape);
-        for (size_t e = 0; e < w.gate_bias.size(); e++)
-            r.affinity[e] = as_bf16(r.choice[e]) - w.gate_bias[e];
-        return mixture_weights(r, shape);"""
+        for (int t = 0; t < T; t++) {
+            Routing one = r.token(t, shape);
+            for (int e = 0; e < c.E; e++)
+                one.affinity[e] = as_bf16(one.choice[e]) - w.gate_bias[size_t(e)];
+            mixture_weights(one, shape);
+        }"""
 SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]]»;"
 ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
 TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
         ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
-EXPERTS = """«run_experts({a.u, T, first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up},
-    w);»"""
+EXPERTS = """«run_experts({a.u, T, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate,
+    a.up}, w);»"""
 DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.in + i * D);»"
 MIX = "«kernels.weigh({sum, 0}, {weight + k, 0}, expert, 1, 1);»"
 WEIGHTED_INPUT = """int64_t pair = std::find(planted_slot, planted_slot + slots, int(i)) - planted_slot;
@@ -121,14 +127,9 @@ MISTAKES = [
 
     # 2. RoPE: which two numbers form a pair.
     Mistake("rope", "half layout in MLA", "v3-bf16", "layers.0.q_rope",
-            [("«rope_interleaved(kv[t] + c.Rkv, cos_sin, c.Dr);»",
-              "rope_half(kv[t] + c.Rkv, cos_sin, c.Dr);"),
-             ("«rope_interleaved(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);»",
-              "rope_half(q[t] + h * q_dim + c.Dn, cos_sin, c.Dr);")]),
+            [(f"«rope_interleaved({heads});»", f"rope_half({heads});") for heads in MLA_HEADS]),
     Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.attn_out",
-            [("«rope_half(key, cos_sin, d);»", "rope_interleaved(key, cos_sin, d);"),
-             ("«rope_half(a.q + (t * c.H + h) * d, cos_sin, d);»",
-              "rope_interleaved(a.q + (t * c.H + h) * d, cos_sin, d);")]),
+            [(f"«rope_half({heads});»", f"rope_interleaved({heads});") for heads in GQA_HEADS]),
 
     # 3. The correction bias picks experts and must not enter the mixture.
     Mistake("bias", "mixture weights from biased scores", "v3-bf16", "layers.1.expert_weight",
@@ -144,7 +145,7 @@ MISTAKES = [
     Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.expert_idx",
             [('c.sigmoid_affinity = «f.choice("scoring_func", {"softmax", "sigmoid"}) == 1»;', "false")]),
     Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.expert_idx",
-            [(GATE, "return gate_group_limited_greedy(r, shape);")]),
+            [(GATE, "gate_group_limited_greedy(r, shape);")]),
     Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.expert_idx",
             [("score.push_back(«choice[best[0]] + choice[best[1]]»);", "choice[best[0]]")]),
     Mistake("gate", "masked groups filled with 0", "v3-negative", "layers.1.expert_idx",
@@ -212,11 +213,11 @@ MISTAKES = [
     Mistake("chunks", "positions restart with " + CHUNK, "v3-bf16", "layers.0.q_rope",
             [("rope_table(s.a.cos_sin, s.model.rope, T, «pos»);", "0")], BITS),
     Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
-            [("s.cache.store(l, 0, «pos» + int(t), kv[t]);", "0")], BITS),
+            [("cache.row(«n[size_t(t)]» - 1)", "int(t) + 1")], BITS),
     Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
-            [("s.a.seen[t] = «pos + t + 1»;", "t + 1")], BITS),
+            [("n = «a.n[size_t(t)]»; // causal", "int(t) + 1")], BITS),
     Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
-            [("s.a.seen[t] = «pos + t + 1»;", "t + 1")], BITS),
+            [("n = «a.n[size_t(t)]»; // causal", "int(t) + 1")], BITS),
 
     # 12. Expert parallelism: physical and logical experts confused, a combine that takes another's rows.
     Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.ffn_out",

@@ -586,7 +586,21 @@ TEST(Add, InPlace) {
     EXPECT_EQ(out, (Vector{11, 22, 3}));
 }
 
-// -- 5.6 rmsnorm ------------------------------------------------------------------------------------
+// -- 5.6 softmax, rmsnorm ---------------------------------------------------------------------------
+
+TEST(SoftmaxOfRows, IsThatOfEachRowAndKeepsToItsStride) {
+    Noise noise;
+    for (int threads : {1, 3}) {
+        ScopedThreads scoped(threads);
+        for (int n : {1, 8, 333}) {
+            const size_t T = 40, stride = size_t(n) + 3;
+            Vector z = noise.vector(T * stride), expected = z;
+            for (size_t t = 0; t < T; t++) kernels.softmax(expected.data() + t * stride, real(0.7), n);
+            softmax({z.data(), int64_t(stride)}, real(0.7), int(T), n);
+            EXPECT_TRUE(same_bits(z, expected)) << n << " numbers, " << threads << " threads";
+        }
+    }
+}
 
 // Roundings: of the sum of squares dot_roundings(n), division by n, eps (twice: itself and the addition); the
 // square root halves what came before and adds one; then 1 / root and two products.

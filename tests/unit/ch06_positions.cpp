@@ -140,11 +140,14 @@ TEST(RopeTable, CarriesTheMagnitude) {
 
 // -- 6.2 rotation -----------------------------------------------------------------------------------
 
+// One head of one token.
+static Heads one(Vector& x) { return {x.data(), 0, 0, 1, 1}; }
+
 TEST(Rotation, ByAQuarterTurn) {
     const real quarter[] = {0, 1, 0, 1};
     Vector interleaved = {1, 2, 3, 4}, half = {1, 2, 3, 4};
-    rope_interleaved(interleaved.data(), quarter, 4);
-    rope_half(half.data(), quarter, 4);
+    rope_interleaved(one(interleaved), quarter, 4);
+    rope_half(one(half), quarter, 4);
     EXPECT_EQ(interleaved, (Vector{-2, 1, -4, 3}));   // pairs (1 2) (3 4)
     EXPECT_EQ(half, (Vector{-3, -4, 1, 2}));          // pairs (1 3) (2 4)
 }
@@ -153,8 +156,8 @@ TEST(Rotation, TheLayoutsArePermutationsOfEachOther) {
     Vector table(64), interleaved = noise.vector(64), half(64);
     rope_table(table.data(), make_rope(yarn(1, 1), 64), 1, 1234);
     for (size_t i = 0; i < 64; i++) half[i / 2 + i % 2 * 32] = interleaved[i];
-    rope_interleaved(interleaved.data(), table.data(), 64);
-    rope_half(half.data(), table.data(), 64);
+    rope_interleaved(one(interleaved), table.data(), 64);
+    rope_half(one(half), table.data(), 64);
     for (size_t i = 0; i < 64; i++) EXPECT_EQ(half[i / 2 + i % 2 * 32], interleaved[i]) << i;
 }
 
@@ -174,8 +177,8 @@ TEST(Rotation, KeepsTheDotProductOfARelativePosition) {
     Vector q = noise.vector(64), k = noise.vector(64), table(64);
     for (auto [m, n] : {std::pair{0, 0}, std::pair{5, 3}, std::pair{4100, 2}, std::pair{163839, 163800}}) {
         Vector qm = q, kn = k;
-        rope_table(table.data(), rope, 1, m), rope_interleaved(qm.data(), table.data(), 64);
-        rope_table(table.data(), rope, 1, n), rope_interleaved(kn.data(), table.data(), 64);
+        rope_table(table.data(), rope, 1, m), rope_interleaved(one(qm), table.data(), 64);
+        rope_table(table.data(), rope, 1, n), rope_interleaved(one(kn), table.data(), 64);
         long double dot = 0, exact = 0, bound = 0;
         for (size_t i = 0; i < 64; i += 2) {
             long double size = (std::fabs((long double)(q[i])) + std::fabs((long double)(q[i + 1]))) *
@@ -187,9 +190,25 @@ TEST(Rotation, KeepsTheDotProductOfARelativePosition) {
         EXPECT_LE(std::fabs(dot - exact), bound) << m << " " << n;
     }
 }
+// Each vector of each token by its own position, and nothing between them: heads may lie at any distance.
+TEST(Rotation, OfManyHeadsAndTokens) {
+    const int T = 5, H = 3, dim = 8, head = dim + 2, token = H * head + 1;
+    Noise noise;
+    Vector table(size_t(T * dim));
+    rope_table(table.data(), make_rope(yarn(1, 1), dim), T, 1000);
+    for (auto rope : {rope_interleaved, rope_half}) {
+        Vector x = noise.vector(size_t(T * token)), expected = x;
+        for (int i = 0; i < T * H; i++) {
+            Heads alone{expected.data() + i / H * token + i % H * head, 0, 0, 1, 1};
+            rope(alone, table.data() + i / H * dim, dim);
+        }
+        rope({x.data(), token, head, T, H}, table.data(), dim);
+        EXPECT_TRUE(same_bits(x, expected));
+    }
+}
 TEST(Rotation, TurnsTheQueryForward) {
     Vector table(2), x = {1, 0};
     rope_table(table.data(), make_rope(RopeConfig{}, 2), 1, 1);
-    rope_interleaved(x.data(), table.data(), 2);
+    rope_interleaved(one(x), table.data(), 2);
     EXPECT_EQ(x, (Vector{real(std::cos(1.0)), real(std::sin(1.0))}));
 }

@@ -50,7 +50,7 @@ TEST(GqaCache, StoresARowAndNothingElse) {
     for (Dtype dtype : CACHES) {
         Cache cache = cache_of(config_of(wide_dense()), 5, dtype);
         Vector x = Noise{}.vector(32), row(32);
-        cache.store(1, 2, 3, x.data());
+        store(cache.matrix(1, 2), std::array{4}, {x.data(), 32});
         std::string bytes(row_bytes(dtype, 32), '\0');
         store_row(reinterpret_cast<std::byte*>(bytes.data()), x.data(), 32, dtype);
         const std::byte *begin = cache.matrix(1, 2).row(3), *end = begin + bytes.size();
@@ -58,6 +58,22 @@ TEST(GqaCache, StoresARowAndNothingElse) {
         for (const std::byte* p = cache.pages.data(); p < cache.pages.data() + cache.pages.size(); p++) {
             if (p < begin || p >= end) { ASSERT_EQ(*p, std::byte{0}); }
         }
+    }
+}
+// Rows of several tokens, in any order, which need not lie side by side.
+TEST(GqaCache, StoresTokensWhereTheyStand) {
+    for (Dtype dtype : CACHES) {
+        Cache cache = cache_of(config_of(wide_dense()), 9, dtype);
+        Vector x = Noise{}.vector(3 * 40);
+        const int n[] = {3, 4, 9};
+        store(cache.matrix(1, 2), n, {x.data(), 40});
+        std::string bytes(9 * row_bytes(dtype, 32), '\0');
+        for (size_t t = 0; t < 3; t++) {
+            size_t at = size_t(n[t] - 1) * row_bytes(dtype, 32);
+            store_row(reinterpret_cast<std::byte*>(bytes.data() + at), x.data() + t * 40, 32, dtype);
+        }
+        EXPECT_EQ(std::memcmp(cache.matrix(1, 2).data, bytes.data(), bytes.size()), 0)
+            << format_of(dtype).name;
     }
 }
 // What a number may lose: nothing; half a step of 8 significant bits, 2^-8 of it; half a step of the block's
@@ -68,7 +84,7 @@ TEST(GqaCache, LosesHalfAStepAtMost) {
         Cache cache = cache_of(config_of(wide_dense()), 50, dtype);
         for (int pos = 0; pos < 50; pos++) {
             Vector x = noise.vector(32), row(32);
-            cache.store(0, 1, pos, x.data());
+            store(cache.matrix(0, 1), std::array{pos + 1}, {x.data(), 32});
             widen_plain(row.data(), cache.matrix(0, 1), pos);
             real top = 0;
             for (real v : x) top = std::max(top, std::fabs(v));
@@ -314,7 +330,7 @@ TEST(Gqa, HeadsShareKvHeadsInOrder) {
     std::fill_n(s.a.u, 8 * 60, real(1));
     model.rope = make_rope(c.rope, 10);
     place(s, 8, 0);
-    gqa(s, w, 0, 8, 0);
+    gqa(s, w, 0, 8);
     for (int t = 0; t < 8; t++) {
         for (int i = 0; i < 60; i++) ASSERT_NEAR(s.a.y[t * 60 + i], i / 10 < 3 ? 1 : 2, 2 * chain_error(9));
     }
@@ -328,11 +344,11 @@ TEST(Gqa, KeysAreCachedRotatedAndValuesAsTheyAre) {
     Vector u = noise.vector(size_t(c.D)), k(20), v(20), table(10), row(10);
     std::copy(u.begin(), u.end(), s.a.u);
     place(s, 1, 3), rope_table(table.data(), model.rope, 1, 3);
-    gqa(s, w, 0, 1, 3);
+    gqa(s, w, 0, 1);
     matmul({k.data(), 20}, {u.data(), c.D}, w.wk, 1), add_bias(k.data(), w.bk, 1);
     matmul({v.data(), 20}, {u.data(), c.D}, w.wv, 1), add_bias(v.data(), w.bv, 1);
+    rope_half({k.data(), 20, 10, 1, 2}, table.data(), 10);
     for (int g = 0; g < 2; g++) {
-        rope_half(k.data() + 10 * g, table.data(), 10);
         widen_plain(row.data(), s.cache.matrix(0, 2 * g), 3);
         EXPECT_TRUE(same_bits(row.data(), k.data() + 10 * g, 10)) << g;
         widen_plain(row.data(), s.cache.matrix(0, 2 * g + 1), 3);
@@ -353,7 +369,7 @@ struct GqaRun {
             Vector u = noise.vector(size_t(n * c.D));
             std::copy(u.begin(), u.end(), s.a.u);
             place(s, n, pos);
-            gqa(s, model.layers[1].gqa, 1, n, pos);
+            gqa(s, model.layers[1].gqa, 1, n);
         }
         q.assign(s.a.q, s.a.q + T * c.H * c.head_dim), o.assign(s.a.o, s.a.o + T * c.H * c.head_dim);
         y.assign(s.a.y, s.a.y + T * c.D);

@@ -64,7 +64,7 @@ struct MlaCase {
         Vector row(size_t(model.config.cache_width()));
         for (int j = 0; j < pos + T; j++) {
             const real* numbers = cache.data() + size_t(j) * row.size();
-            s.cache.store(0, 0, j, numbers);
+            store(s.cache.matrix(0, 0), std::array{j + 1}, {numbers, 0});
             widen_plain(row.data(), s.cache.matrix(0, 0), j);
             EXPECT_TRUE(same_bits(row.data(), numbers, row.size())) << "kept numbers are kept once more";
         }
@@ -291,10 +291,10 @@ TEST(MlaCache, HoldsTheNormedLatentAndTheRotatedKey) {
     Vector u = noise.vector(size_t(c.D)), kv(24), table(6), row(24);
     std::copy(u.begin(), u.end(), s.a.u);
     place(s, 1, 3), rope_table(table.data(), model.rope, 1, 3);
-    mla(s, w, 0, 1, 3);
+    mla(s, w, 0, 1);
     matmul({kv.data(), 24}, {u.data(), c.D}, w.wkv_a, 1);
     rmsnorm({kv.data(), 18}, {kv.data(), 18}, w.kv_norm, 1, 1e-6);
-    rope_interleaved(kv.data() + 18, table.data(), 6);
+    rope_interleaved({kv.data() + 18, 24, 0, 1, 1}, table.data(), 6);
     widen_plain(row.data(), s.cache.matrix(0, 0), 3);
     EXPECT_TRUE(same_bits(row, kv));
 }
