@@ -1721,7 +1721,7 @@ struct Heads {
     real* data;
     int64_t token, head;
     int T, H;
-    real* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+    EVERYWHERE real* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
 EVERYWHERE inline void rotate(real& a, real& b, const real* cos_sin) {
@@ -2175,7 +2175,7 @@ struct Moe {
 
 struct ExpertWork {
     const real* u;                         // (T, D)
-    int T;
+    int T, K;
     const int* first;                      // (E + 1)
     const int* slot_token;                 // (T * K)
     real *in, *out;                        // (T * K, D) each, by slot
@@ -2186,7 +2186,7 @@ struct ExpertWork {
 // Each expert on its slots, all at the same time: its weights are read once for all its tokens. The shared
 // one, with all T tokens, is one of them.
 inline void run_experts(const ExpertWork& a, const Moe& w) {
-    const int slots = a.first[w.experts.size()], F = w.experts[0].w_gate.rows, shared = w.shared.w_gate.rows;
+    const int slots = a.T * a.K, F = w.experts[0].w_gate.rows, shared = w.shared.w_gate.rows;
     const int64_t D = w.experts[0].w_gate.cols;
     real *shared_gate = a.gate + int64_t(slots) * F, *shared_up = a.up + int64_t(slots) * F;
     std::vector<Product> up, down;
@@ -2662,7 +2662,8 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
 
     dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
-    run_experts({a.u, T, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    run_experts(
+        {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
     combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
 }
 
@@ -3352,7 +3353,7 @@ struct Fp8Format {
     int tile = 1;                          // rows that share a scale: 1 or 128
 };
 
-inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
+EVERYWHERE inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
 
 // One tile of x, whose scale is returned; q: of rows `stride` apart. A number that is not finite makes NaN of
 // its whole tile, for no scale holds it.
@@ -3490,13 +3491,15 @@ struct Fp8Matrix {
     int tile = 1;                          // rows that share a scale: 1 (activations) or 128 (weights)
     int first_row = 0;                     // of a view: the row of its first scales' tile where it begins
 
-    const float* scale_row(int64_t r) const { return scale + (first_row + r) / tile * scale_blocks(n); }
+    EVERYWHERE const float* scale_row(int64_t r) const {
+        return scale + (first_row + r) / tile * scale_blocks(n);
+    }
     // Rows begin, begin + 1, ... where each has scales of its own.
     Fp8Matrix view(int64_t begin, int count) const {
         return {q + begin * n, scale_row(begin), count, n, tile, 0};
     }
     // The g-th of several matrices of this shape, one behind the other, each with whole tiles of scales.
-    Fp8Matrix group(int64_t g) const {
+    EVERYWHERE Fp8Matrix group(int64_t g) const {
         return {q + g * rows * n, scale + g * ((rows + tile - 1) / tile) * scale_blocks(n), rows, n, tile, 0};
     }
 };
@@ -3506,7 +3509,7 @@ struct Fp8Output {
     Dtype dtype;                           // BF16 or F32
     bool add = false;                      // D += A B^T: one more addition, before D is rounded
 
-    Fp8Output at(int64_t i) const { return {data + i * format_of(dtype).bytes, dtype, add}; }
+    EVERYWHERE Fp8Output at(int64_t i) const { return {data + i * (dtype == Dtype::BF16 ? 2 : 4), dtype, add}; }
 };
 
 // The nearest bf16 of a float64, ties to even: not by way of f32, which would round twice.

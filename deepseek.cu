@@ -59,7 +59,7 @@ static_assert(sizeof(real) == 4, "the twins compute in f32");
 // The two have one signature; where a name has several, the type says which is meant.
 #define TWIN(f) static_assert(std::is_same_v<decltype(&::f), decltype(&cuda::f)>, #f ": signature drifted")
 #define TWIN_OF(f, ...)                                                                                  \
-    static_assert(static_cast<__VA_ARGS__*>(&::f) && static_cast<__VA_ARGS__*>(&cuda::f), #f)
+    static_assert(static_cast<__VA_ARGS__>(&::f) != static_cast<__VA_ARGS__>(&cuda::f), #f)
 
 // =================================================================================================
 // Chapter 1. Ground rules
@@ -117,6 +117,10 @@ __device__ inline int64_t item() { return int64_t(blockIdx.x) * blockDim.x + thr
 
 __device__ inline int half_of_block() { return int(threadIdx.x) / HALF; }
 __device__ inline int half_lane() { return int(threadIdx.x) % HALF; }
+
+// std::min takes references, and a constant of the host has no address in a kernel.
+__device__ inline int min(int a, int b) { return a < b ? a : b; }
+__device__ inline int max(int a, int b) { return a > b ? a : b; }
 
 // The tree of ::sum_lanes over a half-warp: every thread gets the sum. All 32 lanes of a warp must take part.
 template <class T> __device__ T sum_lanes(T x) {
@@ -297,7 +301,7 @@ template <class Row> __device__ void exp_row(const Row& z, float scale, int n, f
 }
 
 // A half-warp a row.
-inline __global__ void softmax_kernel(Rows z, float scale, int T, int n) {
+__global__ void softmax_kernel(Rows z, float scale, int T, int n) {
     int t = int(blockIdx.x) * HALVES + half_of_block();
     float* row = t < T ? z[t] : nullptr;
     float top, sum;
@@ -309,7 +313,7 @@ inline void softmax(Rows z, real scale, int T, int n) {
 }
 TWIN(softmax);
 
-inline __global__ void silu_times_kernel(float* gate, const float* up, int64_t n) {
+__global__ void silu_times_kernel(float* gate, const float* up, int64_t n) {
     int64_t i = item();
     if (i < n) gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
 }
@@ -318,7 +322,7 @@ inline void silu_times(real* gate, const real* up, int width, int T) {
 }
 TWIN(silu_times);
 
-inline __global__ void add_kernel(float* out, const float* x, int64_t n, int64_t period) {
+__global__ void add_kernel(float* out, const float* x, int64_t n, int64_t period) {
     int64_t i = item();
     if (i < n) out[i] += x[i % period];
 }
@@ -453,8 +457,8 @@ inline void matmul(Rows out, ConstRows x, const Matrix& w, int T) {
 inline void matmul_transposed(Rows out, ConstRows x, const Matrix& w, int T) {
     (w.transposed ? by_rows : by_columns)(w.dtype, {out, x, stack_of(w.stored()), T});
 }
-TWIN_OF(matmul, void(std::span<const Product>));
-TWIN_OF(matmul, void(Rows, ConstRows, const Matrix&, int));
+TWIN_OF(matmul, void (*)(std::span<const Product>));
+TWIN_OF(matmul, void (*)(Rows, ConstRows, const Matrix&, int));
 TWIN(matmul_transposed);
 
 // -- 5.3  embed, rmsnorm -------------------------------------------------------------------------
@@ -479,7 +483,7 @@ inline void embed(Rows out, const Matrix& w, std::span<const int> ids) {
 TWIN(embed);
 
 // A block a token. Each half-warp sums the squares, all the same sum: that costs less than to hand it on.
-inline __global__ void rmsnorm_kernel(Rows out, ConstRows x, const float* w, int n, float eps) {
+__global__ void rmsnorm_kernel(Rows out, ConstRows x, const float* w, int n, float eps) {
     const float* row = x[blockIdx.x];
     float sum = 0;
     for (int i = half_lane(); i < n; i += HALF) sum = std::fma(row[i], row[i], sum);
@@ -507,7 +511,7 @@ template <class Row> __device__ int rank_of(const Row& v, int n, int i) {
     return rank;
 }
 
-inline __global__ void top_k_kernel(int* idx, const float* v, int n, int k) {
+__global__ void top_k_kernel(int* idx, const float* v, int n, int k) {
     const int i = int(item());
     if (i >= n) return;
     const int rank = rank_of(v, n, i);
@@ -540,13 +544,13 @@ __device__ inline Pair pair_of(const Heads& x, int dim) {
     return {t < x.T ? t : -1, at / pairs % x.H, int(at % pairs)};
 }
 
-inline __global__ void rope_interleaved_kernel(Heads x, const float* cos_sin, int dim) {
+__global__ void rope_interleaved_kernel(Heads x, const float* cos_sin, int dim) {
     const Pair p = pair_of(x, dim);
     if (p.t < 0) return;
     float* head = x.at(p.t, p.h);
     rotate(head[2 * p.i], head[2 * p.i + 1], cos_sin + p.t * dim + 2 * p.i);
 }
-inline __global__ void rope_half_kernel(Heads x, const float* cos_sin, int dim) {
+__global__ void rope_half_kernel(Heads x, const float* cos_sin, int dim) {
     const Pair p = pair_of(x, dim);
     if (p.t < 0) return;
     float* head = x.at(p.t, p.h);
@@ -703,7 +707,7 @@ template <Dtype D> __global__ void attend_kernel(Heads8 a) {
 }
 
 // A block a query.
-inline __global__ void join_kernel(Heads8 a) {
+__global__ void join_kernel(Heads8 a) {
     const int query = int(blockIdx.x), n = a.n[query / a.heads];
     for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
         const float* part = a.part(query, 0);
@@ -749,7 +753,7 @@ TWIN(attend);
 
 // x[t] becomes row n[t] - 1: a thread a number, or a block of 32. Where a step writes is read on the device,
 // so the same launch serves every step.
-inline __global__ void store_kernel(Stack cache, Dtype dtype, const int* n, ConstRows x, int T) {
+__global__ void store_kernel(Stack cache, Dtype dtype, const int* n, ConstRows x, int T) {
     const int unit = dtype == Dtype::Q8_0 ? 32 : 1, units = cache.cols / unit;
     const int t = int(item() / units), i = int(item() % units);
     if (t >= T) return;
@@ -799,7 +803,7 @@ namespace cuda {
 // -- 8.1  the two forms --------------------------------------------------------------------------
 
 // to[t][h] (n numbers) = from[t][h]
-inline __global__ void copy_kernel(Heads to, Heads from, int n) {
+__global__ void copy_kernel(Heads to, Heads from, int n) {
     const int64_t i = item() % n, h = item() / n % to.H, t = item() / n / to.H;
     if (t < to.T) to.at(t, h)[i] = from.at(t, h)[i];
 }
@@ -888,7 +892,7 @@ namespace cuda {
 
 // -- 10.1  gates: which experts see this token ---------------------------------------------------
 
-inline __global__ void sigmoid_kernel(float* out, const float* z, int64_t n) {
+__global__ void sigmoid_kernel(float* out, const float* z, int64_t n) {
     const int64_t i = item();
     if (i < n) out[i] = sigmoid(z[i]);
 }
@@ -912,7 +916,7 @@ __device__ inline float group_score(const float* choice, int n, GroupScore by) {
 }
 
 // A block a token. bias: none, or what is added before picking and never enters the weights
-inline __global__ void pick_kernel(Routing r, const float* bias, GateShape g, GroupScore by) {
+__global__ void pick_kernel(Routing r, const float* bias, GateShape g, GroupScore by) {
     DYNAMIC_SHARED(float, score);          // (n_group)
     const int64_t t = blockIdx.x;
     const int size = by == GroupScore::NONE ? g.E : g.E / g.n_group, me = int(threadIdx.x);
@@ -959,14 +963,14 @@ TWIN(gate_noaux_tc);
 
 // -- 10.2  dispatch: sort the (token, expert) pairs by expert ------------------------------------
 
-inline __global__ void count_kernel(int* first, const int* expert_idx, int pairs, int E) {
+__global__ void count_kernel(int* first, const int* expert_idx, int pairs, int E) {
     const int e = int(item());
     if (e > E) return;
     int lower = 0;
     for (int i = 0; i < pairs; i++) lower += expert_idx[i] < e;
     first[e] = lower;
 }
-inline __global__ void place_kernel(int* slot, int* slot_token, const int* first, const int* expert_idx,
+__global__ void place_kernel(int* slot, int* slot_token, const int* first, const int* expert_idx,
                                     int pairs, int K) {
     const int i = int(item());
     if (i >= pairs) return;
@@ -990,7 +994,7 @@ inline Stack stack_of(const std::vector<Mlp>& experts, Matrix Mlp::*which) {
 // A token is read where it lies, so `in` is not needed but as the place of `shared_out`.
 inline void run_experts(const ExpertWork& a, const Moe& w) {
     const Mlp& one = w.experts[0];
-    const int slots = a.slots, F = one.w_gate.rows, E = int(w.experts.size());
+    const int slots = a.T * a.K, F = one.w_gate.rows, E = int(w.experts.size());
     const int64_t D = one.w_gate.cols;
     Batch gate{{a.gate, F}, {a.u, D}, cuda::stack_of(w.experts, &Mlp::w_gate), slots, E, 0, 0, a.first, a.slot_token};
     Batch up{{a.up, F}, {a.u, D}, cuda::stack_of(w.experts, &Mlp::w_up), slots, E, 0, 0, a.first, a.slot_token};
@@ -1004,7 +1008,7 @@ inline void run_experts(const ExpertWork& a, const Moe& w) {
 }
 TWIN(run_experts);
 
-inline __global__ void combine_kernel(float* out, const float* expert_out, const int* slot, const float* weight,
+__global__ void combine_kernel(float* out, const float* expert_out, const int* slot, const float* weight,
                                       int K, const float* shared, int T, int D) {
     const int64_t t = item() / D, d = item() % D;
     if (t >= T) return;
@@ -1017,5 +1021,183 @@ inline void combine(real* out, const real* expert_out, const int* slot, const re
     start_each(combine_kernel, int64_t(T) * D, out, expert_out, slot, weight, K, shared, T, D);
 }
 TWIN(combine);
+
+}
+
+// =================================================================================================
+// Chapter 14. FP8
+// =================================================================================================
+//
+// A tensor core takes tiles; this is the plain form, that any GPU can run and that a tuned one is compared with.
+// A half-warp makes one number of D. Its sixteen threads are the sixteen lanes of `promoted`; for `exact` any
+// order would do. The accumulator of `hopper` is a search for the largest exponent and a sum of integers, two
+// of the 32 products a thread: both are exact, so no order is to be kept.
+//
+//      gemm_fp8               a block a row of A and eight rows of B
+//      gemm_fp8_contiguous    the same, and group[m] says whose B
+//      gemm_fp8_masked        a group a layer of blocks; rows that are not there end at once
+//      gemm_fp8_k_grouped     the same; where a group's columns begin is the sum of the groups before it
+
+namespace cuda {
+
+// -- 14.1  quantise_fp8: a block a tile ----------------------------------------------------------
+
+// Thread i has column i of the tile.
+__global__ void quantise_fp8_kernel(uint8_t* q, float* scale, ConstRows x, int rows, int n, Fp8Format f) {
+    SHARED(uint32_t, largest_of, HALVES);
+    const int64_t blocks = scale_blocks(n), first = blockIdx.x / blocks * f.tile;
+    const int column = int(blockIdx.x % blocks) * SCALE_BLOCK + int(threadIdx.x);
+    const int64_t end = first + f.tile < rows ? first + f.tile : rows;
+    uint32_t largest = 0;
+    for (int64_t r = first; r < end && column < n; r++) {
+        const uint32_t bits = magnitude_bits(x[r][column]);
+        largest = bits > largest ? bits : largest;
+    }
+    largest = max_lanes(largest);
+    if (half_lane() == 0) largest_of[half_of_block()] = largest;
+    __syncthreads();
+    for (int i = 0; i < HALVES; i++) largest = largest_of[i] > largest ? uint32_t(largest_of[i]) : largest;
+    const float amax = __uint_as_float(largest);
+    const bool finite = largest < 0x7F800000;
+    const TileScale t = finite ? tile_scale(f.formula, amax, f.ue8m0) : TileScale{__uint_as_float(0x7FC00000)};
+    for (int64_t r = first; r < end && column < n; r++) {
+        const float v = x[r][column];
+        q[r * n + column] = finite ? float_to_e4m3(t.inverse == 0 ? v / t.s : v * t.inverse) : E4M3_NAN;
+    }
+    if (threadIdx.x == 0) scale[blockIdx.x] = t.s;
+}
+inline void quantise_fp8(uint8_t* q, float* scale, ConstRows x, int rows, int n, const Fp8Format& f) {
+    const int64_t tiles = ceil_div(rows, f.tile) * scale_blocks(n);
+    start(quantise_fp8_kernel, dim3(unsigned(tiles)), q, scale, x, rows, n, f);
+}
+TWIN(quantise_fp8);
+
+// -- 14.2  the sum of one number, in three arithmetics -------------------------------------------
+
+__device__ inline double sum_exact(const Fp8Pair& p) {
+    double sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        double block = 0;
+        for (int k = begin + half_lane(); k < min(p.n, begin + SCALE_BLOCK); k += HALF)
+            block += double(cuda::e4m3_to_float(p.a[k])) * double(cuda::e4m3_to_float(p.b[k]));
+        sum = std::fma(double(p.a_scale[i]) * double(p.b_scale[i]), cuda::sum_lanes(block), sum);
+    }
+    return sum;
+}
+
+__device__ inline float sum_promoted(const Fp8Pair& p) {
+    float sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        float lane = 0;
+        for (int k = begin + half_lane(); k < min(p.n, begin + SCALE_BLOCK); k += HALF)
+            lane += cuda::e4m3_to_float(p.a[k]) * cuda::e4m3_to_float(p.b[k]);
+        sum = std::fma(p.a_scale[i] * p.b_scale[i], cuda::sum_lanes(lane), sum);
+    }
+    return sum;
+}
+
+// What is left of a term under the largest exponent: multiples of 2^(top - 13).
+__device__ inline int cut_term(const Aligned& term, int top) {
+    const int shift = top - term.exponent + F32_FRACTION - HOPPER_FRACTION;
+    return shift < 31 ? term.significand / (1 << max(shift, 0)) : 0;
+}
+
+// c plus n products, n at most 32: two of them this thread's.
+__device__ inline float hopper_step(float c, const uint8_t* a, const uint8_t* b, int n) {
+    const Aligned start = aligned_float(c);
+    Aligned mine[2] = {};
+    int top = start.significand ? start.exponent : -127, broken = !std::isfinite(c);
+    for (int i = 0, k = half_lane(); i < 2 && k < n; i++, k += HALF) {
+        mine[i] = aligned_product(a[k], b[k]);
+        broken |= (a[k] & 127) == E4M3_NAN || (b[k] & 127) == E4M3_NAN;
+        if (mine[i].significand) top = max(top, mine[i].exponent);
+    }
+    top = max_lanes(top), broken = max_lanes(broken);
+    const int sum = cuda::sum_lanes(cut_term(mine[0], top) + cut_term(mine[1], top)) + cut_term(start, top);
+    const int bits = 32 - __clz(sum < 0 ? -sum : sum), cut = 1 << max(0, bits - HOPPER_FRACTION - 1);
+    return broken ? __uint_as_float(0x7FFFFFFF) : std::ldexp(float(sum / cut * cut), top - HOPPER_FRACTION);
+}
+
+__device__ inline float sum_hopper(const Fp8Pair& p) {
+    float sum = 0;
+    for (int begin = 0, i = 0; begin < p.n; begin += SCALE_BLOCK, i++) {
+        const int end = min(p.n, begin + SCALE_BLOCK);
+        float block = 0;
+        for (int k = begin; k < end; k += HOPPER_STEP)
+            block = cuda::hopper_step(block, p.a + k, p.b + k, min(HOPPER_STEP, end - k));
+        sum = std::fma(p.a_scale[i] * p.b_scale[i], block, sum);
+    }
+    return sum;
+}
+
+// -- 14.3  gemm_fp8: D = A B^T, dense and grouped ------------------------------------------------
+
+enum class Grouping : uint8_t { DENSE, CONTIGUOUS, MASKED, K_GROUPED };
+
+struct Gemm {
+    Fp8Output out;
+    Fp8Matrix a, b;
+    const int* group;                      // of each row; or rows, or columns, of each group
+    Grouping by;
+    Fp8Sum arithmetic;
+};
+
+// Row m of A, row n of B, and where their product goes; false where there is none.
+__device__ inline bool find(const Gemm& g, int64_t m, int64_t n, Fp8Pair& pair, Fp8Output& out) {
+    Fp8Matrix a = g.a, b = g.b;
+    const int z = int(blockIdx.z);
+    int64_t row = m;                       // of D
+    if (g.by == Grouping::CONTIGUOUS) {
+        if (g.group[m] < 0) return false;
+        b = b.group(g.group[m]);
+    } else if (g.by == Grouping::MASKED) {
+        if (m >= g.group[z]) return false;
+        a = a.group(z), b = b.group(z), row += int64_t(z) * a.rows;
+    } else if (g.by == Grouping::K_GROUPED) {
+        int64_t before = 0;
+        for (int i = 0; i < z; i++) before += g.group[i];
+        a.q += before * a.rows, a.scale += before / SCALE_BLOCK * a.rows;
+        b.q += before * b.rows, b.scale += before / SCALE_BLOCK * b.rows;
+        a.n = b.n = g.group[z], row += int64_t(z) * a.rows;
+    }
+    pair = {a.q + m * a.n, b.q + n * b.n, a.scale_row(m), b.scale_row(n), a.n};
+    out = g.out.at(row * b.rows + n);
+    return true;
+}
+
+__global__ void gemm_fp8_kernel(Gemm g) {
+    const int64_t n = int64_t(blockIdx.y) * HALVES + half_of_block(), last = g.b.rows - 1;
+    Fp8Pair pair;
+    Fp8Output out;
+    if (!find(g, blockIdx.x, n < last ? n : last, pair, out)) return;      // for all threads of a block
+    const double sum = g.arithmetic == Fp8Sum::EXACT ? cuda::sum_exact(pair)
+                       : g.arithmetic == Fp8Sum::PROMOTED ? double(cuda::sum_promoted(pair))
+                                                          : double(cuda::sum_hopper(pair));
+    if (half_lane() == 0 && n <= last) put(out, sum, g.arithmetic);
+}
+inline void start_gemm(const Gemm& g, size_t groups) {
+    start(gemm_fp8_kernel, dim3(unsigned(g.a.rows), ceil_div(g.b.rows, HALVES), unsigned(groups)), g);
+}
+
+inline void gemm_fp8(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b, Fp8Sum arithmetic) {
+    CHECK(a.n == b.n, "K is %d and %d", a.n, b.n);
+    start_gemm({out, a, b, nullptr, Grouping::DENSE, arithmetic}, 1);
+}
+inline void gemm_fp8_contiguous(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b,
+                                std::span<const int> group, Fp8Sum arithmetic) {
+    start_gemm({out, a, b, group.data(), Grouping::CONTIGUOUS, arithmetic}, 1);
+}
+inline void gemm_fp8_masked(const Fp8Output& out, const Fp8Matrix& a, const Fp8Matrix& b,
+                            std::span<const int> rows, Fp8Sum arithmetic) {
+    start_gemm({out, a, b, rows.data(), Grouping::MASKED, arithmetic}, rows.size());
+}
+inline void gemm_fp8_k_grouped(const Fp8Output& out, Fp8Matrix a, Fp8Matrix b, std::span<const int> k,
+                               Fp8Sum arithmetic) {
+    start_gemm({out, a, b, k.data(), Grouping::K_GROUPED, arithmetic}, k.size());
+}
+TWIN(gemm_fp8);
+TWIN(gemm_fp8_contiguous);
+TWIN(gemm_fp8_masked);
+TWIN(gemm_fp8_k_grouped);
 
 }

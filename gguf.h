@@ -798,7 +798,7 @@ inline Checkpoint make_gguf_checkpoint(Gguf g) {
 }
 
 // Where number i of a head of d in the order x0 x_d/2 x1 x_d/2+1 ... stands in the order x0 x1 ...
-inline int place_in_head(int i, int d) { return i % 2 * (d / 2) + i / 2; }
+EVERYWHERE inline int place_in_head(int i, int d) { return i % 2 * (d / 2) + i / 2; }
 
 // Puts the heads of q or k, as a matrix with `pairs` gives them, in order.   x: (n)
 inline void undo_pairs(real* x, int n, int pairs) {

@@ -90,8 +90,8 @@ SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]
 ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
 TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
         ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
-EXPERTS = """«run_experts({a.u, T, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate,
-    a.up}, w);»"""
+EXPERTS = """«run_experts(
+        {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);»"""
 DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.in + i * D);»"
 MIX = "«kernels.weigh({sum, 0}, {weight + k, 0}, expert, 1, 1);»"
 WEIGHTED_INPUT = """int64_t pair = std::find(planted_slot, planted_slot + slots, int(i)) - planted_slot;
