@@ -1029,12 +1029,12 @@ struct OutputTensor {
     std::vector<size_t> shape;
     const void* data;
     size_t bytes;
+    void (*read)(void* to, const void* from, size_t bytes) = nullptr;   // where data is not ours (11.1)
 };
 
 void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
     std::string header = "{";
-    size_t at = 0;
-    for (const OutputTensor& t : tensors) {
+    for (size_t at = 0; const OutputTensor& t : tensors) {
         std::string shape;
         for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
         header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
@@ -1045,9 +1045,11 @@ void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensor
     header += "}";
     header.resize((header.size() + 7) / 8 * 8, ' ');
     uint64_t n = header.size();
-    file.write(&n, 8);
-    file.write(header.data(), header.size());
-    for (const OutputTensor& t : tensors) file.write(t.data, t.bytes);
+    file.write(&n, 8), file.write(header.data(), header.size());
+    for (std::vector<std::byte> copy; const OutputTensor& t : tensors) {
+        if (t.read) copy.resize(t.bytes), t.read(copy.data(), t.data, t.bytes);
+        file.write(t.read ? copy.data() : t.data, t.bytes);
+    }
     file.commit();
 }
 
@@ -1278,6 +1280,100 @@ inline Checkpoint open_checkpoint(const fs::path& model) {
             refuse(tensor.file, "tensor '%s' is not in the index", Fields::printable(name).c_str());
     return checkpoint;
 }
+
+// -- 4.5  Binder: every tensor in its place ------------------------------------------------------
+
+// Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
+// of a model can be had from config.json alone. Matrices stay where they lie; vectors are widened.
+class Binder {
+public:
+    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8, Quantiser* quantiser = nullptr)
+        : checkpoint_(checkpoint), folder_(folder), fp8_(fp8), quantiser_(quantiser) {}
+    uint64_t parameters = 0;             // numbers asked for, scales not counted
+    uint64_t bytes = 0;                  // of what was found, scales counted
+    std::deque<Vector> vectors;          // found so far
+
+    Matrix matrix(const std::string& name, int rows, int cols) {
+        parameters += uint64_t(rows) * uint64_t(cols);
+        Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
+        if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
+        if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
+        if (quantiser_) m = quantiser_->apply(name, m);
+        bytes += uint64_t(rows) * row_bytes(m.dtype, cols);
+        if (m.dtype == Dtype::F8_E4M3) bytes += 4 * blocks(rows) * blocks(cols);
+        return m;
+    }
+    std::span<const real> vector(const std::string& name, int n) {
+        parameters += uint64_t(n), bytes += uint64_t(n) * sizeof(real);
+        if (!checkpoint_) return {};
+        Matrix m = find(name, {uint64_t(n)});
+        if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
+            wrong(name, text_of("is %s, a vector cannot be", format_of(m.dtype).name));
+        Vector& out = vectors.emplace_back(size_t(n));
+        widen_plain(out.data(), m, 0);
+        for (real v : out)
+            if (!std::isfinite(v)) wrong(name, "holds a number that is not finite");
+        return out;
+    }
+    // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
+    void ignore(const std::string& name, int rows, int cols) {
+        if (has(name)) place(name, {uint64_t(rows), uint64_t(cols)});
+    }
+    bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
+    // Every tensor of the files must have found its place.
+    void finish() const {
+        for (auto& [name, tensor] : checkpoint_->tensors)
+            if (!used_.count(name) && !name.ends_with("rotary_emb.inv_freq"))
+                wrong(name, "has no place in this model");
+    }
+
+private:
+    const Checkpoint* checkpoint_;
+    std::string folder_;
+    bool fp8_;
+    Quantiser* quantiser_;
+    std::set<std::string> used_;
+
+    static uint64_t blocks(int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); }
+    static std::string shape_text(const std::vector<uint64_t>& shape) {
+        std::string text;
+        for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+        return "(" + text + ")";
+    }
+    // A name as the files spell it.
+    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const {
+        refuse(checkpoint_->tensors.at(name).file, "tensor '%s' %s",
+               Fields::printable(shown(name)).c_str(), what.c_str());
+    }
+    const Tensor& place(const std::string& name, const std::vector<uint64_t>& shape) {
+        const char* asks = checkpoint_->gguf ? "the file's keys ask" : "config.json asks";
+        auto at = checkpoint_->tensors.find(name);
+        if (at == checkpoint_->tensors.end())
+            refuse(folder_, "no tensor '%s', which %s for", shown(name).c_str(), asks);
+        if (at->second.shape != shape)
+            wrong(name, text_of("has shape %s, %s for %s", shape_text(at->second.shape).c_str(), asks,
+                                shape_text(shape).c_str()));
+        used_.insert(name);
+        return at->second;
+    }
+    Matrix find(const std::string& name, const std::vector<uint64_t>& shape) {
+        place(name, shape);
+        Matrix m = matrix_of(*checkpoint_, name);
+        bool fp8 = m.dtype == Dtype::F8_E4M3;
+        if (fp8 && !fp8_) wrong(name, "is F8_E4M3, but config.json has no quantization_config");
+        return m;
+    }
+    void check_scales(const std::string& name, int rows, int cols) {
+        std::string scales = name + "_scale_inv";
+        const Tensor& weights = checkpoint_->tensors.at(name);
+        const Tensor& t = place(scales, {blocks(rows), blocks(cols)});
+        if (t.dtype != "F32") wrong(scales, "has dtype " + t.dtype + ", not F32");
+        for (uint64_t i = 0; i < t.bytes; i += 4)
+            if (!std::isfinite(load<float>(t.data + i)))
+                wrong(scales, "(of " + weights.file + ") holds a scale that is not finite");
+    }
+};
 
 // =================================================================================================
 // Chapter 5. Small operations
@@ -1836,17 +1932,14 @@ inline void store_row(std::byte* out, const real* x, int n, Dtype dtype) {
 struct Cache {
     Dtype dtype;
     int context, parts, width;
-    Pages pages;
+    std::shared_ptr<std::byte> memory;     // `bytes`, zeroed
 
     static size_t bytes(int layers, int context, int parts, int width, Dtype dtype) {
         return size_t(layers) * size_t(context) * size_t(parts) * row_bytes(dtype, width);
     }
-    Cache(int layers, int context, int parts, int width, Dtype dtype)
-        : dtype(dtype), context(context), parts(parts), width(width),
-          pages(bytes(layers, context, parts, width, dtype)) {}
     Matrix matrix(int l, int part) const {
         size_t i = size_t(l) * size_t(parts) + size_t(part);
-        const std::byte* data = pages.data() + i * size_t(context) * row_bytes(dtype, width);
+        const std::byte* data = memory.get() + i * size_t(context) * row_bytes(dtype, width);
         return {data, nullptr, dtype, context, width, 0, 0};
     }
 };
@@ -1865,7 +1958,7 @@ inline void store(const Matrix& cache, std::span<const int> n, ConstRows x) {
 
 struct Gqa {
     Matrix wq, wk, wv, wo;                 // (H * d, D), (G * d, D), (G * d, D), (D, H * d)
-    Vector bq, bk, bv;                     // Qwen2 only
+    std::span<const real> bq, bk, bv;      // Qwen2 only
 };
 
 // out (T, H, d) = attention of q (T, H, d) over layer l of the cache; query heads h H / G and on share a key
@@ -1930,7 +2023,7 @@ struct Mla {
     Matrix wkv_a;                          // (Rkv + Dr, D)
     std::vector<Matrix> wk_b, wv_b;        // H of W^UK (Dn, Rkv), of W^UV (Dv, Rkv)
     Matrix wo;                             // (D, H * Dv)
-    Vector q_norm, kv_norm;                // (Rq), (Rkv)
+    std::span<const real> q_norm, kv_norm; // (Rq), (Rkv)
 };
 
 // What both forms are asked: T tokens of H heads.
@@ -2168,7 +2261,7 @@ inline void dispatch(int* first, int* slot, int* slot_token, const int* expert_i
 
 struct Moe {
     Matrix gate_w;                         // (E, D)
-    Vector gate_bias;                      // (E), noaux_tc only
+    std::span<const real> gate_bias;       // (E), noaux_tc only
     std::vector<Mlp> experts;              // E
     Mlp shared;                            // all shared experts in one, of width n_shared * F; or none
 };
@@ -2243,17 +2336,17 @@ inline void combine(real* out, const real* expert_out, const int* slot, const re
 // Chapters 5 to 10 have the operations; here are the weights, the cache and the arrays that they get.
 // `forward` below is the whole of it: every call is a chapter.
 
-// -- 11.1  weights, cache and activations --------------------------------------------------------
+// -- 11.1  weights, device, cache and activations ------------------------------------------------
 
 struct Layer {
-    Vector attn_norm, ffn_norm;            // (D)
+    std::span<const real> attn_norm, ffn_norm;   // (D)
     Mla mla;                               // one of the two, by Config::mla
     Gqa gqa;
     Mlp mlp;                               // one of the two, by Config::is_moe
     Moe moe;
 };
 struct Mtp {                               // chapter 13
-    Vector enorm, hnorm, norm;             // (D)
+    std::span<const real> enorm, hnorm, norm;    // (D)
     Matrix proj;                           // (D, 2 D): embedding first
     Layer layer;
 };
@@ -2262,11 +2355,45 @@ struct Model {
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
     Pages quantised, rearranged;           // weights that were made smaller, or put in another order (19.4)
+    std::deque<Vector> vectors;            // norms and biases: what the spans are views of
+    std::shared_ptr<std::byte> uploaded;   // weights in the memory of a device that has its own
     Matrix embed, head;                    // (V, D)
-    Vector norm;                           // (D)
+    std::span<const real> norm;            // (D)
     std::vector<Layer> layers;
     std::vector<Mtp> mtp;                  // 0 or 1
 };
+
+// What a matrix is, where that decides in what order it is stored or in what arithmetic it is multiplied.
+enum class Role : uint8_t { EMBED, HEAD, GATE, LATENT, EXPERT, LINEAR };   // LATENT: W^UK, W^UV of a head
+
+// f(matrix, role) for every matrix that a layer may have; those that it has not are empty.
+template <class F> void each_matrix(Layer& l, const F& f) {
+    auto mlp = [&](Mlp& w, Role role) { f(w.w_gate, role), f(w.w_up, role), f(w.w_down, role); };
+    for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
+                      &l.mla.wkv_a, &l.mla.wo})
+        f(*w, Role::LINEAR);
+    for (std::vector<Matrix>* heads : {&l.mla.wk_b, &l.mla.wv_b})
+        for (Matrix& w : *heads) f(w, Role::LATENT);
+    f(l.moe.gate_w, Role::GATE);
+    mlp(l.mlp, Role::LINEAR), mlp(l.moe.shared, Role::LINEAR);
+    for (Mlp& expert : l.moe.experts) mlp(expert, Role::EXPERT);
+}
+template <class F> void each_matrix(Model& m, const F& f) {
+    f(m.embed, Role::EMBED), f(m.head, Role::HEAD);
+    for (Layer& l : m.layers) each_matrix(l, f);
+    for (Mtp& mtp : m.mtp) f(mtp.proj, Role::LINEAR), each_matrix(mtp.layer, f);
+}
+// f(span) for every vector.
+template <class F> void each_vector(Model& m, const F& f) {
+    auto layer = [&](Layer& l) {
+        for (auto* v : {&l.attn_norm, &l.ffn_norm, &l.mla.q_norm, &l.mla.kv_norm, &l.gqa.bq, &l.gqa.bk,
+                        &l.gqa.bv, &l.moe.gate_bias})
+            f(*v);
+    };
+    f(m.norm);
+    for (Layer& l : m.layers) layer(l);
+    for (Mtp& mtp : m.mtp) f(mtp.enorm), f(mtp.hnorm), f(mtp.norm), layer(mtp.layer);
+}
 
 enum class MlaForm : uint8_t { ABSORBED, NAIVE };
 
@@ -2276,13 +2403,33 @@ struct SessionOptions {
     Dtype kv = REAL;                       // how the cache is stored
 };
 
+// Where a session's arrays lie and its passes run: on the CPU, whose table is in 13.2, or on a GPU. That has
+// twins of the operations, which work on the same structs.
+struct Session;
+struct Device {
+    const char* name;
+    std::shared_ptr<std::byte> (*memory)(size_t bytes);                    // zeroed
+    void (*read)(void* to, const void* from, size_t bytes);                // from the device's memory
+    void (*write)(void* to, const void* from, size_t bytes);               // to it
+    int (*threads)();                                                      // with scratch of their own
+    int64_t (*attention_scratch)(const Config&, const SessionOptions&);    // numbers of each
+    void (*forward)(Session&, std::span<const int> ids, int pos);          // 11.4
+    void (*head)(const Session&, real* logits, const real* h, int T);      // 11.4: the logits are ours
+    void (*mtp_forward)(Session&, const real* h, std::span<const int> next, int pos);   // 13.1
+    uint64_t (*available)();                                               // bytes of memory; 0: unknown
+    void (*upload)(Model&, const std::function<void(size_t, size_t)>& progress);   // none: has ours
+    std::string (*missing)();                                              // why it cannot be used, or ""
+};
+extern const Device CPU;
+
 // Everything that a forward pass writes, for at most C = chunk tokens, each array with its shape. One list,
 // walked twice: for the bill and for the pointers.
 struct Activations {
     Arena& arena;
     const Config& c;
     const SessionOptions& options;
-    int threads, C = options.chunk;
+    const Device& device;
+    int threads = device.threads(), C = options.chunk;
 
     template <class... Sides> real* reals(Sides... sides) { return arena.take<real>((size_t(sides) * ...)); }
     template <class... Sides> int* ints(Sides... sides) { return arena.take<int>((size_t(sides) * ...)); }
@@ -2294,7 +2441,7 @@ struct Activations {
     real *c_q = reals(C, c.Rq), *q = reals(C, c.H, c.q_dim());
     real *kv = reals(C, c.cache_width()), *o = reals(C, c.H, c.v_dim());
     real *q_absorbed = reals(C, c.H, c.Rkv + c.Dr), *z = reals(C, c.H, c.Rkv);
-    Rows scratch = row_a_thread(attention_scratch(options.context, c.q_dim(), c.v_dim()));
+    Rows scratch = row_a_thread(device.attention_scratch(c, options));
     int64_t expansion = latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv);
     bool naive = c.mla() && options.mla == MlaForm::NAIVE;
     Rows expanded = row_a_thread(naive ? options.context * expansion : 0);
@@ -2308,9 +2455,9 @@ struct Activations {
     int* first = ints(c.E ? c.E + 1 : 0);                       // of a dense model: nothing
     int *seen = ints(C), *expert_idx = ints(C, c.K), *slot = ints(C, c.K), *slot_token = ints(C, c.K);
 
-    static size_t bytes(const Config& c, const SessionOptions& o, int threads) {
+    static size_t bytes(const Config& c, const SessionOptions& o, const Device& device) {
         Arena counter;
-        void(Activations{counter, c, o, threads});
+        void(Activations{counter, c, o, device});
         return counter.used;
     }
 };
@@ -2327,8 +2474,9 @@ inline size_t cache_bytes(const Config& c, int context, Dtype dtype) {
 struct Session {
     const Model& model;
     SessionOptions options;
+    const Device& device;
     Cache cache;
-    Pages pages;
+    std::shared_ptr<std::byte> memory;     // of the activations
     Arena arena;
     Activations a;
     Taps* taps = nullptr;
@@ -2336,11 +2484,12 @@ struct Session {
     int length = 0, mtp_length = 0;
     int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
 
-    Session(const Model& m, const SessionOptions& o)
-        : model(m), options(o), cache(m.config.n_layers + m.config.n_mtp, o.context, cache_parts(m.config),
-                                      cache_part_width(m.config), o.kv),
-          pages(Activations::bytes(m.config, o, n_threads())), arena{pages.data(), 0},
-          a{arena, m.config, options, n_threads()} {}
+    Session(const Model& m, const SessionOptions& o, const Device& device = CPU)
+        : model(m), options(o), device(device),
+          cache{o.kv, o.context, cache_parts(m.config), cache_part_width(m.config),
+                device.memory(cache_bytes(m.config, o.context, o.kv))},
+          memory(device.memory(Activations::bytes(m.config, o, device))), arena{memory.get(), 0},
+          a{arena, m.config, options, device} {}
 
     // Taps of layer l; the MTP layer's inner values have no names.
     void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
@@ -2348,94 +2497,7 @@ struct Session {
     }
 };
 
-// -- 11.2  bind: every tensor in its place -------------------------------------------------------
-
-// Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
-// of a model can be had from config.json alone.
-class Binder {
-public:
-    Binder(const Checkpoint* checkpoint, const std::string& folder, bool fp8, Quantiser* quantiser = nullptr)
-        : checkpoint_(checkpoint), folder_(folder), fp8_(fp8), quantiser_(quantiser) {}
-    uint64_t parameters = 0;             // numbers asked for, scales not counted
-
-    Matrix matrix(const std::string& name, int rows, int cols) {
-        parameters += uint64_t(rows) * uint64_t(cols);
-        Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
-        if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
-        if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
-        return quantiser_ ? quantiser_->apply(name, m) : m;
-    }
-    Vector vector(const std::string& name, int n) {
-        parameters += uint64_t(n);
-        if (!checkpoint_) return {};
-        Matrix m = find(name, {uint64_t(n)});
-        if (m.dtype == Dtype::F8_E4M3 || quantised(m.dtype))
-            wrong(name, text_of("is %s, a vector cannot be", format_of(m.dtype).name));
-        Vector out(static_cast<size_t>(n));
-        widen_plain(out.data(), m, 0);
-        for (real v : out)
-            if (!std::isfinite(v)) wrong(name, "holds a number that is not finite");
-        return out;
-    }
-    // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
-    void ignore(const std::string& name, int rows, int cols) {
-        if (has(name)) place(name, {uint64_t(rows), uint64_t(cols)});
-    }
-    bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
-    // Every tensor of the files must have found its place.
-    void finish() const {
-        for (auto& [name, tensor] : checkpoint_->tensors)
-            if (!used_.count(name) && !name.ends_with("rotary_emb.inv_freq"))
-                wrong(name, "has no place in this model");
-    }
-
-private:
-    const Checkpoint* checkpoint_;
-    std::string folder_;
-    bool fp8_;
-    Quantiser* quantiser_;
-    std::set<std::string> used_;
-
-    static std::string shape_text(const std::vector<uint64_t>& shape) {
-        std::string text;
-        for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
-        return "(" + text + ")";
-    }
-    // A name as the files spell it.
-    std::string shown(const std::string& name) const { return checkpoint_->gguf ? name_in_gguf(name) : name; }
-    [[noreturn]] void wrong(const std::string& name, const std::string& what) const {
-        refuse(checkpoint_->tensors.at(name).file, "tensor '%s' %s",
-               Fields::printable(shown(name)).c_str(), what.c_str());
-    }
-    const Tensor& place(const std::string& name, const std::vector<uint64_t>& shape) {
-        const char* asks = checkpoint_->gguf ? "the file's keys ask" : "config.json asks";
-        auto at = checkpoint_->tensors.find(name);
-        if (at == checkpoint_->tensors.end())
-            refuse(folder_, "no tensor '%s', which %s for", shown(name).c_str(), asks);
-        if (at->second.shape != shape)
-            wrong(name, text_of("has shape %s, %s for %s", shape_text(at->second.shape).c_str(), asks,
-                                shape_text(shape).c_str()));
-        used_.insert(name);
-        return at->second;
-    }
-    Matrix find(const std::string& name, const std::vector<uint64_t>& shape) {
-        place(name, shape);
-        Matrix m = matrix_of(*checkpoint_, name);
-        bool fp8 = m.dtype == Dtype::F8_E4M3;
-        if (fp8 && !fp8_) wrong(name, "is F8_E4M3, but config.json has no quantization_config");
-        return m;
-    }
-    void check_scales(const std::string& name, int rows, int cols) {
-        auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
-        std::string scales = name + "_scale_inv";
-        const Tensor& weights = checkpoint_->tensors.at(name);
-        const Tensor& t = place(scales, {blocks(rows), blocks(cols)});
-        if (t.dtype != "F32") wrong(scales, "has dtype " + t.dtype + ", not F32");
-        for (uint64_t i = 0; i < t.bytes; i += 4)
-            if (!std::isfinite(load<float>(t.data + i)))
-                wrong(scales, "(of " + weights.file + ") holds a scale that is not finite");
-    }
-};
+// -- 11.2  bind: which tensor is what ------------------------------------------------------------
 
 inline Mlp bind_mlp(Binder& b, const std::string& p, int D, int width) {
     return {b.matrix(p + "gate_proj.weight", width, D), b.matrix(p + "up_proj.weight", width, D),
@@ -2537,6 +2599,7 @@ inline void bind_model(Binder& b, Model& m) {
     if (c.tied) b.ignore("lm_head.weight", c.V, c.D);
     for (int l = 0; l < c.n_layers; l++) m.layers.push_back(bind_layer(b, c, l));
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
+    m.vectors = std::move(b.vectors);
 }
 
 // A model's config and tensors, nothing bound yet.
@@ -2716,8 +2779,8 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
 }
 
 // logits (T, V) = head h (T, D)
-inline void head(const Model& m, real* logits, const real* h, int T) {
-    matmul({logits, m.config.V}, {h, m.config.D}, m.head, T);
+inline void head(const Session& s, real* logits, const real* h, int T) {
+    matmul({logits, s.model.config.V}, {h, s.model.config.D}, s.model.head, T);
 }
 
 // =================================================================================================
@@ -2842,7 +2905,7 @@ inline void prefill(Session& s, std::span<const int> ids, int pos,
     with_team([&] {
         for (size_t at = 0, T = 0; at < ids.size() && !interrupted; at += T) {
             T = std::min(ids.size() - at, size_t(s.options.chunk));
-            forward(s, ids.subspan(at, T), pos + int(at));
+            s.device.forward(s, ids.subspan(at, T), pos + int(at));
             done(pos + int(at), int(T));
         }
     });
@@ -2863,13 +2926,13 @@ inline int reusable(Session& s, std::span<const int> ids, bool drafts) {
 inline Vector last_logits(const Session& s, int rows) {
     const Config& c = s.model.config;
     Vector logits(size_t(rows) * size_t(c.V));
-    head(s.model, logits.data(), s.a.h + int64_t(s.h_rows - rows) * c.D, rows);
+    s.device.head(s, logits.data(), s.a.h + int64_t(s.h_rows - rows) * c.D, rows);
     return logits;
 }
 
 // The next token or tokens after s.tokens, of which all but the last one are in the cache.
 inline std::vector<int> plain_step(Session& s, Generation& g) {
-    forward(s, std::span(s.tokens).subspan(size_t(s.length)), s.length);
+    s.device.forward(s, std::span(s.tokens).subspan(size_t(s.length)), s.length);
     return {sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
 }
 
@@ -2962,8 +3025,8 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
         for (int part = 0; part < s.cache.parts; part++) {
             size_t rows = size_t(l < s.model.config.n_layers ? s.length : s.mtp_length);
             size_t bytes = rows * row_bytes(s.cache.dtype, s.cache.width);
-            out.push_back(
-                {text_of("cache.%d.%d", l, part), "U8", {bytes}, s.cache.matrix(l, part).data, bytes});
+            const std::byte* data = s.cache.matrix(l, part).data;
+            out.push_back({text_of("cache.%d.%d", l, part), "U8", {bytes}, data, bytes, s.device.read});
         }
     }
     return out;
@@ -3007,7 +3070,8 @@ inline void load_cache(Session& s, const std::string& path) {
     for (const OutputTensor& t : wanted) {
         if (found[t.name].size() != t.bytes)
             fail("%s: tensor '%s' is missing or cut", path.c_str(), t.name.c_str());
-        std::memcpy(const_cast<void*>(t.data), found[t.name].data(), t.bytes);
+        auto write = t.read ? s.device.write : CPU.write;
+        write(const_cast<void*>(t.data), found[t.name].data(), t.bytes);
     }
 }
 
@@ -3039,7 +3103,7 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
         Vector logits(size_t(c.V));
         prefill(s, window, 0, [&](int pos, int T) {
             for (int t = 0; t < T && size_t(pos + t + 1) < window.size(); t++) {
-                head(s.model, logits.data(), s.a.h + int64_t(t) * c.D, 1);
+                s.device.head(s, logits.data(), s.a.h + int64_t(t) * c.D, 1);
                 result.nll += negative_log_likelihood(logits.data(), c.V, window[size_t(pos + t + 1)]);
                 result.tokens++;
             }
@@ -3203,11 +3267,37 @@ inline int mtp_catch_up(Session& s) {
     if (begin >= end) return 0;
     CHECK(begin >= s.h_pos, "hidden state of position %d is gone", begin);
     const real* h = s.a.h + int64_t(begin - s.h_pos) * s.model.config.D;
-    mtp_forward(s, h, std::span(s.tokens).subspan(size_t(begin) + 1, size_t(end - begin)), begin);
+    s.device.mtp_forward(s, h, std::span(s.tokens).subspan(size_t(begin) + 1, size_t(end - begin)), begin);
     return end - begin;
 }
 
-// -- 13.2  draft, verify, correct ----------------------------------------------------------------
+// -- 13.2  the CPU as a device -------------------------------------------------------------------
+
+uint64_t available_memory();                             // chapter 19
+
+inline std::shared_ptr<std::byte> zeroed_pages(size_t bytes) {
+    auto pages = std::make_shared<Pages>(bytes);
+    return {pages, pages->data()};
+}
+inline void copy(void* to, const void* from, size_t bytes) { if (bytes) std::memcpy(to, from, bytes); }
+inline int64_t scratch_of_heads(const Config& c, const SessionOptions& o) {
+    return attention_scratch(o.context, c.q_dim(), c.v_dim());
+}
+
+const Device CPU = {.name = "cpu",
+                    .memory = zeroed_pages,
+                    .read = copy,
+                    .write = copy,
+                    .threads = n_threads,
+                    .attention_scratch = scratch_of_heads,
+                    .forward = forward,
+                    .head = head,
+                    .mtp_forward = mtp_forward,
+                    .available = available_memory,
+                    .upload = nullptr,
+                    .missing = [] { return std::string(); }};
+
+// -- 13.3  draft, verify, correct ----------------------------------------------------------------
 
 // Accepts `draft`, sampled from q, with probability min(1, p/q); else samples max(p - q, 0). The result
 // is distributed as p.
@@ -3235,10 +3325,10 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     int rows = mtp_catch_up(s);
     if (rows == 0 || s.length + 2 > s.options.context) return plain_step(s, g);
     Vector logits(size_t(c.V));
-    head(s.model, logits.data(), s.a.mtp_h + int64_t(rows - 1) * c.D, 1);
+    s.device.head(s, logits.data(), s.a.mtp_h + int64_t(rows - 1) * c.D, 1);
     Distribution q = distribution(logits.data(), c.V, g.sampling);
     int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
-    forward(s, pair, s.length);
+    s.device.forward(s, std::span(pair), s.length);
     Vector both = last_logits(s, 2);       // row 0: after the last token; row 1: after the draft
     int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
     stats.drafted++;
@@ -3684,30 +3774,18 @@ inline void set_arith(Model& m, MlaForm form) {
     if (kernels.arith == Arith::F32) return;
     const Arith fp8 = m.config.ue8m0 ? Arith::FP8_UE8M0 : Arith::FP8;
     bool any = kernels.arith == Arith::BF16;
-    auto in_bf16 = [&](Matrix& w) {
+    each_matrix(m, [&](Matrix& w, Role role) {
+        if (role == Role::EMBED || role == Role::GATE) return;
         if (in_integers(w))
             fail("--arith: %s weights are multiplied in integers; --exact dequantises them",
                  format_of(w.dtype).name);
+        const bool linear = role != Role::HEAD && (role != Role::LATENT || form == MlaForm::NAIVE);
         w.arith = Arith::BF16;
-    };
-    auto linear = [&](Matrix& w) {
-        in_bf16(w);
-        if (kernels.arith == Arith::FP8 && w.dtype == Dtype::F8_E4M3) w.arith = fp8, any = true;
-    };
-    auto mlp = [&](Mlp& w) { linear(w.w_gate), linear(w.w_up), linear(w.w_down); };
-    auto layer = [&](Layer& l) {
-        for (Matrix* w : {&l.mla.wq, &l.mla.wq_a, &l.mla.wq_b, &l.mla.wkv_a, &l.mla.wo, &l.gqa.wq, &l.gqa.wk,
-                          &l.gqa.wv, &l.gqa.wo}) linear(*w);
-        for (std::vector<Matrix>* part : {&l.mla.wk_b, &l.mla.wv_b})
-            for (Matrix& w : *part) form == MlaForm::NAIVE ? linear(w) : in_bf16(w);
+        if (linear && kernels.arith == Arith::FP8 && w.dtype == Dtype::F8_E4M3) w.arith = fp8, any = true;
+    });
+    for (Layer& l : m.layers)
         for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv})          // rounded after their bias, not before
             if (m.config.qkv_bias && w->arith == Arith::BF16) w->arith = Arith::F32;
-        mlp(l.mlp), mlp(l.moe.shared);
-        for (Mlp& expert : l.moe.experts) mlp(expert);
-    };
-    in_bf16(m.head);
-    for (Layer& l : m.layers) layer(l);
-    for (Mtp& mtp : m.mtp) linear(mtp.proj), layer(mtp.layer);
     if (!any) fail("--arith fp8: %s has no FP8 weights", m.config.file.c_str());
 }
 
@@ -3798,7 +3876,7 @@ inline uint64_t left_in_group(const ControlGroup& g) {
 }
 
 // Bytes that the system can give this process without swapping; 0 where it does not say.
-inline uint64_t available_memory() {
+uint64_t available_memory() {
     uint64_t available = system_number("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
     if (available == 0) return 0;
     for (const ControlGroup& g : control_groups("memory"))
@@ -3851,7 +3929,7 @@ struct MemoryPlan {
 };
 
 inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
-    return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, n_threads()),
+    return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, CPU),
             available_memory()};
 }
 
@@ -3893,18 +3971,10 @@ inline Model load_model(const fs::path& folder, const Loading& loading) {
 // Those of which each token needs every row, and that are faster in another order.
 inline std::vector<Matrix*> to_rearrange(Model& m) {
     std::vector<Matrix*> all;
-    auto add = [&](Matrix& w) {
-        if (w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
-    };
-    auto add_layer = [&](Layer& l) {
-        for (Matrix* w : {&l.gqa.wq, &l.gqa.wk, &l.gqa.wv, &l.gqa.wo, &l.mla.wq, &l.mla.wq_a, &l.mla.wq_b,
-                          &l.mla.wkv_a, &l.mla.wo})
-            add(*w);
-        for (Mlp* mlp : {&l.mlp, &l.moe.shared}) add(mlp->w_gate), add(mlp->w_up), add(mlp->w_down);
-    };
-    add(m.head);
-    for (Layer& l : m.layers) add_layer(l);
-    for (Mtp& mtp : m.mtp) add(mtp.proj), add_layer(mtp.layer);
+    each_matrix(m, [&](Matrix& w, Role role) {
+        bool every_row = role == Role::LINEAR || role == Role::HEAD;
+        if (every_row && w && kernels.rearranges(w) && w.data != m.embed.data) all.push_back(&w);
+    });
     return all;
 }
 
@@ -4251,9 +4321,9 @@ inline void command_logits(const Options& o) {
     Vector logits(size_t(T) * V), mtp_logits(c.n_mtp ? size_t(T - 1) * V : 0);
     Progress progress("tokens", ids.size());
     prefill(s, ids, 0, [&](int pos, int n) {
-        head(model, logits.data() + size_t(pos) * V, s.a.h, n);
+        s.device.head(s, logits.data() + size_t(pos) * V, s.a.h, n);
         int begin = s.mtp_length, rows = c.n_mtp ? mtp_catch_up(s) : 0;
-        head(model, mtp_logits.data() + size_t(begin) * V, s.a.mtp_h, rows);
+        s.device.head(s, mtp_logits.data() + size_t(begin) * V, s.a.mtp_h, rows);
         progress.at(size_t(pos + n));
     });
     if (interrupted) fail("interrupted; %s not written", o.out.c_str());

@@ -2,18 +2,21 @@
 // table, the memory plan. No sum may wrap: each is compared with its largest terms, in long double.
 #include "fuzz.h"
 
-inline void check_plan(const Config& c, const SessionOptions& s, int threads) {
+inline void check_plan(const Config& c, const SessionOptions& s) {
     using wide = long double;
+    Device many = CPU;
+    many.threads = [] { return 4096; };
+    wide threads = many.threads(), activations = wide(Activations::bytes(c, s, many));
     wide numbers = wide(c.n_layers + c.n_mtp) * s.context * c.cache_width();
     wide cache = numbers / format_of(s.kv).values * format_of(s.kv).bytes;
     wide expanded = wide(c.Rkv) + c.Dr + c.q_dim() + c.Dv;
-    wide naive = s.mla == MlaForm::NAIVE && c.mla() ? wide(threads) * s.context * expanded : 0;
-    wide chunk = s.chunk, scores = wide(threads) * QUERY_TILE * s.context;
+    wide naive = s.mla == MlaForm::NAIVE && c.mla() ? threads * s.context * expanded : 0;
+    wide chunk = s.chunk, scores = threads * QUERY_TILE * s.context;
     wide part = std::max({chunk * c.H * c.q_dim(), chunk * c.ffn_width, chunk * c.K * c.D,
                           chunk * c.n_shared * c.F, scores, naive});
     FUZZ_CHECK(wide(cache_bytes(c, s.context, s.kv)) == cache);
-    FUZZ_CHECK(wide(Activations::bytes(c, s, threads)) >= part * sizeof(real));
-    FUZZ_CHECK(cache + wide(Activations::bytes(c, s, threads)) < 0x1p64L);
+    FUZZ_CHECK(activations >= part * sizeof(real));
+    FUZZ_CHECK(cache + activations < 0x1p64L);
 }
 
 inline void check_parameters(const Config& c, uint64_t counted) {
@@ -36,9 +39,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         Rope rope = make_rope(c.rope, std::min(c.rope_dim(), 256));
         for (double f : rope.frequency) FUZZ_CHECK(std::isfinite(f));
         for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
-            check_plan(c, {c.max_context, 65536, form, REAL}, 4096);
-            check_plan(c, {c.max_context, 65536, form, Dtype::BF16}, 4096);
-            if (cache_part_width(c) % 32 == 0) check_plan(c, {c.max_context, 65536, form, Dtype::Q8_0}, 4096);
+            check_plan(c, {c.max_context, 65536, form, REAL});
+            check_plan(c, {c.max_context, 65536, form, Dtype::BF16});
+            if (cache_part_width(c) % 32 == 0) check_plan(c, {c.max_context, 65536, form, Dtype::Q8_0});
         }
     });
 }

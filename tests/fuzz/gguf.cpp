@@ -26,7 +26,7 @@ inline void run_model(Gguf g) {
     Session s(m, {2, 1, MlaForm::ABSORBED, REAL});      // all sizes come from tensors that are in the file
     std::vector<real> logits(size_t(m.config.V));
     for (int pos : {0, 1}) forward(s, std::vector<int>{m.config.V - 1}, pos);
-    head(m, logits.data(), s.a.h, 1);
+    head(s, logits.data(), s.a.h, 1);
 }
 
 inline void use_vocabulary(const GgufKeys& keys) {

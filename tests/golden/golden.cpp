@@ -202,11 +202,11 @@ Taps run(const Model& model, const std::vector<int>& ids, const Way& way) {
     s.tokens = ids;
     Vector logits(size_t(T) * size_t(V));
     auto after = [&](int, int n) {
-        head(model, logits.data(), s.a.h, n);
+        s.device.head(s, logits.data(), s.a.h, n);
         taps.add("logits", logits.data(), n, {V});
         int rows = model.config.n_mtp ? mtp_catch_up(s) : 0;
         if (rows == 0) return;
-        head(model, logits.data(), s.a.mtp_h, rows);
+        s.device.head(s, logits.data(), s.a.mtp_h, rows);
         taps.add("mtp_logits", logits.data(), rows, {V});
     };
     int together = way.decode ? T / 2 : T;

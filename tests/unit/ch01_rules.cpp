@@ -80,8 +80,7 @@ TEST(Arena, ASessionTakesExactlyItsBill) {
                 Model model;
                 model.config = config_of(keys);
                 Session s(model, {40, 7, form});
-                EXPECT_EQ(s.arena.used, s.pages.size());
-                EXPECT_EQ(s.pages.size(), Activations::bytes(model.config, s.options, threads));
+                EXPECT_EQ(s.arena.used, Activations::bytes(model.config, s.options, CPU));
             }
         }
     }

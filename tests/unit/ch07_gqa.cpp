@@ -8,7 +8,7 @@
 constexpr Dtype CACHES[] = {REAL, Dtype::BF16, Dtype::Q8_0};
 
 static Cache cache_of(const Config& c, int context, Dtype dtype) {
-    return {c.n_layers + c.n_mtp, context, cache_parts(c), cache_part_width(c), dtype};
+    return {dtype, context, cache_parts(c), cache_part_width(c), CPU.memory(cache_bytes(c, context, dtype))};
 }
 
 // Six heads of 32 on two kv heads: rows that Q8_0 can store.
@@ -33,8 +33,7 @@ TEST(GqaCache, PartsFollowEachOther) {
     for (Dtype dtype : CACHES) {
         Config c = config_of(wide_dense());
         Cache cache = cache_of(c, 5, dtype);
-        EXPECT_EQ(cache.pages.size(), cache_bytes(c, 5, dtype));
-        const std::byte* at = cache.pages.data();
+        const std::byte* at = cache.memory.get();
         for (int l = 0; l < c.n_layers; l++) {
             for (int part = 0; part < 4; part++) {
                 Matrix m = cache.matrix(l, part);
@@ -43,19 +42,21 @@ TEST(GqaCache, PartsFollowEachOther) {
                 at = m.row(5);
             }
         }
-        EXPECT_EQ(at, cache.pages.data() + cache.pages.size());
+        EXPECT_EQ(at, cache.memory.get() + cache_bytes(c, 5, dtype));
     }
 }
 TEST(GqaCache, StoresARowAndNothingElse) {
     for (Dtype dtype : CACHES) {
-        Cache cache = cache_of(config_of(wide_dense()), 5, dtype);
+        Config c = config_of(wide_dense());
+        Cache cache = cache_of(c, 5, dtype);
         Vector x = Noise{}.vector(32), row(32);
         store(cache.matrix(1, 2), std::array{4}, {x.data(), 32});
         std::string bytes(row_bytes(dtype, 32), '\0');
         store_row(reinterpret_cast<std::byte*>(bytes.data()), x.data(), 32, dtype);
         const std::byte *begin = cache.matrix(1, 2).row(3), *end = begin + bytes.size();
         EXPECT_EQ(std::memcmp(begin, bytes.data(), bytes.size()), 0);
-        for (const std::byte* p = cache.pages.data(); p < cache.pages.data() + cache.pages.size(); p++) {
+        for (size_t i = 0; i < cache_bytes(c, 5, dtype); i++) {
+            const std::byte* p = cache.memory.get() + i;
             if (p < begin || p >= end) { ASSERT_EQ(*p, std::byte{0}); }
         }
     }
@@ -321,9 +322,10 @@ TEST(Gqa, HeadsShareKvHeadsInOrder) {
     auto matrix = [](const std::vector<float>& data, int rows) {
         return Matrix{reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, 60, 0, 0};
     };
+    Vector none(60), bias(20);
+    for (size_t i = 0; i < 20; i++) bias[i] = real(1 + i / 10);
     Gqa w{matrix(zeros, 60), matrix(zeros, 20), matrix(zeros, 20), matrix(identity, 60),
-          Vector(60),        Vector(20),        Vector(20)};
-    for (size_t i = 0; i < 20; i++) w.bv[i] = real(1 + i / 10);
+          none, std::span(none).first(20), bias};
     Model model;
     model.config = c;
     Session s(model, {8, 8, MlaForm::ABSORBED});

@@ -272,11 +272,11 @@ TEST(MlaCache, TheMtpModuleHasALayerOfItsOwn) {
 }
 TEST(MlaCache, IsOneMatrixALayer) {
     Config c = config_of(tiny_v3());
-    Cache cache(c.n_layers + c.n_mtp, 5, cache_parts(c), cache_part_width(c), REAL);
+    Cache cache{REAL, 5, cache_parts(c), cache_part_width(c), CPU.memory(cache_bytes(c, 5, REAL))};
     EXPECT_EQ(cache.parts, 1);
     for (int l = 0; l <= c.n_layers; l++) {
         Matrix m = cache.matrix(l, 0);
-        EXPECT_EQ(m.data, cache.pages.data() + size_t(l) * 5 * 24 * sizeof(real));
+        EXPECT_EQ(m.data, cache.memory.get() + size_t(l) * 5 * 24 * sizeof(real));
         EXPECT_TRUE(m.rows == 5 && m.cols == 24 && m.dtype == REAL);
     }
 }

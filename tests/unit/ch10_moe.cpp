@@ -243,6 +243,7 @@ TEST(Dispatch, IsAStableSortByExpert) {
 // Experts that say their number: FFN_e(u) = (e + 1) silu(1) for u = 1, in every output.
 struct NamedExperts {
     std::deque<std::vector<float>> store;
+    Vector no_bias;
     Moe w;
 
     Matrix constant(int rows, int cols, float value) {
@@ -253,7 +254,7 @@ struct NamedExperts {
         std::vector<float>& gate = store.emplace_back(size_t(c.E * c.D));
         for (size_t e = 0; e < size_t(c.E); e++) gate[e * size_t(c.D)] = float((e * 5) % 8) / 4;
         w.gate_w = {reinterpret_cast<const std::byte*>(gate.data()), nullptr, Dtype::F32, c.E, c.D, 0, 0};
-        w.gate_bias = Vector(size_t(c.E));
+        no_bias.resize(size_t(c.E)), w.gate_bias = no_bias;
         float one = 1 / float(c.D);                        // D inputs of 1 make 1; D = 16 keeps it exact
         for (int e = 0; e < c.E; e++)
             w.experts.push_back(

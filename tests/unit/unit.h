@@ -383,11 +383,11 @@ inline Answer answer(const Model& model, const std::vector<int>& ids, SessionOpt
     if (taps) s.taps = &out.taps;
     s.tokens = ids;
     prefill(s, ids, 0, [&](int pos, int n) {
-        head(model, out.logits.data() + size_t(pos) * V, s.a.h, n);
+        s.device.head(s, out.logits.data() + size_t(pos) * V, s.a.h, n);
         if (!c.n_mtp) return;
         size_t begin = size_t(s.mtp_length);
         int rows = mtp_catch_up(s);
-        head(model, out.mtp_logits.data() + begin * V, s.a.mtp_h, rows);
+        s.device.head(s, out.mtp_logits.data() + begin * V, s.a.mtp_h, rows);
     });
     return out;
 }
@@ -415,9 +415,9 @@ public:
         model.embed = matrix(V, WIDTH, [](int r, int col) { return float(r == col); });
         model.head = matrix(V, WIDTH,
                             [&](int r, int col) { return col < V ? table[size_t(col)][size_t(r)] : 0; });
-        model.norm = Vector(WIDTH, real(0.25));
+        model.norm = vector(real(0.25));
         model.layers.push_back(idle_layer());
-        Mtp mtp{Vector(WIDTH, 1), Vector(WIDTH, 1), Vector(WIDTH, real(0.25)), {}, idle_layer()};
+        Mtp mtp{vector(1), vector(1), vector(real(0.25)), {}, idle_layer()};
         mtp.proj = matrix(WIDTH, 2 * WIDTH, [&](int r, int col) {
             return r == col ? 0.8f : col < V && r == (col + 1) % V ? 0.6f : 0.0f;
         });
@@ -432,10 +432,11 @@ private:
         for (int i = 0; i < rows * cols; i++) data.push_back(value(i / cols, i % cols));
         return {reinterpret_cast<const std::byte*>(data.data()), nullptr, Dtype::F32, rows, cols, 0, 0};
     }
+    std::span<const real> vector(real value) { return model.vectors.emplace_back(WIDTH, value); }
     Layer idle_layer() {
         auto zeros = [&](int rows, int cols) { return matrix(rows, cols, [](int, int) { return 0.0f; }); };
         Layer w;
-        w.attn_norm = w.ffn_norm = Vector(WIDTH, 1);
+        w.attn_norm = w.ffn_norm = vector(1);
         w.gqa = {zeros(2, WIDTH), zeros(2, WIDTH), zeros(2, WIDTH), zeros(WIDTH, 2), {}, {}, {}};
         w.mlp = {zeros(1, WIDTH), zeros(1, WIDTH), zeros(WIDTH, 1)};
         return w;
