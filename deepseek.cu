@@ -93,6 +93,14 @@ inline void check(cudaError_t error, const char* what) {
 // Waits until everything that was asked for is done.
 inline void wait() { check(cudaStreamSynchronize(queue), "a kernel"); }
 
+inline void send(void* to, const void* from, size_t bytes) {         // `from` may change afterwards
+    if (bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, queue), "a copy to the device");
+}
+inline void read(void* to, const void* from, size_t bytes) {         // waits
+    if (bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, queue), "a copy from the device");
+    wait();
+}
+
 inline unsigned ceil_div(int64_t n, int64_t by) { return unsigned((n + by - 1) / by); }
 
 // kernel(args...) on a grid of blocks of THREADS threads, which share so many bytes besides what the kernel
@@ -141,7 +149,7 @@ public:
     explicit Buffer(size_t n = 0) : n_(n) {
         if (n) check(cudaMalloc(reinterpret_cast<void**>(&data_), n * sizeof(T)), "memory");
     }
-    explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { write(v.data(), n_); }
+    explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { send(data_, v.data(), n_ * sizeof(T)); }
     ~Buffer() { if (data_) cudaFree(data_); }
     Buffer(Buffer&& other) noexcept { *this = std::move(other); }
     Buffer& operator=(Buffer&& other) noexcept {
@@ -150,13 +158,9 @@ public:
     }
     T* data() const { return data_; }
     size_t size() const { return n_; }
-    void write(const T* from, size_t n) {                // has been read when this returns
-        if (n) check(cudaMemcpyAsync(data_, from, n * sizeof(T), cudaMemcpyHostToDevice, queue), "a copy");
-    }
-    std::vector<T> host() const {                        // waits
+    std::vector<T> host() const {
         std::vector<T> v(n_);
-        if (n_) check(cudaMemcpyAsync(v.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost, queue), "a copy");
-        wait();
+        read(v.data(), data_, n_ * sizeof(T));
         return v;
     }
 
@@ -815,10 +819,12 @@ inline Stack stack_of(std::span<const Matrix> heads) {
     return cuda::stack_of(heads.size(), [&](size_t h) { return heads[h].stored(); });
 }
 
-// The cache's rows are those that the last token sees.
 inline void mla_naive(const LatentAttention& a) {
     const int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
-    const int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.cache.rows;
+    const int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv;
+    int n = 0;                             // positions that the last token sees: read by the host, which waits
+    if (!a.n.empty()) read(&n, &a.n.back(), sizeof n);
+    if (n == 0) return;
     Rows c{a.expanded[0], latent}, k{a.expanded[0] + int64_t(n) * latent, width}, v{k[0] + dk, width};
     widen_rows(c, a.cache, nullptr, n);
     copy({k[0] + Dn, width, 0, n, 1}, {c[0] + Rkv, latent, 0, n, 1}, a.Dr);
@@ -1025,6 +1031,432 @@ TWIN(combine);
 }
 
 // =================================================================================================
+// Chapter 11. The model
+// =================================================================================================
+//
+// The structs are those of chapter 11 of deepseek.cpp: a Model whose matrices point into the device's memory,
+// and a Session whose cache and activations lie there. What follows is that chapter's text with the twins in
+// the place of the operations.
+//
+//      host                                         device
+//      weights, mapped       -- once -->            weights, in the formats of the files
+//      ids, cos and sin      -- each step -->       embed, L blocks, norm
+//      logits                <-- when asked --      head
+//
+// The host only asks. Nothing that it does depends on what a kernel computed: who goes to which expert, and in
+// which row of the cache a token is kept, is read by kernels from memory. So a step of one token is always the
+// same list of some hundred launches, and the driver can be given the list as a whole, a graph: launching one
+// by one would take longer than many of these kernels do.
+
+namespace cuda {
+
+// -- 11.1  weights, device, cache and activations ------------------------------------------------
+
+// The first call of the driver.
+inline void begin() {
+    if (!queue) check(cudaStreamCreateWithFlags(&queue, cudaStreamNonBlocking), "a stream");
+}
+
+inline std::shared_ptr<std::byte> memory(size_t bytes) {
+    begin();
+    void* p = nullptr;
+    if (bytes == 0) return nullptr;
+    if (cudaMalloc(&p, bytes) != cudaSuccess)
+        fail("--device cuda: %.3f GB of the device's memory were refused", double(bytes) / 1e9);
+    check(cudaMemsetAsync(p, 0, bytes, queue), "memory");
+    return {static_cast<std::byte*>(p), [](std::byte* q) { cudaFree(q); }};
+}
+
+// What a session has beside its arrays, in the row of `scratch`: results of splits, logits, ids.
+constexpr int HEAD_ROWS = 16, SPLIT_TOKENS = 2;          // tokens of a head at once; a token and a draft
+
+struct Work {
+    Rows splits;
+    real* logits;                          // (HEAD_ROWS, V)
+    int* ids;                              // (chunk)
+
+    static int64_t numbers(const Config& c, const SessionOptions& o) {
+        return split_numbers(c, o) + int64_t(HEAD_ROWS) * c.V + o.chunk;
+    }
+    explicit Work(const Session& s) {
+        const Config& c = s.model.config;
+        const int64_t n = split_numbers(c, s.options);
+        splits = {s.a.scratch.data, n}, logits = s.a.scratch.data + n;
+        ids = reinterpret_cast<int*>(logits + int64_t(HEAD_ROWS) * c.V);
+    }
+
+private:
+    static int64_t split_numbers(const Config& c, const SessionOptions& o) {
+        const int dv = c.mla() && o.mla == MlaForm::ABSORBED ? c.Rkv : c.v_dim();
+        return (split_scratch(SPLIT_TOKENS, c.H, o.context, dv) + 15) / 16 * 16;
+    }
+};
+
+// -- 11.2  upload: weights into the device's memory ----------------------------------------------
+
+// Walks a model's weights: without memory it counts, with it each is copied and then pointed to. What several
+// matrices share, a tied head or the scales of all heads, is there once. Experts come out evenly apart.
+struct Upload {
+    Arena arena;
+    size_t total;
+    const std::function<void(size_t, size_t)>& progress;
+    std::map<const void*, const std::byte*> done;
+
+    const std::byte* place(const void* from, size_t bytes) {
+        auto [at, is_new] = done.try_emplace(from, nullptr);
+        if (!is_new || !from) return at->second;
+        at->second = arena.take<std::byte>(bytes);
+        if (!arena.base) return nullptr;
+        send(const_cast<std::byte*>(at->second), from, bytes);
+        progress(arena.used, total);
+        return at->second;
+    }
+    void point(const std::byte*& to, const std::byte* placed) const { if (arena.base) to = placed; }
+
+    static size_t bytes(const Matrix& w) { return size_t(w.stored().rows) * row_bytes(w.dtype, w.stored().cols); }
+    static size_t scale_bytes(const Matrix& w) {
+        return size_t(scale_blocks(w.first_row + w.rows) * scale_blocks(w.cols)) * sizeof(float);
+    }
+    void matrix(Matrix& w) {
+        if (!w || interrupted) return;
+        point(w.data, place(w.data, bytes(w)));
+        if (w.scale) point(w.scale, place(w.scale, scale_bytes(w)));
+    }
+    // Heads are views of one or two tensors: what lies without a gap stays so.
+    void heads(Mla& w) {
+        std::vector<Matrix*> all;
+        for (std::vector<Matrix>* part : {&w.wk_b, &w.wv_b})
+            for (Matrix& head : *part) all.push_back(&head);
+        std::sort(all.begin(), all.end(), [](Matrix* a, Matrix* b) { return a->data < b->data; });
+        for (size_t i = 0; i < all.size();) {
+            const std::byte *first = all[i]->data, *end = first;
+            const Matrix* last = all[i];
+            size_t j = i;
+            for (; j < all.size() && all[j]->data == end; j++) last = all[j], end += bytes(*last);
+            const std::byte* placed = place(first, size_t(end - first));
+            const std::byte* scale = last->scale ? place(last->scale, scale_bytes(*last)) : nullptr;
+            for (; i < j; i++) point(all[i]->data, placed + (all[i]->data - first)), point(all[i]->scale, scale);
+        }
+    }
+    void model(Model& m) {
+        each_matrix(m, [&](Matrix& w, Role role) { if (role != Role::LATENT) matrix(w); });
+        for (Layer& l : m.layers) heads(l.mla);
+        for (Mtp& mtp : m.mtp) heads(mtp.layer.mla);
+        each_vector(m, [&](std::span<const real>& v) {
+            const std::byte* placed = place(v.data(), v.size_bytes());
+            if (arena.base) v = {reinterpret_cast<const real*>(placed), v.size()};
+        });
+    }
+};
+
+inline void upload(Model& m, const std::function<void(size_t, size_t)>& progress) {
+    Upload bill{{}, 0, progress, {}};
+    bill.model(m);
+    m.uploaded = memory(bill.arena.used);
+    Upload copies{{m.uploaded.get(), 0}, bill.arena.used, progress, {}};
+    copies.model(m);
+    wait();
+}
+
+// -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
+
+// As Session::tap, of arrays of the device.
+inline void tap(const Session& s, int l, const char* name, const real* data, int T,
+                std::initializer_list<int> inner) {
+    if (!s.taps || l >= s.model.config.n_layers) return;
+    size_t n = size_t(T);
+    for (int size : inner) n *= size_t(size);
+    Vector host(n);
+    cuda::read(host.data(), data, n * sizeof(real));
+    s.tap(l, name, host.data(), T, inner);
+}
+
+inline void tap(const Session& s, const char* name, const real* data, int T) {        // (T, D)
+    if (!s.taps) return;
+    Vector host(size_t(T) * size_t(s.model.config.D));
+    cuda::read(host.data(), data, host.size() * sizeof(real));
+    s.taps->add(name, host.data(), T, {s.model.config.D});
+}
+
+inline void gqa(Session& s, const Gqa& w, int l, int T) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    const int d = c.head_dim, width = c.G * d;
+    real *k = a.kv, *v = a.kv + int64_t(T) * width;                        // (T, G, d) each
+    ConstRows u{a.u, c.D};
+    cuda::matmul({a.q, c.H * d}, u, w.wq, T);
+    cuda::matmul({k, width}, u, w.wk, T);
+    cuda::matmul({v, width}, u, w.wv, T);
+    if (c.qkv_bias) cuda::add_bias(a.q, w.bq, T), cuda::add_bias(k, w.bk, T), cuda::add_bias(v, w.bv, T);
+    cuda::rope_half({a.q, c.H * d, d, T, c.H}, a.cos_sin, d);
+    cuda::rope_half({k, width, d, T, c.G}, a.cos_sin, d);
+    std::span<const int> n{a.seen, size_t(T)};
+    for (int g = 0; g < c.G; g++) {
+        cuda::store(s.cache.matrix(l, 2 * g), n, {k + g * d, width});
+        cuda::store(s.cache.matrix(l, 2 * g + 1), n, {v + g * d, width});
+    }
+    cuda::gqa_attend(a.o, a.q, s.cache, l, c.H, n, Work(s).splits);
+    cuda::matmul({a.y, c.D}, {a.o, c.H * d}, w.wo, T);
+}
+TWIN(gqa);
+
+// Numbers `from`, `from + 1`, ... of each of H parts of a row, as a tap.
+inline void tap_parts(const Session& s, int l, const char* name, Heads x, int from, std::initializer_list<int> inner) {
+    const int n = *(inner.end() - 1);
+    Buffer<real> dense(size_t(x.T) * size_t(x.H) * size_t(n));
+    x.data += from;
+    copy({dense.data(), int64_t(x.H) * n, n, x.T, x.H}, x, n);
+    cuda::tap(s, l, name, dense.data(), x.T, inner);
+}
+inline void tap_mla(const Session& s, int l, int T) {
+    if (!s.taps) return;
+    const Config& c = s.model.config;
+    const int latent = c.Rkv + c.Dr, q_dim = c.q_dim();
+    int seen = 0;
+    cuda::read(&seen, s.a.seen, sizeof seen);
+    widen_rows({s.a.kv, latent}, s.cache.matrix(l, 0).view(seen - 1, T), nullptr, T);   // as they are kept
+    const Heads q{s.a.q, int64_t(c.H) * q_dim, q_dim, T, c.H}, kv{s.a.kv, latent, 0, T, 1};
+    tap_parts(s, l, "q_nope", q, 0, {c.H, c.Dn});
+    tap_parts(s, l, "q_rope", q, c.Dn, {c.H, c.Dr});
+    tap_parts(s, l, "c_kv", kv, 0, {c.Rkv});
+    tap_parts(s, l, "k_rope", kv, c.Rkv, {c.Dr});
+}
+TWIN(tap_mla);
+
+inline void attend_latent(Session& s, const Mla& w, int l, int T) {
+    Activations& a = s.a;
+    LatentAttention core{a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)}, s.model.config.Dr,
+                         mla_scale(s.model), a.q_absorbed, a.z, a.expanded, Work(s).splits};
+    if (s.options.mla == MlaForm::NAIVE) cuda::mla_naive(core);
+    else cuda::mla_absorbed(core);
+}
+TWIN(attend_latent);
+
+//   c^Q = RMSNorm(W^DQ u), [q_nope | q_rope] = W^UQ c^Q                   V3 eq. 6-9
+//   [c | k] = W^DKV u,  c^KV = RMSNorm(c),  k_rope = RoPE(k)              V3 eq. 1-3
+inline void mla(Session& s, const Mla& w, int l, int T) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    const int width = c.Rkv + c.Dr, q_dim = c.q_dim();
+    ConstRows u{a.u, c.D};
+    Rows kv{a.kv, width}, c_q{a.c_q, c.Rq}, q{a.q, c.H * q_dim};
+    cuda::matmul(kv, u, w.wkv_a, T);
+    if (c.Rq) {
+        cuda::matmul(c_q, u, w.wq_a, T);
+        cuda::rmsnorm(c_q, c_q, w.q_norm, T, LATENT_EPS);
+        cuda::tap(s, l, "c_q", a.c_q, T, {c.Rq});
+        cuda::matmul(q, c_q, w.wq_b, T);
+    } else {
+        cuda::matmul(q, u, w.wq, T);
+    }
+    cuda::rmsnorm(kv, kv, w.kv_norm, T, LATENT_EPS);
+    cuda::rope_interleaved({a.q + c.Dn, c.H * q_dim, q_dim, T, c.H}, a.cos_sin, c.Dr);
+    cuda::rope_interleaved({a.kv + c.Rkv, width, 0, T, 1}, a.cos_sin, c.Dr);
+    cuda::store(s.cache.matrix(l, 0), {a.seen, size_t(T)}, kv);
+    cuda::tap_mla(s, l, T);
+    cuda::attend_latent(s, w, l, T);
+    cuda::matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
+}
+TWIN(mla);
+
+inline void moe(Session& s, const Moe& w, int l, int T) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    cuda::matmul({a.router_logits, c.E}, {a.u, c.D}, w.gate_w, T);
+    const GateShape shape = gate_shape(c);
+    const Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight};
+    switch (c.gate) {
+    case Gate::GREEDY: cuda::gate_greedy(r, shape); break;
+    case Gate::GROUP_LIMITED_GREEDY: cuda::gate_group_limited_greedy(r, shape); break;
+    case Gate::NOAUX_TC: cuda::gate_noaux_tc(r, w.gate_bias.data(), shape); break;
+    }
+    cuda::tap(s, l, "router_logits", a.router_logits, T, {c.E});
+    if (s.taps && l < c.n_layers) {
+        std::vector<int> idx(size_t(T) * size_t(c.K));
+        cuda::read(idx.data(), a.expert_idx, idx.size() * sizeof(int));
+        s.taps->add(text_of("layers.%d.expert_idx", l), idx.data(), T, c.K);
+    }
+    cuda::tap(s, l, "expert_weight", a.gate_weight, T, {c.K});
+
+    cuda::dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
+    cuda::run_experts(
+        {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    cuda::combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
+}
+TWIN(moe);
+
+// -- 11.4  block, forward, head ------------------------------------------------------------------
+
+inline void block(Session& s, const Layer& w, real* x, int l, int T) {
+    const Config& c = s.model.config;
+    Activations& a = s.a;
+    const size_t n = size_t(T) * size_t(c.D);
+
+    cuda::rmsnorm({a.u, c.D}, {x, c.D}, w.attn_norm, T, c.eps);
+    cuda::tap(s, l, "attn_norm", a.u, T, {c.D});
+    if (c.mla()) cuda::mla(s, w.mla, l, T);
+    else cuda::gqa(s, w.gqa, l, T);
+    cuda::tap(s, l, "attn_out", a.y, T, {c.D});
+    cuda::add(x, a.y, n);
+
+    cuda::rmsnorm({a.u, c.D}, {x, c.D}, w.ffn_norm, T, c.eps);
+    cuda::tap(s, l, "ffn_norm", a.u, T, {c.D});
+    if (c.is_moe(l)) cuda::moe(s, w.moe, l, T);
+    else cuda::swiglu(a.y, a.u, w.mlp, T, a.gate, a.up);
+    cuda::tap(s, l, "ffn_out", a.y, T, {c.D});
+    cuda::add(x, a.y, n);
+    cuda::tap(s, l, "out", x, T, {c.D});
+}
+TWIN(block);
+
+// What depends on the positions alone, made by the host.
+inline void place(Session& s, int T, int pos) {
+    Vector cos_sin(size_t(T) * s.model.rope.frequency.size() * 2);
+    std::vector<int> seen;
+    rope_table(cos_sin.data(), s.model.rope, T, pos);
+    for (int t = 0; t < T; t++) seen.push_back(pos + t + 1);
+    send(s.a.cos_sin, cos_sin.data(), cos_sin.size() * sizeof(real));
+    send(s.a.seen, seen.data(), seen.size() * sizeof(int));
+}
+TWIN(place);
+
+// A recorded list of launches, and of which session's arrays.
+struct Graph {
+    cudaGraphExec_t launches = nullptr;
+    const Session* session = nullptr;
+    const std::byte *cache = nullptr, *arena = nullptr, *weights = nullptr;
+};
+inline Graph graphs[SPLIT_TOKENS];         // by the number of tokens
+
+// Records what `list` asks for, the first time, and lets the device do it.
+inline void replay(Graph& g, const Session& s, const std::function<void()>& list) {
+    const std::byte *cache = s.cache.memory.get(), *weights = s.model.uploaded.get();
+    if (g.session != &s || g.cache != cache || g.arena != s.arena.base || g.weights != weights) {
+        if (g.launches) cudaGraphExecDestroy(g.launches);
+        cudaGraph_t recorded;
+        check(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), "recording");
+        list();
+        check(cudaStreamEndCapture(queue, &recorded), "recording");
+        check(cudaGraphInstantiate(&g.launches, recorded, 0), "a graph");
+        cudaGraphDestroy(recorded);
+        g = {g.launches, &s, cache, s.arena.base, weights};
+    }
+    check(cudaGraphLaunch(g.launches, queue), "a graph");
+}
+
+inline void forward(Session& s, std::span<const int> ids, int pos) {
+    const Model& m = s.model;
+    const Config& c = m.config;
+    Activations& a = s.a;
+    const int T = int(ids.size());
+    CHECK(T <= s.options.chunk && pos + T <= s.options.context, "%d tokens at %d", T, pos);
+    const Work work(s);
+    cuda::place(s, T, pos);
+    send(work.ids, ids.data(), ids.size_bytes());
+    auto pass = [&] {
+        cuda::embed({a.x, c.D}, m.embed, {work.ids, ids.size()});
+        cuda::tap(s, "embed", a.x, T);
+        for (int l = 0; l < c.n_layers; l++) cuda::block(s, m.layers[size_t(l)], a.x, l, T);
+        cuda::rmsnorm({a.h, c.D}, {a.x, c.D}, m.norm, T, c.eps);
+        cuda::tap(s, "norm", a.h, T);
+    };
+    const bool waits = s.taps || (c.mla() && s.options.mla == MlaForm::NAIVE);   // then it is no list
+    if (T <= SPLIT_TOKENS && !waits) replay(graphs[T - 1], s, pass);
+    else pass();
+    s.length = pos + T, s.h_pos = pos, s.h_rows = T;
+}
+TWIN(forward);
+
+// The logits go to the host's memory, some tokens at a time.
+inline void head(const Session& s, real* logits, const real* h, int T) {
+    const int64_t V = s.model.config.V, D = s.model.config.D;
+    const Work work(s);
+    for (int64_t t = 0; t < T; t += HEAD_ROWS) {
+        const int n = int(std::min<int64_t>(HEAD_ROWS, T - t));
+        cuda::matmul({work.logits, V}, {h + t * D, D}, s.model.head, n);
+        cuda::read(logits + t * V, work.logits, size_t(n) * size_t(V) * sizeof(real));
+    }
+}
+TWIN(head);
+
+}
+
+// =================================================================================================
+// Chapter 12. Talking
+// =================================================================================================
+//
+// Sampling stays where it was. What crosses the bus for a token is its logits, half a megabyte for V3's 129,280
+// tokens, which takes a hundredth of the time of the step; in exchange a seed gives the same words on every
+// device. Nothing of chapter 12 of deepseek.cpp knows where its session lives: it calls Device::forward.
+
+// =================================================================================================
+// Chapter 13. Multi-token prediction
+// =================================================================================================
+//
+// The draft's pass is the main model's text again with other weights; its input, [embedding | hidden state],
+// is made where both already lie. A token and its draft are two rows, for which the weights are read once.
+
+namespace cuda {
+
+// -- 13.1  mtp_forward ---------------------------------------------------------------------------
+
+inline void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
+    const Model& m = s.model;
+    const Mtp& w = m.mtp[0];
+    const Config& c = m.config;
+    Activations& a = s.a;
+    const int T = int(next.size());
+    const Work work(s);
+    send(work.ids, next.data(), next.size_bytes());
+    cuda::embed({a.mtp_in, 2 * c.D}, m.embed, {work.ids, next.size()});
+    cuda::rmsnorm({a.mtp_in, 2 * c.D}, {a.mtp_in, 2 * c.D}, w.enorm, T, c.eps);
+    cuda::rmsnorm({a.mtp_in + c.D, 2 * c.D}, {h, c.D}, w.hnorm, T, c.eps);
+    cuda::matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);
+    cuda::tap(s, "mtp.in", a.mtp_x, T);
+    cuda::place(s, T, pos);
+    cuda::block(s, w.layer, a.mtp_x, c.n_layers, T);
+    cuda::tap(s, "mtp.out", a.mtp_x, T);
+    cuda::rmsnorm({a.mtp_h, c.D}, {a.mtp_x, c.D}, w.norm, T, c.eps);
+    s.mtp_length = pos + T;
+}
+TWIN(mtp_forward);
+
+// -- 13.2  the GPU as a device -------------------------------------------------------------------
+
+inline int one() { return 1; }             // row of scratch: kernels have none of their own
+
+inline uint64_t available() {
+    size_t available = 0, total = 0;
+    check(cudaMemGetInfo(&available, &total), "memory");
+    return available;
+}
+
+// Why there is no GPU to run on, or "".
+inline std::string missing() {
+    int count = 0, major = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        return text_of("no CUDA device (%s)", error ? cudaGetErrorString(error) : "none is visible");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "the device");
+    return major < 8 ? text_of("the GPU is of compute capability %d, 8 is needed", major) : "";
+}
+
+const Device GPU = {.name = "cuda",
+                    .memory = memory,
+                    .read = read,
+                    .write = send,
+                    .threads = one,
+                    .attention_scratch = Work::numbers,
+                    .forward = forward,
+                    .head = head,
+                    .mtp_forward = mtp_forward,
+                    .available = available,
+                    .upload = upload,
+                    .missing = missing};
+
+}
+
+// =================================================================================================
 // Chapter 14. FP8
 // =================================================================================================
 //
@@ -1199,5 +1631,636 @@ TWIN(gemm_fp8);
 TWIN(gemm_fp8_contiguous);
 TWIN(gemm_fp8_masked);
 TWIN(gemm_fp8_k_grouped);
+
+}
+
+// =================================================================================================
+// Chapter 21. Command line
+// =================================================================================================
+//
+//      deepseek check            every twin against its operation, a line each
+//      deepseek check 10         those of chapter 10
+//
+// A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
+// of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
+// than they are long, and between them lies NaN. Sizes are odd on purpose: rows that no tile divides, no token
+// at all, experts that no one picked, ties, a position more than a split.
+
+namespace cuda {
+
+// -- 21.1  a case in two memories ----------------------------------------------------------------
+
+enum class Side : uint8_t { HOST, DEVICE };
+constexpr Side SIDES[] = {Side::HOST, Side::DEVICE};
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// f(...) on the host's arrays, cuda::f(...) on the device's. Arrays are given as x(at).
+#define BOTH(f, ...) for (Side at : SIDES) at == Side::HOST ? ::f(__VA_ARGS__) : cuda::f(__VA_ARGS__)
+
+template <class T> struct Array {
+    std::vector<T> host;
+    Buffer<T> device;
+
+    explicit Array(std::vector<T> v) : host(std::move(v)), device(host) {}
+    T* operator()(Side at) { return at == Side::HOST ? host.data() : device.data(); }
+    std::span<const T> span(Side at) { return {(*this)(at), host.size()}; }
+};
+using Reals = Array<real>;
+using Ints = Array<int>;
+
+struct Check {
+    const char *section, *name;
+    int cases = 0;
+    double worst = 0, bound = 0;           // of the differences
+    std::string wrong = {};                // the first difference beyond its bound
+    Rng rng{1};
+
+    float number(float size) { return float(rng.uniform() * 2 - 1) * size; }
+    int below(int n) { return int(rng.next() % uint64_t(n)); }
+    Vector numbers(int64_t n, float size = 1) {
+        Vector v;
+        for (int64_t i = 0; i < n; i++) v.push_back(number(size));
+        return v;
+    }
+    // rows of n numbers, `stride` apart, NaN in between
+    Vector rows(int64_t n_rows, int n, int stride, float size = 1) {
+        Vector v(size_t(n_rows * stride), NOT_A_NUMBER);
+        for (int64_t i = 0; i < n_rows * n; i++) v[size_t(i / n * stride + i % n)] = number(size);
+        return v;
+    }
+    Vector few_values(int64_t n) {         // many are equal
+        Vector v;
+        for (int64_t i = 0; i < n; i++) v.push_back(real(below(5) - 2) / 4);
+        return v;
+    }
+
+    void differs(size_t i, double host, double device, double limit) {
+        if (wrong.empty()) wrong = text_of("case %d, [%zu]: %.9g, not %.9g", cases, i, device, host);
+        bound = std::max(bound, limit);
+    }
+    // Bits; any NaN is as good as another.
+    template <class T> void same(Array<T>& a) {
+        const std::vector<T> device = a.device.host();
+        for (size_t i = 0; i < device.size(); i++) {
+            if (std::memcmp(&device[i], &a.host[i], sizeof(T)) == 0) continue;
+            if constexpr (std::is_same_v<T, float>) {
+                if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+                worst = std::max(worst, std::fabs(double(device[i]) - double(a.host[i])));
+            }
+            differs(i, double(a.host[i]), double(device[i]), 0);
+        }
+        cases++;
+    }
+    void within(Reals& a, double limit) {
+        const Vector device = a.device.host();
+        for (size_t i = 0; i < device.size(); i++) {
+            if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+            const double difference = std::fabs(double(device[i]) - double(a.host[i]));
+            worst = std::max(worst, difference);
+            if (!(difference <= limit)) differs(i, double(a.host[i]), double(device[i]), limit);
+        }
+        bound = std::max(bound, limit), cases++;
+    }
+};
+
+// A matrix of random weights of any format.
+struct Weight {
+    Array<uint8_t> data;
+    Reals scale;
+    Matrix shape;
+
+    Matrix at(Side side) {
+        Matrix m = shape;
+        m.data = reinterpret_cast<const std::byte*>(data(side));
+        m.scale = scale.host.empty() ? nullptr : reinterpret_cast<const std::byte*>(scale(side));
+        return m;
+    }
+};
+
+// Random bits, but numbers: what says how large they are is set.
+inline std::vector<uint8_t> random_bytes(Check& c, Dtype dtype, size_t n, float size) {
+    std::vector<uint8_t> bytes;
+    for (size_t i = 0; i < n; i++) bytes.push_back(uint8_t(c.below(127) | c.below(2) << 7));     // no e4m3 NaN
+    auto set = [&](size_t at, auto value) { std::memcpy(bytes.data() + at, &value, sizeof value); };
+    for (size_t i = 0; dtype == Dtype::F32 && i < n; i += 4) set(i, c.number(size));
+    for (size_t i = 0; dtype == Dtype::BF16 && i < n; i += 2) set(i, float_to_bf16(c.number(size)));
+    for (size_t i = 0; dtype == Dtype::F16 && i < n; i += 2) set(i, float_to_f16(c.number(size)));
+    if (!quantised(dtype)) return bytes;
+    const BlockLayout& layout = layout_of(dtype);
+    for (size_t i = 0; i < n; i += size_t(format_of(dtype).bytes))
+        for (int field : {layout.d, layout.m})
+            if (field >= 0) set(i + size_t(field), float_to_f16(c.number(size / 64)));
+    return bytes;
+}
+
+// Rows first, first + 1, ... of a larger one.
+inline Weight weight(Check& c, Dtype dtype, int n_rows, int cols, int first = 0, float size = 1) {
+    const size_t bytes = size_t(n_rows + first) * row_bytes(dtype, cols);
+    const int64_t scales = dtype == Dtype::F8_E4M3 ? scale_blocks(n_rows + first) * scale_blocks(cols) : 0;
+    std::vector<uint8_t> data = random_bytes(c, dtype, bytes, size);
+    data.erase(data.begin(), data.begin() + int64_t(size_t(first) * row_bytes(dtype, cols)));
+    return {Array(data), Reals(c.numbers(scales, size / 256)), {nullptr, nullptr, dtype, n_rows, cols, first, 0}};
+}
+
+constexpr Dtype PLAIN_DTYPES[] = {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8_E4M3};
+constexpr int TOKENS[] = {0, 1, 2, 17, 129};
+
+// -- 21.2  chapters 5 and 6 ----------------------------------------------------------------------
+
+inline void check_softmax(Check& c) {
+    for (int T : TOKENS) {
+        for (int n : {1, 16, 100}) {
+            Reals z(c.rows(T, n, n + 3, 9));
+            for (size_t i = 0; n > 1 && i < z.host.size(); i += size_t(n + 3))
+                z.host[i] = -std::numeric_limits<float>::infinity();
+            z.device = Buffer(z.host);
+            BOTH(softmax, {z(at), n + 3}, 0.3f, T, n);
+            c.same(z);
+        }
+    }
+}
+inline void check_silu_times(Check& c) {
+    for (int T : TOKENS) {
+        Reals gate(c.numbers(T * 37, 20)), up(c.numbers(T * 37));
+        BOTH(silu_times, gate(at), up(at), 37, T);
+        c.same(gate);
+    }
+}
+inline void check_add(Check& c) {
+    for (int T : TOKENS) {
+        Reals out(c.numbers(T * 37)), x(c.numbers(T * 37));
+        BOTH(add, out(at), x(at), size_t(T) * 37);
+        c.same(out);
+    }
+}
+inline void check_add_bias(Check& c) {
+    for (int T : TOKENS) {
+        Reals out(c.numbers(T * 37)), bias(c.numbers(37));
+        BOTH(add_bias, out(at), bias.span(at), T);
+        c.same(out);
+    }
+}
+
+using Multiply = void (*)(Rows, ConstRows, const Matrix&, int);
+
+// W x, or W^T x, whichever of the two is stored.
+inline void check_product(Check& c, Weight& w, bool stored_transposed, bool transposed, int T) {
+    Matrix shape = stored_transposed ? w.shape.transpose() : w.shape;
+    const int n = transposed ? shape.rows : shape.cols, n_out = transposed ? shape.cols : shape.rows;
+    Reals x(c.rows(T, n, n + 1)), out(Vector(size_t(T) * size_t(n_out + 2), NOT_A_NUMBER));
+    for (Side at : SIDES) {
+        const Matrix m = stored_transposed ? w.at(at).transpose() : w.at(at);
+        const Rows to{out(at), n_out + 2}, from{x(at), n + 1};
+        if (at == Side::HOST) (transposed ? ::matmul_transposed : static_cast<Multiply>(::matmul))(to, from, m, T);
+        else (transposed ? cuda::matmul_transposed : static_cast<Multiply>(cuda::matmul))(to, from, m, T);
+    }
+    c.same(out);
+}
+inline void check_matmul(Check& c) {
+    for (Dtype dtype : PLAIN_DTYPES) {
+        Weight w = weight(c, dtype, 37, 300, 100);
+        for (int T : TOKENS) check_product(c, w, false, false, T), check_product(c, w, true, false, T);
+    }
+    for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++) {
+        Weight w = weight(c, Dtype(i), 33, 512);
+        for (int T : {1, 17}) check_product(c, w, false, false, T);
+    }
+    Weight paired = weight(c, Dtype::BF16, 48, 40);          // rows as llama.cpp's files have them
+    paired.shape.pairs = 16;
+    for (int T : {1, 17}) check_product(c, paired, false, false, T);
+}
+inline void check_matmul_transposed(Check& c) {
+    for (Dtype dtype : PLAIN_DTYPES) {
+        Weight w = weight(c, dtype, 37, 300, 100);
+        for (int T : TOKENS) check_product(c, w, false, true, T), check_product(c, w, true, true, T);
+    }
+    Weight w = weight(c, Dtype::Q8_0, 33, 64);
+    for (int T : {1, 17}) check_product(c, w, false, true, T);
+}
+
+inline void check_embed(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::Q8_0, Dtype::Q6_K}) {
+        Weight w = weight(c, dtype, 50, 256);
+        for (int T : TOKENS) {
+            std::vector<int> v;
+            for (int t = 0; t < T; t++) v.push_back(t == 1 ? 49 : c.below(50));
+            Ints ids(v);
+            Reals out(Vector(size_t(T) * 260, NOT_A_NUMBER));
+            BOTH(embed, {out(at), 260}, w.at(at), ids.span(at));
+            c.same(out);
+        }
+    }
+}
+inline void check_rmsnorm(Check& c) {
+    for (int T : TOKENS) {
+        for (int n : {1, 37, 300}) {
+            Reals x(c.rows(T, n, n + 5, 3)), w(c.numbers(n)), out(Vector(size_t(T) * size_t(n + 2), NOT_A_NUMBER));
+            BOTH(rmsnorm, {out(at), n + 2}, {x(at), n + 5}, w.span(at), T, 1e-6);
+            c.same(out);
+            BOTH(rmsnorm, {x(at), n + 5}, {x(at), n + 5}, w.span(at), T, 1e-6);       // in place
+            c.same(x);
+        }
+    }
+}
+inline void check_top_k(Check& c) {
+    for (auto [n, k] : {std::pair{1, 1}, {37, 5}, {256, 8}, {300, 300}}) {
+        for (bool ties : {false, true}) {
+            Reals v(ties ? c.few_values(n) : c.numbers(n));
+            Ints idx(std::vector<int>(size_t(k) + 1, -7));
+            BOTH(top_k, idx(at), v(at), n, k);
+            c.same(idx);
+        }
+    }
+}
+
+inline void check_rope(Check& c, bool interleaved) {
+    for (int T : TOKENS) {
+        for (int H : {1, 3, 16}) {
+            const int dim = H == 3 ? 2 : 10, head = dim + 3;
+            Reals x(c.rows(int64_t(T) * H, dim, head)), cos_sin(c.numbers(T * dim));
+            for (Side at : SIDES) {
+                const Heads heads{x(at), int64_t(H) * head, head, T, H};
+                if (interleaved) at == Side::HOST ? ::rope_interleaved(heads, cos_sin(at), dim) : cuda::rope_interleaved(heads, cos_sin(at), dim);
+                else at == Side::HOST ? ::rope_half(heads, cos_sin(at), dim) : cuda::rope_half(heads, cos_sin(at), dim);
+            }
+            c.same(x);
+        }
+    }
+}
+inline void check_rope_interleaved(Check& c) { check_rope(c, true); }
+inline void check_rope_half(Check& c) { check_rope(c, false); }
+
+// -- 21.3  chapters 7 and 8 ----------------------------------------------------------------------
+
+// T tokens that see up to `most` positions, the last one all of them.
+inline std::vector<int> positions(int T, int most) {
+    std::vector<int> n;
+    for (int t = 0; t < T; t++) n.push_back(std::max(1, most - T + 1 + t));
+    return n;
+}
+
+// Rows of a cache; those that no token sees are NaN.
+inline Weight cache_rows(Check& c, Dtype dtype, int context, int width, int most, float size = 1) {
+    Weight w = weight(c, dtype, context, width, 0, size);
+    std::fill(w.data.host.begin() + int64_t(size_t(most) * row_bytes(dtype, width)), w.data.host.end(), uint8_t(255));
+    w.data.device = Buffer(w.data.host);
+    return w;
+}
+
+// Two ways to add up n terms p v: both chains round once a position, each partial sum being at most the largest
+// |v|; putting a split to the others rounds five times more, and the weights p carry as much again.
+inline double attention_bound(int n, double largest) {
+    return n <= SPLIT ? 0 : 4 * (n + 5.0 * n / SPLIT) * 0x1p-24 * largest;
+}
+
+struct AttentionCase {
+    int T, heads, G, dk, dv, most;
+    Dtype kv;
+};
+inline void check_attention(Check& c, const AttentionCase& a) {
+    const int context = a.most + 40, H = a.heads * a.G;
+    Reals q(c.numbers(int64_t(a.T) * H * a.dk, 2)), out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER));
+    Reals again(out.host), none(Vector{});
+    Ints n(positions(a.T, a.most));
+    std::vector<Weight> k, v;
+    for (int g = 0; g < a.G; g++) {
+        k.push_back(cache_rows(c, a.kv, context, a.dk, a.most, 2));
+        v.push_back(cache_rows(c, a.kv, context, a.dv, a.most));
+    }
+    // Heads lie evenly apart on the device: one behind the other.
+    std::vector<uint8_t> all;
+    for (auto* part : {&k, &v}) for (Weight& w : *part) all.insert(all.end(), w.data.host.begin(), w.data.host.end());
+    Array<uint8_t> stack(all);
+    const size_t k_bytes = k[0].data.host.size(), v_bytes = v[0].data.host.size();
+    const int64_t numbers = split_scratch(a.T, H, context, a.dv), most = attention_scratch(context, a.dk, a.dv);
+    Reals scratch(Vector(size_t(std::max(numbers, most * n_threads()))));
+    auto run = [&](Side at, real* to, int64_t stride) {
+        std::vector<Attention> heads;
+        for (int g = 0; g < a.G; g++) {
+            Matrix key = k[0].shape, value = v[0].shape;
+            key.data = reinterpret_cast<std::byte*>(stack(at)) + size_t(g) * k_bytes;
+            value.data = reinterpret_cast<std::byte*>(stack(at)) + size_t(a.G) * k_bytes + size_t(g) * v_bytes;
+            const int64_t first = int64_t(g) * a.heads;
+            heads.push_back({{to + first * a.dv, int64_t(H) * a.dv}, {q(at) + first * a.dk, int64_t(H) * a.dk},
+                             a.heads, key, value, 0.4f, n.span(at)});
+        }
+        at == Side::HOST ? ::attend(heads, {scratch(at), stride}) : cuda::attend(heads, {scratch(at), stride});
+    };
+    run(Side::HOST, out(Side::HOST), most);
+    run(Side::DEVICE, out(Side::DEVICE), numbers);           // each split its own block
+    run(Side::DEVICE, again(Side::DEVICE), 0);               // a block all splits
+    c.within(out, attention_bound(a.most, a.kv == Dtype::Q8_0 ? 4 : 1));
+    again.host = out.device.host();
+    c.same(again);
+}
+inline void check_attend(Check& c) {
+    for (const AttentionCase& a : {AttentionCase{1, 1, 1, 16, 16, 1, Dtype::F32}, {17, 3, 2, 20, 12, 40, Dtype::F32},
+                                   {1, 16, 1, 40, 33, 256, Dtype::BF16}, {2, 12, 2, 32, 32, 300, Dtype::Q8_0},
+                                   {129, 1, 1, 8, 130, 129, Dtype::F32}, {1, 128, 1, 24, 16, 90, Dtype::BF16},
+                                   {3, 5, 1, 24, 16, 700, Dtype::F32}, {2, 3, 2, 24, 140, 513, Dtype::BF16}})
+        check_attention(c, a);
+}
+
+inline void check_store(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::Q8_0}) {
+        for (int T : {0, 1, 17}) {
+            Weight cache = weight(c, dtype, 60, 64);
+            Reals x(c.rows(T, 64, 70, 5));
+            if (T > 1) x.host[3] = NOT_A_NUMBER, x.device = Buffer(x.host);
+            Ints n(positions(T, 31));
+            BOTH(store, cache.at(at), n.span(at), {x(at), 70});
+            c.same(cache.data);
+        }
+    }
+}
+
+inline void check_gqa_attend(Check& c) {
+    for (auto [G, H, T] : {std::array{1, 3, 1}, {2, 12, 17}, {4, 4, 2}}) {
+        const int d = 16, context = 64, most = 50;
+        const size_t bytes = Cache::bytes(2, context, 2 * G, d, Dtype::BF16);
+        Array<uint8_t> memory(random_bytes(c, Dtype::BF16, bytes, 1));
+        Reals q(c.numbers(int64_t(T) * H * d)), out(Vector(size_t(T * H * d), NOT_A_NUMBER));
+        Reals scratch(Vector(size_t(attention_scratch(context, d, d) * n_threads())));
+        Ints n(positions(T, most));
+        for (Side at : SIDES) {
+            std::shared_ptr<std::byte> bytes_at(std::shared_ptr<void>(), reinterpret_cast<std::byte*>(memory(at)));
+            const Cache cache{Dtype::BF16, context, 2 * G, d, bytes_at};
+            const Rows rows{scratch(at), attention_scratch(context, d, d)};
+            if (at == Side::HOST) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+            else cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+        }
+        c.same(out);
+    }
+}
+
+struct LatentCase {
+    int T, H, most;
+    Dtype weights, kv;
+    bool transposed = false;               // W^UK apart from W^UV, and its transpose is stored
+};
+inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
+    const int Dn = 24, Dr = 8, Rkv = 64, Dv = 40, latent = Rkv + Dr, dk = Dn + Dr, context = a.most + 20;
+    Weight both = weight(c, a.weights, a.H * (Dn + Dv), Rkv, 0, 0.3f), k = weight(c, Dtype::F32, a.H * Rkv, Dn, 0, 0.3f);
+    Weight cache = cache_rows(c, a.kv, context, latent, a.most);
+    Reals q(c.numbers(int64_t(a.T) * a.H * dk, 2)), out(Vector(size_t(a.T * a.H * Dv), NOT_A_NUMBER));
+    Ints n(positions(a.T, a.most));
+    Reals q_absorbed(Vector(size_t(a.T * a.H * latent))), z(Vector(size_t(a.T * a.H * Rkv)));
+    const int64_t expansion = int64_t(context) * latent_expansion(Rkv, Dn, Dr, Dv);
+    const int64_t numbers = std::max(attention_scratch(context, latent, Rkv), split_scratch(a.T, a.H, context, Rkv));
+    Reals expanded(Vector(size_t(expansion * n_threads()), NOT_A_NUMBER)), scratch(Vector(size_t(numbers * n_threads())));
+    for (Side at : SIDES) {
+        std::vector<Matrix> wk_b, wv_b;
+        for (int h = 0; h < a.H; h++) {
+            wk_b.push_back(a.transposed ? k.at(at).view(h * Rkv, Rkv).transpose() : both.at(at).view(h * (Dn + Dv), Dn));
+            wv_b.push_back(both.at(at).view(h * (Dn + Dv) + Dn, Dv));
+        }
+        LatentAttention all{out(at), q(at), cache.at(at), wk_b, wv_b, n.span(at), Dr, 0.3f, q_absorbed(at), z(at),
+                            {expanded(at), expansion}, {scratch(at), numbers}};
+        if (at == Side::HOST) absorbed ? ::mla_absorbed(all) : ::mla_naive(all);
+        else absorbed ? cuda::mla_absorbed(all) : cuda::mla_naive(all);
+    }
+    c.within(out, attention_bound(a.most, Rkv * 0.3));       // W^UV adds up Rkv of them
+}
+constexpr LatentCase LATENT_CASES[] = {
+    {1, 1, 1, Dtype::F32, Dtype::F32}, {17, 3, 40, Dtype::F8_E4M3, Dtype::F32}, {1, 16, 200, Dtype::BF16, Dtype::BF16},
+    {2, 4, 70, Dtype::Q8_0, Dtype::F32}, {2, 3, 30, Dtype::F16, Dtype::F32, true}, {1, 128, 20, Dtype::F32, Dtype::BF16},
+    {2, 2, 600, Dtype::F32, Dtype::F32}};
+inline void check_mla_naive(Check& c) {
+    for (const LatentCase& a : LATENT_CASES) if (a.H < 100) check_latent(c, a, false);
+}
+inline void check_mla_absorbed(Check& c) {
+    for (const LatentCase& a : LATENT_CASES) check_latent(c, a, true);
+}
+
+// -- 21.4  chapters 9 and 10 ---------------------------------------------------------------------
+
+inline void check_swiglu(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::F8_E4M3, Dtype::Q8_0}) {
+        for (int T : {0, 1, 17}) {
+            const int D = 64, F = 96;
+            Weight gate_w = weight(c, dtype, F, D), up_w = weight(c, dtype, F, D), down_w = weight(c, dtype, D, F);
+            Reals x(c.numbers(T * D)), out(Vector(size_t(T * D), NOT_A_NUMBER)), gate(Vector(size_t(T * F))), up(gate.host);
+            for (Side at : SIDES) {
+                const Mlp w{gate_w.at(at), up_w.at(at), down_w.at(at)};
+                if (at == Side::HOST) ::swiglu(out(at), x(at), w, T, gate(at), up(at));
+                else cuda::swiglu(out(at), x(at), w, T, gate(at), up(at));
+            }
+            c.same(out);
+        }
+    }
+}
+
+template <class Run> void check_gate(Check& c, bool groups, const Run& run) {
+    for (auto [E, K, n_group, topk_group] : {std::array{8, 2, 2, 1}, {64, 6, 8, 3}, {256, 8, 8, 4}, {10, 1, 5, 2}}) {
+        for (int T : {0, 1, 17, 129}) {
+            const bool ties = T % 2 == 1 && E < 100, sigmoids = T != 17;
+            const GateShape shape{E, K, groups ? n_group : 1, groups ? topk_group : 1,
+                                  sigmoids ? Affinity::SIGMOID : Affinity::SOFTMAX, K > 2, T > 17, 2.5};
+            Reals logits(ties ? c.few_values(T * E) : c.numbers(T * E, 4)), bias(c.numbers(E, 0.5f));
+            Reals affinity(Vector(size_t(T * E))), choice(affinity.host), weights(Vector(size_t(T * K)));
+            Ints idx(std::vector<int>(size_t(T * K), -7));
+            for (Side at : SIDES)
+                run(at, Routing{T, logits(at), affinity(at), choice(at), idx(at), weights(at)}, bias(at), shape);
+            c.same(idx), c.same(affinity), c.same(choice), c.same(weights);
+        }
+    }
+}
+inline void check_gate_greedy(Check& c) {
+    check_gate(c, false, [](Side at, const Routing& r, const real*, const GateShape& g) {
+        at == Side::HOST ? ::gate_greedy(r, g) : cuda::gate_greedy(r, g);
+    });
+}
+inline void check_gate_group_limited_greedy(Check& c) {
+    check_gate(c, true, [](Side at, const Routing& r, const real*, const GateShape& g) {
+        at == Side::HOST ? ::gate_group_limited_greedy(r, g) : cuda::gate_group_limited_greedy(r, g);
+    });
+}
+inline void check_gate_noaux_tc(Check& c) {
+    check_gate(c, true, [](Side at, const Routing& r, const real* bias, const GateShape& g) {
+        at == Side::HOST ? ::gate_noaux_tc(r, bias, g) : cuda::gate_noaux_tc(r, bias, g);
+    });
+}
+
+// K different experts for each of T tokens; the last of E is never picked.
+inline std::vector<int> picks(Check& c, int T, int K, int E) {
+    std::vector<int> idx;
+    for (int t = 0; t < T; t++)
+        for (int k = 0, first = c.below(E - 1); k < K; k++) idx.push_back((first + k * (t % 2 ? 1 : 3)) % (E - 1));
+    return idx;
+}
+inline void check_dispatch(Check& c) {
+    for (auto [K, E] : {std::pair{1, 3}, {2, 8}, {6, 64}}) {
+        for (int T : TOKENS) {
+            Ints idx(picks(c, T, K, E)), first(std::vector<int>(size_t(E) + 1, -7));
+            Ints slot(std::vector<int>(size_t(T * K), -7)), token(slot.host);
+            BOTH(dispatch, first(at), slot(at), token(at), idx(at), T, K, E);
+            c.same(first), c.same(slot), c.same(token);
+        }
+    }
+}
+
+inline void check_experts(Check& c, Dtype dtype, int T, bool shared) {
+    const int E = 8, K = 2, D = 64, F = 96, S = 32;
+    Weight gate_w = weight(c, dtype, E * F, D), up_w = weight(c, dtype, E * F, D), down_w = weight(c, dtype, E * D, F);
+    Weight sg = weight(c, dtype, S, D), su = weight(c, dtype, S, D), sd = weight(c, dtype, D, S);
+    Ints idx(picks(c, T, K, E)), first(std::vector<int>(size_t(E) + 1)), slot(std::vector<int>(size_t(T * K))), token(slot.host);
+    BOTH(dispatch, first(at), slot(at), token(at), idx(at), T, K, E);
+    Reals u(c.numbers(T * D)), in(Vector(size_t(T * K * D))), out(in.host), shared_out(Vector(size_t(T * D)));
+    Reals gate(Vector(size_t(T * (K * F + S)))), up(gate.host);
+    for (Side at : SIDES) {
+        Moe w;
+        for (int e = 0; e < E; e++)
+            w.experts.push_back({gate_w.at(at).view(e * F, F), up_w.at(at).view(e * F, F), down_w.at(at).view(e * D, D)});
+        if (shared) w.shared = {sg.at(at), su.at(at), sd.at(at)};
+        const ExpertWork work{u(at), T, K, first(at), token(at), in(at), out(at), shared_out(at), gate(at), up(at)};
+        at == Side::HOST ? ::run_experts(work, w) : cuda::run_experts(work, w);
+    }
+    c.same(out), c.same(shared_out);
+}
+inline void check_run_experts(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F8_E4M3, Dtype::Q8_0})
+        for (int T : {0, 1, 17, 60}) check_experts(c, dtype, T, T != 17);
+}
+inline void check_combine(Check& c) {
+    for (auto [T, K, D] : {std::array{0, 2, 8}, {1, 8, 130}, {17, 6, 37}, {129, 1, 64}}) {
+        for (bool with_shared : {false, true}) {
+            std::vector<int> order(size_t(T) * size_t(K));
+            for (size_t i = 0; i < order.size(); i++) order[i] = int((i * 7) % order.size());
+            Ints slot(order);
+            Reals expert_out(c.numbers(int64_t(T) * K * D)), weights(c.numbers(T * K)), shared(c.numbers(T * D));
+            Reals out(Vector(size_t(T * D), NOT_A_NUMBER));
+            BOTH(combine, out(at), expert_out(at), slot(at), weights(at), K, with_shared ? shared(at) : nullptr, T, D);
+            c.same(out);
+        }
+    }
+}
+
+// -- 21.5  chapter 14 ----------------------------------------------------------------------------
+
+inline void check_quantise_fp8(Check& c) {
+    for (int formula = 0; formula <= int(Fp8Formula::TILEKERNELS); formula++) {
+        for (bool ue8m0 : {false, true}) {
+            for (auto [rows, n, tile] : {std::array{0, 128, 1}, {1, 100, 1}, {17, 300, 1}, {130, 140, 128}}) {
+                Reals x(c.rows(rows, n, n + 3, 3e4f));
+                for (int i = 0; rows > 2 && i < n; i++) x.host[size_t(i)] = 0;                  // a tile of zeros
+                if (rows > 2) x.host[size_t(n + 3)] = std::numeric_limits<float>::infinity();   // and one of NaN
+                x.device = Buffer(x.host);
+                Array<uint8_t> q(std::vector<uint8_t>(size_t(rows * n)));
+                Reals scale(Vector(size_t(scale_blocks(n) * ((rows + tile - 1) / tile)), -1));
+                BOTH(quantise_fp8, q(at), scale(at), {x(at), n + 3}, rows, n, {Fp8Formula(formula), ue8m0, tile});
+                c.same(q), c.same(scale);
+            }
+        }
+    }
+}
+
+// An e4m3 matrix with its scales.
+struct Fp8Case {
+    Array<uint8_t> q;
+    Reals scale;
+    Fp8Matrix shape;
+
+    Fp8Matrix at(Side side) {
+        Fp8Matrix m = shape;
+        m.q = q(side), m.scale = scale(side);
+        return m;
+    }
+};
+inline Fp8Case fp8_case(Check& c, int groups, int rows, int n, int tile, int first = 0) {
+    const int64_t scales = (first + rows + tile - 1) / tile * scale_blocks(n);
+    Array<uint8_t> q(random_bytes(c, Dtype::F8_E4M3, size_t(groups) * size_t(rows) * size_t(n), 1));
+    return {std::move(q), Reals(c.numbers(groups * scales, 0.01f)), {nullptr, nullptr, rows, n, tile, first}};
+}
+
+// gemm(at, out, arithmetic) for each arithmetic and kind of output, of `numbers` numbers
+template <class Gemm> void check_gemm(Check& c, int64_t numbers, const Gemm& gemm) {
+    for (Fp8Sum arithmetic : {Fp8Sum::EXACT, Fp8Sum::PROMOTED, Fp8Sum::HOPPER}) {
+        for (Dtype dtype : {Dtype::BF16, Dtype::F32}) {
+            for (bool add : {false, true}) {
+                Array<uint8_t> out(random_bytes(c, dtype, size_t(numbers) * row_bytes(dtype, 1), 1));
+                for (Side at : SIDES) gemm(at, Fp8Output{reinterpret_cast<std::byte*>(out(at)), dtype, add}, arithmetic);
+                c.same(out);
+            }
+        }
+    }
+}
+inline void check_gemm_fp8(Check& c) {
+    for (auto [M, N, K] : {std::array{0, 9, 128}, {1, 40, 100}, {17, 9, 300}, {3, 1, 0}, {2, 130, 256}}) {
+        Fp8Case a = fp8_case(c, 1, M, K, 1), b = fp8_case(c, 1, N, K, SCALE_BLOCK, 70);
+        check_gemm(c, M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+            at == Side::HOST ? ::gemm_fp8(out, a.at(at), b.at(at), s) : cuda::gemm_fp8(out, a.at(at), b.at(at), s);
+        });
+    }
+}
+inline void check_gemm_fp8_contiguous(Check& c) {
+    const int M = 3 * SCALE_BLOCK, N = 9, K = 140, G = 3;
+    std::vector<int> groups;               // 128 rows of the last, 5 of the first, none of the second, -1
+    for (int m = 0; m < M; m++) groups.push_back(m < SCALE_BLOCK ? 2 : m < SCALE_BLOCK + 5 ? 0 : -1);
+    Ints group(groups);
+    Fp8Case a = fp8_case(c, 1, M, K, 1), b = fp8_case(c, G, N, K, SCALE_BLOCK);
+    check_gemm(c, M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_contiguous(out, a.at(at), b.at(at), group.span(at), s);
+        else cuda::gemm_fp8_contiguous(out, a.at(at), b.at(at), group.span(at), s);
+    });
+}
+inline void check_gemm_fp8_masked(Check& c) {
+    const int G = 4, M = 9, N = 10, K = 200;
+    Ints rows({9, 0, 1, 4});
+    Fp8Case a = fp8_case(c, G, M, K, 1), b = fp8_case(c, G, N, K, SCALE_BLOCK);
+    check_gemm(c, G * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_masked(out, a.at(at), b.at(at), rows.span(at), s);
+        else cuda::gemm_fp8_masked(out, a.at(at), b.at(at), rows.span(at), s);
+    });
+}
+inline void check_gemm_fp8_k_grouped(Check& c) {
+    const int M = 5, N = 9, all = 512;
+    Ints k({128, 0, 384});
+    Fp8Case a = fp8_case(c, 1, M, all, 1), b = fp8_case(c, 1, N, all, 1);
+    check_gemm(c, 3 * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
+        else cuda::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
+    });
+}
+
+// -- 21.6  deepseek check ------------------------------------------------------------------------
+
+struct Twin {
+    const char *section, *name;
+    void (*run)(Check&);
+};
+#define CHECKED(section, f) {section, #f, check_##f}
+constexpr Twin TWINS[] = {
+    CHECKED("5.1", softmax), CHECKED("5.1", silu_times), CHECKED("5.1", add), CHECKED("5.1", add_bias),
+    CHECKED("5.2", matmul), CHECKED("5.2", matmul_transposed), CHECKED("5.3", embed), CHECKED("5.3", rmsnorm),
+    CHECKED("5.4", top_k), CHECKED("6.1", rope_interleaved), CHECKED("6.1", rope_half), CHECKED("7.1", attend),
+    CHECKED("7.2", store), CHECKED("7.3", gqa_attend), CHECKED("8.1", mla_naive), CHECKED("8.1", mla_absorbed),
+    CHECKED("9.1", swiglu), CHECKED("10.1", gate_greedy), CHECKED("10.1", gate_group_limited_greedy),
+    CHECKED("10.1", gate_noaux_tc), CHECKED("10.2", dispatch), CHECKED("10.3", run_experts),
+    CHECKED("10.3", combine), CHECKED("14.1", quantise_fp8), CHECKED("14.3", gemm_fp8),
+    CHECKED("14.3", gemm_fp8_contiguous), CHECKED("14.3", gemm_fp8_masked), CHECKED("14.3", gemm_fp8_k_grouped)};
+
+// Prints a line a twin of section "10.2", of chapter "10", or of all (""), and the counts; how many failed.
+inline int check_twins(const std::string& section) {
+    int passed = 0, failed = 0;
+    if (std::string why = missing(); !why.empty()) fail("check: %s", why.c_str());
+    begin();
+    choose_kernels("plain", true);         // the definitions, with weights dequantised
+    for (const Twin& twin : TWINS) {
+        const std::string name = twin.section;
+        if (!section.empty() && name != section && !name.starts_with(section + ".")) continue;
+        Check c{twin.section, twin.name};
+        twin.run(c);
+        std::printf("%-5s %-26s %4d cases   worst %-9.3g bound %-9.3g %s\n", c.section, c.name, c.cases, c.worst,
+                    c.bound, c.wrong.empty() ? "ok" : ("FAILED, " + c.wrong).c_str());
+        std::fflush(stdout);
+        (c.wrong.empty() ? passed : failed)++;
+    }
+    if (passed + failed == 0) fail("check: no twins in section '%s'", section.c_str());
+    std::printf("check: %d passed, %d failed\n", passed, failed);
+    return failed;
+}
+
+// What deepseek.cpp cannot name: from the start of the program on there is a GPU to choose.
+const bool installed = (gpu = &GPU, ::check_twins = cuda::check_twins, true);
 
 }
