@@ -489,6 +489,9 @@ template <class Row> void widen_into(real* out, Row w, int n) {
 
 // -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
+// Blocks of scales along n numbers; the last may be partial.
+inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
+
 // What activations are rounded to: chapter 14.
 enum class Arith : uint8_t { F32, BF16, FP8, FP8_UE8M0 };
 
@@ -513,8 +516,7 @@ struct Matrix {
     }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
-        return scale +
-               size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
+        return scale + size_t((first_row + r) / SCALE_BLOCK) * size_t(scale_blocks(cols)) * 4;
     }
     Matrix view(int begin, int count) const {
         Matrix part = *this;
@@ -2418,10 +2420,9 @@ private:
         return m;
     }
     void check_scales(const std::string& name, int rows, int cols) {
-        auto blocks = [](int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
         std::string scales = name + "_scale_inv";
         const Tensor& weights = checkpoint_->tensors.at(name);
-        const Tensor& t = place(scales, {blocks(rows), blocks(cols)});
+        const Tensor& t = place(scales, {uint64_t(scale_blocks(rows)), uint64_t(scale_blocks(cols))});
         if (t.dtype != "F32") wrong(scales, "has dtype " + t.dtype + ", not F32");
         for (uint64_t i = 0; i < t.bytes; i += 4)
             if (!std::isfinite(load<float>(t.data + i)))
@@ -3335,8 +3336,6 @@ struct Fp8Format {
     bool ue8m0 = false;
     int tile = 1;                          // rows that share a scale: 1 or 128
 };
-
-inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
 
 // One tile of x, whose scale is returned; q: of rows `stride` apart. A number that is not finite makes NaN of
 // its whole tile, for no scale holds it.
