@@ -3659,15 +3659,18 @@ inline void use_arith(Arith arith) {
     kernels.matmul = matmul_rounded, kernels.attend = attend_rounded, kernels.silu_times = silu_times_rounded;
 }
 
+// Such weights make integers of their inputs (5.2): there is nothing left to round.
+[[noreturn]] inline void refuse_integers(Dtype dtype) {
+    fail("--arith: %s weights are multiplied in integers; --exact dequantises them", format_of(dtype).name);
+}
+
 // Tells a model's linear layers, the gates left out, what they are computed in.
 inline void set_arith(Model& m, MlaForm form) {
     if (kernels.arith == Arith::F32) return;
     const Arith fp8 = m.config.ue8m0 ? Arith::FP8_UE8M0 : Arith::FP8;
     bool any = kernels.arith == Arith::BF16;
     auto in_bf16 = [&](Matrix& w) {
-        if (in_integers(w))
-            fail("--arith: %s weights are multiplied in integers; --exact dequantises them",
-                 format_of(w.dtype).name);
+        if (in_integers(w)) refuse_integers(w.dtype);
         w.arith = Arith::BF16;
     };
     auto linear = [&](Matrix& w) {
@@ -3917,6 +3920,8 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
                           const SessionOptions& s) {
     if (kernels.arith == Arith::FP8 && quant != "fp8" && (quant != "none" || !c.fp8))
         fail("--arith fp8: needs FP8 weights: those of a folder that has them, or --quant fp8");
+    const Dtype weights = quant == "none" ? REAL : file_type(quant).dtype;
+    if (kernels.arith != Arith::F32 && kernels.integers && quantised(weights)) refuse_integers(weights);
     MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
     plan.require(s.context);
     std::unique_ptr<Progress> progress;
