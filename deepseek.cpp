@@ -3275,7 +3275,7 @@ constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 // The other half of the chapter is that forward pass: every result rounded to bf16, as PyTorch stores it, and
 // the products with FP8 weights in FP8.
 
-// -- 14.1  the scale of a tile: five published formulas ------------------------------------------
+// -- 14.1  the scale of a tile: six published formulas -------------------------------------------
 //
 // All make the largest magnitude of a tile 448, the largest e4m3. They differ in the last bit:
 //
@@ -3285,14 +3285,16 @@ constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 //      DEEPGEMM          amax / 448          x * (1 / s)        exact
 //      DEEPEP            amax * (1 / 448)    x * (448 / amax)   exact;   q = x * (1 / s)
 //      TILEKERNELS       amax / 448          x * (448 / amax)   exact;   q = x * (1 / s)
+//      FLASHMLA          amax / 448          x / s              as V3;   published for these alone
 //
 // With powers of two they agree but for amax / 448 within some 2^-23 of one: amax * (1 / 448) may lie on its
-// other side, and V3's logarithm on it. The scale is rounded first, then x is divided by it: the other way
-// round, numbers miss their scale by up to a factor of two.
+// other side, and V3's logarithm on it. For the sake of tiles of zeros 1e-4 is the least amax, but FLASHMLA's
+// least scale: 448 times as much, of which the small latents of a cache lose more. The scale is rounded
+// first, then x is divided by it: the other way round, numbers miss their scale by up to a factor of two.
 
-enum class Fp8Formula : uint8_t { V3, V32, DEEPGEMM, DEEPEP, TILEKERNELS };
+enum class Fp8Formula : uint8_t { V3, V32, DEEPGEMM, DEEPEP, TILEKERNELS, FLASHMLA };
 
-constexpr float E4M3_MOST = 448, LEAST_AMAX = 1e-4f;   // a tile of zeros has the scale of this amax
+constexpr float E4M3_MOST = 448, LEAST_AMAX = 1e-4f, LEAST_SCALE = 1e-4f;
 constexpr uint8_t E4M3_NAN = 127;
 
 struct TileScale {
@@ -3305,10 +3307,11 @@ inline float power_above(float s, bool ue8m0) {
     return ue8m0 ? std::bit_cast<float>((std::bit_cast<uint32_t>(s) + 0x7FFFFF) & 0x7F800000) : s;
 }
 
-inline TileScale scale_v3(float amax, bool ue8m0) {
-    float s = amax / E4M3_MOST;
-    return {ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s};
+inline float power_by_logarithm(float s, bool ue8m0) {
+    return ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s;
 }
+
+inline TileScale scale_v3(float amax, bool ue8m0) { return {power_by_logarithm(amax / E4M3_MOST, ue8m0)}; }
 inline TileScale scale_v32(float amax, bool ue8m0) { return {power_above(amax * (1 / E4M3_MOST), ue8m0)}; }
 inline TileScale scale_deepgemm(float amax, bool ue8m0) {
     float s = power_above(amax / E4M3_MOST, ue8m0);
@@ -3322,10 +3325,13 @@ inline TileScale scale_tilekernels(float amax, bool ue8m0) {
     float s = power_above(amax / E4M3_MOST, ue8m0);
     return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
 }
+inline TileScale scale_flashmla(float amax, bool ue8m0) {
+    return {power_by_logarithm(std::max(amax / E4M3_MOST, LEAST_SCALE), ue8m0)};
+}
 
 inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m0) {
     constexpr decltype(&scale_v3) BY_FORMULA[] = {scale_v3, scale_v32, scale_deepgemm, scale_deepep,
-                                                  scale_tilekernels};
+                                                  scale_tilekernels, scale_flashmla};
     return BY_FORMULA[size_t(formula)](std::max(amax, LEAST_AMAX), ue8m0);
 }
 
