@@ -496,6 +496,9 @@ template <class Row> void widen_into(real* out, Row w, int n) {
 
 // -- 2.2  Matrix: weights where they lie ---------------------------------------------------------
 
+// Blocks of scales along n numbers; the last may be partial.
+EVERYWHERE inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
+
 // What activations are rounded to: chapter 14.
 enum class Arith : uint8_t { F32, BF16, FP8, FP8_UE8M0 };
 
@@ -520,8 +523,7 @@ struct Matrix {
     }
     const std::byte* scale_row(int r) const {
         if (!scale) return nullptr;
-        return scale +
-               size_t((first_row + r) / SCALE_BLOCK) * size_t((cols + SCALE_BLOCK - 1) / SCALE_BLOCK) * 4;
+        return scale + size_t((first_row + r) / SCALE_BLOCK) * size_t(scale_blocks(cols)) * 4;
     }
     Matrix view(int begin, int count) const {
         Matrix part = *this;
@@ -1334,7 +1336,7 @@ private:
     Quantiser* quantiser_;
     std::set<std::string> used_;
 
-    static uint64_t blocks(int n) { return uint64_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); }
+    static uint64_t blocks(int n) { return uint64_t(scale_blocks(n)); }
     static std::string shape_text(const std::vector<uint64_t>& shape) {
         std::string text;
         for (uint64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
@@ -3373,7 +3375,7 @@ constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 // The other half of the chapter is that forward pass: every result rounded to bf16, as PyTorch stores it, and
 // the products with FP8 weights in FP8.
 
-// -- 14.1  the scale of a tile: five published formulas ------------------------------------------
+// -- 14.1  the scale of a tile: six published formulas -------------------------------------------
 //
 // All make the largest magnitude of a tile 448, the largest e4m3. They differ in the last bit:
 //
@@ -3383,14 +3385,16 @@ constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 //      DEEPGEMM          amax / 448          x * (1 / s)        exact
 //      DEEPEP            amax * (1 / 448)    x * (448 / amax)   exact;   q = x * (1 / s)
 //      TILEKERNELS       amax / 448          x * (448 / amax)   exact;   q = x * (1 / s)
+//      FLASHMLA          amax / 448          x / s              as V3;   published for these alone
 //
 // With powers of two they agree but for amax / 448 within some 2^-23 of one: amax * (1 / 448) may lie on its
-// other side, and V3's logarithm on it. The scale is rounded first, then x is divided by it: the other way
-// round, numbers miss their scale by up to a factor of two.
+// other side, and V3's logarithm on it. For the sake of tiles of zeros 1e-4 is the least amax, but FLASHMLA's
+// least scale: 448 times as much, of which the small latents of a cache lose more. The scale is rounded
+// first, then x is divided by it: the other way round, numbers miss their scale by up to a factor of two.
 
-enum class Fp8Formula : uint8_t { V3, V32, DEEPGEMM, DEEPEP, TILEKERNELS };
+enum class Fp8Formula : uint8_t { V3, V32, DEEPGEMM, DEEPEP, TILEKERNELS, FLASHMLA };
 
-constexpr float E4M3_MOST = 448, LEAST_AMAX = 1e-4f;   // a tile of zeros has the scale of this amax
+constexpr float E4M3_MOST = 448, LEAST_AMAX = 1e-4f, LEAST_SCALE = 1e-4f;
 constexpr uint8_t E4M3_NAN = 127;
 
 struct TileScale {
@@ -3403,9 +3407,12 @@ EVERYWHERE inline float power_above(float s, bool ue8m0) {
     return ue8m0 ? std::bit_cast<float>((std::bit_cast<uint32_t>(s) + 0x7FFFFF) & 0x7F800000) : s;
 }
 
+EVERYWHERE inline float power_by_logarithm(float s, bool ue8m0) {
+    return ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s;
+}
+
 EVERYWHERE inline TileScale scale_v3(float amax, bool ue8m0) {
-    float s = amax / E4M3_MOST;
-    return {ue8m0 ? std::ldexp(1.0f, int(std::ceil(float(std::log2(double(s)))))) : s};
+    return {power_by_logarithm(amax / E4M3_MOST, ue8m0)};
 }
 EVERYWHERE inline TileScale scale_v32(float amax, bool ue8m0) {
     return {power_above(amax * (1 / E4M3_MOST), ue8m0)};
@@ -3422,6 +3429,10 @@ EVERYWHERE inline TileScale scale_tilekernels(float amax, bool ue8m0) {
     float s = power_above(amax / E4M3_MOST, ue8m0);
     return {s, ue8m0 ? 1 / s : E4M3_MOST / amax};
 }
+EVERYWHERE inline TileScale scale_flashmla(float amax, bool ue8m0) {
+    float s = amax / E4M3_MOST;
+    return {power_by_logarithm(s < LEAST_SCALE ? LEAST_SCALE : s, ue8m0)};
+}
 
 EVERYWHERE inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m0) {
     amax = amax < LEAST_AMAX ? LEAST_AMAX : amax;
@@ -3430,9 +3441,10 @@ EVERYWHERE inline TileScale tile_scale(Fp8Formula formula, float amax, bool ue8m
     case Fp8Formula::V32: return scale_v32(amax, ue8m0);
     case Fp8Formula::DEEPGEMM: return scale_deepgemm(amax, ue8m0);
     case Fp8Formula::DEEPEP: return scale_deepep(amax, ue8m0);
-    case Fp8Formula::TILEKERNELS: break;
+    case Fp8Formula::TILEKERNELS: return scale_tilekernels(amax, ue8m0);
+    case Fp8Formula::FLASHMLA: break;
     }
-    return scale_tilekernels(amax, ue8m0);
+    return scale_flashmla(amax, ue8m0);
 }
 
 // -- 14.2  quantise_fp8: activations 1 x 128, weights 128 x 128 ----------------------------------
@@ -3442,8 +3454,6 @@ struct Fp8Format {
     bool ue8m0 = false;
     int tile = 1;                          // rows that share a scale: 1 or 128
 };
-
-EVERYWHERE inline int64_t scale_blocks(int64_t n) { return (n + SCALE_BLOCK - 1) / SCALE_BLOCK; }
 
 // One tile of x, whose scale is returned; q: of rows `stride` apart. A number that is not finite makes NaN of
 // its whole tile, for no scale holds it.
@@ -3769,6 +3779,11 @@ inline void use_arith(Arith arith) {
     kernels.matmul = matmul_rounded, kernels.attend = attend_rounded, kernels.silu_times = silu_times_rounded;
 }
 
+// Such weights make integers of their inputs (5.2): there is nothing left to round.
+[[noreturn]] inline void refuse_integers(Dtype dtype) {
+    fail("--arith: %s weights are multiplied in integers; --exact dequantises them", format_of(dtype).name);
+}
+
 // Tells a model's linear layers, the gates left out, what they are computed in.
 inline void set_arith(Model& m, MlaForm form) {
     if (kernels.arith == Arith::F32) return;
@@ -3776,9 +3791,7 @@ inline void set_arith(Model& m, MlaForm form) {
     bool any = kernels.arith == Arith::BF16;
     each_matrix(m, [&](Matrix& w, Role role) {
         if (role == Role::EMBED || role == Role::GATE) return;
-        if (in_integers(w))
-            fail("--arith: %s weights are multiplied in integers; --exact dequantises them",
-                 format_of(w.dtype).name);
+        if (in_integers(w)) refuse_integers(w.dtype);
         const bool linear = role != Role::HEAD && (role != Role::LATENT || form == MlaForm::NAIVE);
         w.arith = Arith::BF16;
         if (linear && kernels.arith == Arith::FP8 && w.dtype == Dtype::F8_E4M3) w.arith = fp8, any = true;
@@ -4007,6 +4020,8 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
                           const SessionOptions& s) {
     if (kernels.arith == Arith::FP8 && quant != "fp8" && (quant != "none" || !c.fp8))
         fail("--arith fp8: needs FP8 weights: those of a folder that has them, or --quant fp8");
+    const Dtype weights = quant == "none" ? REAL : file_type(quant).dtype;
+    if (kernels.arith != Arith::F32 && kernels.integers && quantised(weights)) refuse_integers(weights);
     MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
     plan.require(s.context);
     std::unique_ptr<Progress> progress;
@@ -4105,6 +4120,11 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 //
 // Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
 // check failed.
+
+// What deepseek.cu, which includes this file, sets: a GPU, and the comparison of its operations with the
+// CPU's, which prints a line each and returns how many differ.
+inline const Device* gpu = nullptr;
+inline int (*check_twins)(const std::string& section) = nullptr;
 
 #ifndef DEEPSEEK_NO_MAIN
 #include <CLI/CLI.hpp>

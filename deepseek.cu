@@ -2138,7 +2138,7 @@ inline void check_combine(Check& c) {
 // -- 21.5  chapter 14 ----------------------------------------------------------------------------
 
 inline void check_quantise_fp8(Check& c) {
-    for (int formula = 0; formula <= int(Fp8Formula::TILEKERNELS); formula++) {
+    for (int formula = 0; formula <= int(Fp8Formula::FLASHMLA); formula++) {
         for (bool ue8m0 : {false, true}) {
             for (auto [rows, n, tile] : {std::array{0, 128, 1}, {1, 100, 1}, {17, 300, 1}, {130, 140, 128}}) {
                 Reals x(c.rows(rows, n, n + 3, 3e4f));

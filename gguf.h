@@ -1176,7 +1176,7 @@ inline void narrow_rows(std::byte* out, const std::vector<float>& x, int cols, D
 // One row of blocks of 128 x 128, each with the scale that makes its largest weight 448.   x: (128, cols)
 inline void narrow_e4m3(std::byte* out, std::byte* scale, const std::vector<float>& x, int cols) {
     int rows = int(x.size() / size_t(cols));
-    parallel_for((cols + SCALE_BLOCK - 1) / SCALE_BLOCK, [&](int64_t block) {
+    parallel_for(scale_blocks(cols), [&](int64_t block) {
         int begin = int(block) * SCALE_BLOCK, end = std::min(cols, begin + SCALE_BLOCK);
         auto at = [&](int r, int i) { return size_t(r) * size_t(cols) + size_t(i); };
         float most = 0;
@@ -1253,11 +1253,11 @@ struct Quantiser {
         std::string name = name_in_gguf(ours);
         std::optional<Dtype> dtype = target_dtype(*type, name, w.cols, *config);
         if (!dtype || quantised(w.dtype) || w.dtype == *dtype) return w;
-        auto blocks = [](int n) { return size_t((n + SCALE_BLOCK - 1) / SCALE_BLOCK); };
-        size_t bytes = row_bytes(*dtype, w.cols), scales = 4 * blocks(w.cols);       // a row's, a block's
+        size_t bytes = row_bytes(*dtype, w.cols);                       // a row's
+        size_t scales = 4 * size_t(scale_blocks(w.cols));               // of a row of blocks
         bool scaled = *dtype == Dtype::F8_E4M3;
         std::byte* data = arena.take<std::byte>(size_t(w.rows) * bytes);
-        std::byte* scale = arena.take<std::byte>(scaled ? blocks(w.rows) * scales : 0);
+        std::byte* scale = arena.take<std::byte>(scaled ? size_t(scale_blocks(w.rows)) * scales : 0);
         for (int r = 0; data && r < w.rows; r += SCALE_BLOCK) {
             Matrix part = w.view(r, std::min(SCALE_BLOCK, w.rows - r));
             std::vector<float> x = float_rows(part, 0, part.rows);

@@ -405,6 +405,11 @@ class Arith(Case):
         self.refused(*ask, "--arith", "fp8", says="--arith fp8: needs FP8 weights")
         self.refused(*ask, "--arith", "fp8", "--quant", "q8_0", says="--arith fp8: needs FP8 weights")
         self.refused(*ask, "--arith", "bf16", "--quant", "q8_0", says="--exact")
+        bare = self.folder / "bare"                                # at once: the weights are not looked at
+        shutil.copytree(TINY, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+        for quant, dtype in (("q8_0", "Q8_0"), ("q4_k", "Q4_K")):
+            self.refused(*ask, "-m", bare, "--arith", "bf16", "--quant", quant,
+                         says=f"--arith: {dtype} weights are multiplied in integers; --exact dequantises")
         gguf = self.folder / "tiny.gguf"
         self.ok("quantize", "-m", TINY, "-o", gguf, "--type", "q4_k_m")
         self.refused(*ask, "-m", gguf, "--arith", "fp8", says="--arith fp8: needs FP8 weights")

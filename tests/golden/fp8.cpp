@@ -85,8 +85,8 @@ TEST(GoldenFp8, CastsToTheSameCodes) {
 
 TEST(GoldenFp8, QuantisesByEachFormula) {
     Fp8File f;
-    const char* names[] = {"v3", "v32", "deepgemm", "deepep", "tilekernels"};
-    for (int i = 0; i < 5; i++)
+    const char* names[] = {"v3", "v32", "deepgemm", "deepep", "tilekernels", "flashmla"};
+    for (int i = 0; i < 6; i++)
         for (bool ue8m0 : {false, true})
             expect_quantised(f, "x", text_of("quant.%s%s", names[i], ue8m0 ? "_ue8m0" : ""),
                              {Fp8Formula(i), ue8m0});

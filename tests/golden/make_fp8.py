@@ -18,7 +18,7 @@ import numpy as np
 SEED = 14
 f32, f64 = np.float32, np.float64
 LEAST, MOST = f32(1e-4), f32(448)
-FORMULAS = ("v3", "v32", "deepgemm", "deepep", "tilekernels")
+FORMULAS = ("v3", "v32", "deepgemm", "deepep", "tilekernels", "flashmla")
 ARITH_MODELS = {"v3-fp8": ("bf16", "fp8"), "v3-ue8m0": ("bf16", "fp8"), "v2-lite": ("bf16",),
                 "qwen2": ("bf16",), "llama3": ("bf16",), "tiny": ("bf16",)}
 KEPT = ("layers.0.attn_out", "layers.0.ffn_out", "layers.1.attn_out", "layers.1.ffn_out", "logits")
@@ -38,9 +38,11 @@ def tile(x, formula, ue8m0):
         return np.full(x.shape, 127, np.uint8), f32(np.nan)
     amax = max(np.abs(x).max(), LEAST)
     s = amax * (f32(1) / MOST) if formula in ("v32", "deepep") else amax / MOST
+    if formula == "flashmla":
+        s = max(s, LEAST)                                # the others: amax
     if ue8m0:
-        s = R.scale_v3(amax, True) if formula == "v3" else power_above(s)
-    if formula in ("v3", "v32"):
+        s = R.power_by_logarithm(s) if formula in ("v3", "flashmla") else power_above(s)
+    if formula in ("v3", "v32", "flashmla"):
         y = x / s
     elif formula == "deepgemm" or ue8m0:
         y = x * (f32(1) / s)

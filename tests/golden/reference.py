@@ -120,11 +120,13 @@ def r(x):
     return x if ARITH == "f32" else step_rounded(x.astype(np.float32).astype(np.float64), 8, -126).astype(F)
 
 
-def scale_v3(amax, ue8m0):                   # all float32
-    s = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
-    if not ue8m0:
-        return s
+def power_by_logarithm(s):                   # all float32
     return np.exp2(np.ceil(np.log2(s.astype(np.float64)).astype(np.float32))).astype(np.float32)
+
+
+def scale_v3(amax, ue8m0):
+    s = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
+    return power_by_logarithm(s) if ue8m0 else s
 
 
 def linear_fp8(x, q, scale, ue8m0):

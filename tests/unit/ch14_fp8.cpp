@@ -8,7 +8,7 @@ static float value_of(uint8_t q) { return E4M3[q]; }
 // -- 14.1 scales ------------------------------------------------------------------------------------
 
 static const Fp8Formula FORMULAS[] = {Fp8Formula::V3, Fp8Formula::V32, Fp8Formula::DEEPGEMM,
-                                      Fp8Formula::DEEPEP, Fp8Formula::TILEKERNELS};
+                                      Fp8Formula::DEEPEP, Fp8Formula::TILEKERNELS, Fp8Formula::FLASHMLA};
 
 TEST(Fp8Scale, HasTheLargestBe448) {
     for (Fp8Formula f : FORMULAS) {
@@ -23,7 +23,16 @@ TEST(Fp8Scale, HasAFloor) {
     for (Fp8Formula f : FORMULAS) {
         EXPECT_EQ(tile_scale(f, 0, false).s, tile_scale(f, 1e-4f, false).s);
         EXPECT_EQ(tile_scale(f, 9e-5f, true).s, tile_scale(f, 1e-4f, true).s);
-        EXPECT_EQ(tile_scale(f, 0, true).s, 0x1p-22f);               // 1e-4 / 448 = 2.23e-7, above 2^-23
+        bool of_amax = f != Fp8Formula::FLASHMLA;                    // 1e-4 / 448 = 2.23e-7, above 2^-23
+        EXPECT_EQ(tile_scale(f, 0, true).s, of_amax ? 0x1p-22f : 0x1p-13f);
+    }
+}
+// FlashMLA's is that of the scale: 1e-4, above 2^-14. From there on it is V3's.
+TEST(Fp8Scale, OfFlashMlaHasItsFloorAbove) {
+    EXPECT_EQ(tile_scale(Fp8Formula::FLASHMLA, 0, false).s, 1e-4f);
+    for (float amax = 1; amax > 1e-6f; amax *= 0.9f) {
+        float v3 = tile_scale(Fp8Formula::V3, amax, true).s;
+        EXPECT_EQ(tile_scale(Fp8Formula::FLASHMLA, amax, true).s, std::max(v3, 0x1p-13f)) << amax;
     }
 }
 // amax * (1 / 448) and amax / 448 differ for some amax: the formulas are not one.
@@ -34,6 +43,7 @@ TEST(Fp8Scale, FormulasDifferInTheLastBit) {
         EXPECT_EQ(tile_scale(Fp8Formula::V3, amax, false).s, divided);
         EXPECT_EQ(tile_scale(Fp8Formula::DEEPGEMM, amax, false).s, divided);
         EXPECT_EQ(tile_scale(Fp8Formula::TILEKERNELS, amax, false).s, divided);
+        EXPECT_EQ(tile_scale(Fp8Formula::FLASHMLA, amax, false).s, divided);
         EXPECT_EQ(tile_scale(Fp8Formula::V32, amax, false).s, multiplied);
         EXPECT_EQ(tile_scale(Fp8Formula::DEEPEP, amax, false).s, multiplied);
         differ += divided != multiplied;
@@ -47,6 +57,7 @@ TEST(Fp8Scale, TheLogarithmRoundsDownJustAboveAPowerOfTwo) {
     EXPECT_EQ(tile_scale(Fp8Formula::DEEPGEMM, amax, true).s, exact);
     EXPECT_EQ(tile_scale(Fp8Formula::TILEKERNELS, amax, true).s, exact);
     EXPECT_EQ(tile_scale(Fp8Formula::V3, amax, true).s, 0x1p-10f);
+    EXPECT_EQ(tile_scale(Fp8Formula::FLASHMLA, amax, true).s, 0x1p-10f);
     EXPECT_EQ(tile_scale(Fp8Formula::V3, 450 * 0x1p-10f, true).s, 0x1p-9f);
 }
 
