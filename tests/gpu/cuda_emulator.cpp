@@ -17,11 +17,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <set>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -120,20 +120,6 @@ struct Warp {
     std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
 };
 
-struct Access {
-    int thread = -1;
-    uint32_t epoch = 0, time = 0;          // of the block, of the warp
-};
-struct Cell {
-    Access write, read[2];                 // the last; of readers the last two, which suffices to see a third
-};
-struct SharedArray {
-    const char* name = nullptr;
-    size_t count = 0, size = 0;
-    std::vector<uint64_t> data;
-    std::vector<Cell> cells;
-};
-
 struct Grid {
     const void* kernel;
     std::function<void()> body;
@@ -151,10 +137,11 @@ struct Block {
     uint3 index;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    std::unordered_map<const void*, SharedArray> arrays;
+    std::vector<std::unique_ptr<SharedArray>> arrays;
     size_t shared = 0;                     // bytes of the arrays that are not dynamic
     int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
-    uint32_t epoch = 0;                    // counts barriers
+    uint64_t epoch = 0;                    // changes at each barrier
+    uint64_t born = 0;                     // the first of them
 };
 
 struct Operation {                         // of a stream
@@ -202,6 +189,8 @@ struct World {
     std::vector<std::unique_ptr<CUevent_st>> events;
     std::vector<std::unique_ptr<Block>> blocks;          // under way
     std::deque<Fiber*> ready;
+    std::vector<std::unique_ptr<SharedArray>> arrays;    // of blocks that have ended, for the next ones
+    uint64_t epochs = 0;                   // of all blocks so far
     uint64_t numbers = 0;
     int device = 0;                        // that the host chose
     cudaError_t error = cudaSuccess;       // of the last call that failed
@@ -283,10 +272,10 @@ void trap() {
 
 // -- 4  Memory -----------------------------------------------------------------------------------
 //
-// An allocation ends where a page ends, less what aligns it, and the next page cannot be touched. So an access
-// beyond it is seen at once; a write to what remains of its first page, and to the few bytes between its end
-// and the page's, after the kernels. While no kernel runs that may touch it, none of it can be touched: the
-// host must copy.
+// An allocation ends where a page ends, less what aligns it, and the next page cannot be touched. So an
+// access beyond it is seen at once; a write to what remains of its first page, and to the few bytes between
+// its end and the page's, after the kernels. While no kernel runs that may touch it, none of it can be
+// touched: the host must copy.
 
 constexpr int CLOSED = -1, ALL = -2;       // instead of a device: whose kernels run
 constexpr unsigned char POISON = 0xFF;     // NaN as f32, bf16 and e4m3, -1 as an integer
@@ -436,17 +425,24 @@ static void wait_at(const char* what, uint64_t detail) {
     leave(f);
 }
 
-static void wake(Fiber& f) {
-    if (f.state != Fiber::State::WAITING) return;
+static bool less_urgent(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
+
+static void make_ready(Fiber& f) {
     f.state = Fiber::State::READY;
     world.ready.push_back(&f);
+    if (world.options.order == Order::PRIORITY)                  // then they are a heap
+        std::push_heap(world.ready.begin(), world.ready.end(), less_urgent);
+}
+
+static void wake(Fiber& f) {
+    if (f.state == Fiber::State::WAITING) make_ready(f);
 }
 
 int lane() { return world.running->lane(); }
 
 void give_way() {
     if (!world.running || world.options.order == Order::FIFO || random_number() % 4) return;
-    world.ready.push_back(world.running);
+    make_ready(*world.running);
     leave(*world.running);
 }
 
@@ -456,7 +452,7 @@ void spin() {
     if (++world.spins > TOO_MANY) stop("livelock: nothing happens any more, and this thread waits in a loop");
     f.priority /= 2, f.waits = "in a loop", f.detail = 0;
     world.changed = true;                  // others may have to start first
-    world.ready.push_back(&f);
+    make_ready(f);
     leave(f);
 }
 
@@ -479,11 +475,19 @@ static uint64_t combined(Kind kind, uint64_t a, uint64_t b) {
     }
 }
 
+// Where the running thread stands, for its accesses to shared memory.
+static void stamp_running() {
+    const Fiber& f = *world.running;
+    uint64_t time = f.block->warps[size_t(f.warp())].time;
+    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
+}
+
 // All have arrived: each gets its result.
 static void complete(Block& b, Warp& w, int warp, const Gather& g) {
     uint64_t all = 0;
     bool first = true;
     w.time += g.kind == Kind::SYNC;
+    if (w.time >> 21) stop("more __syncwarp between two barriers than can be counted");
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
         uint64_t mine = g.kind == Kind::BALLOT ? g.value[size_t(l)] << l : g.value[size_t(l)];
@@ -534,6 +538,7 @@ uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
     Gather whole = g;
     w.gathers.erase(w.gathers.begin() + (&g - w.gathers.data()));
     complete(*f.block, w, f.warp(), whole);
+    stamp_running();
     return f.result;
 }
 
@@ -547,8 +552,9 @@ void barrier(int line) {
         stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
     b.line = line;
     if (++b.arrived < int(b.fibers.size())) return wait_at("__syncthreads, line", uint64_t(line));
-    b.arrived = 0, b.epoch++;
+    b.arrived = 0, b.epoch = ++world.epochs;
     for (Fiber& other : b.fibers) wake(other);
+    stamp_running();
 }
 
 // -- 6  Shared memory ----------------------------------------------------------------------------
@@ -556,26 +562,51 @@ void barrier(int line) {
 // Two accesses of which one writes need something between them that orders them: a barrier, or, in a warp, a
 // __syncwarp that both lanes take part in. Shuffles do not order memory.
 
-static bool ordered(const Access& a, const Fiber& f) {
-    if (a.thread < 0 || a.thread == f.thread || a.epoch < f.block->epoch) return true;
-    if (a.thread / 32 != f.warp()) return false;
+static bool ordered(Stamp s, const Fiber& f) {
+    if (settled(s)) return true;
+    int thread = int(s & 1023);
+    if (s >= IN_FLIGHT || thread / 32 != f.warp()) return false;
     const Warp& w = f.block->warps[size_t(f.warp())];
-    return w.met[size_t(a.thread % 32)][size_t(f.lane())] > a.time;
+    return w.met[size_t(thread % 32)][size_t(f.lane())] > uint32_t(s) >> 11;
 }
+
+SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
+    : tag(tag), name(name), count(count), size(size) {
+    constexpr size_t ALIGNED = 128;        // as nvcc's SHARED does it
+    data = static_cast<std::byte*>(std::aligned_alloc(ALIGNED, (count * size / ALIGNED + 1) * ALIGNED));
+    cells = static_cast<Cell*>(std::calloc(count + 1, sizeof(Cell)));
+    if (!data || !cells) throw std::bad_alloc();
+}
+SharedArray::~SharedArray() { std::free(data), std::free(cells); }
 
 constexpr size_t USUAL_SHARED = 48 * 1024; // of a block, unless cudaFuncSetAttribute allows more
 static const char dynamic_tag = 0;
 
+// Stamps are never used again: an array of a block that ended before this one began needs new numbers, but
+// not new cells.
+static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes, const char* name) {
+    const Stamp born = world.running->block->born << 32;
+    auto fits = [&](auto& a) {
+        return a->tag == tag && a->count == count && a->size == bytes && a->ended < born;
+    };
+    auto at = std::find_if(world.arrays.begin(), world.arrays.end(), fits);
+    if (at == world.arrays.end()) return std::make_unique<SharedArray>(tag, name, count, bytes);
+    std::unique_ptr<SharedArray> taken = std::move(*at);
+    world.arrays.erase(at);
+    return taken;
+}
+
 static SharedArray& make_array(const void* tag, size_t count, size_t bytes, const char* name) {
     Block& b = *world.running->block;
-    SharedArray& a = b.arrays[tag];
-    if (a.name) return a;
+    for (auto& a : b.arrays)
+        if (a->tag == tag) return *a;
     if (tag != &dynamic_tag) b.shared += count * bytes;
     if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
         stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
                      b.shared, b.grid->shared));
-    a = {name, count, bytes, std::vector<uint64_t>((count * bytes + 7) / 8, ~uint64_t(0)), {}};
-    a.cells.resize(count);
+    SharedArray& a = *b.arrays.emplace_back(take_array(tag, count, bytes, name));
+    a.name = name, a.born = b.born << 32;
+    std::memset(a.data, POISON, count * bytes);
     return a;
 }
 
@@ -584,36 +615,32 @@ SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const cha
 }
 SharedArray* dynamic_array(size_t bytes, const char* name) {
     SharedArray& a = make_array(&dynamic_tag, world.running->block->grid->shared / bytes, bytes, name);
-    if (a.size != bytes) stop(text_of("DYNAMIC_SHARED %s: its elements had another size in %s", name, a.name));
+    if (a.size != bytes)
+        stop(text_of("DYNAMIC_SHARED %s: in %s its elements had another size", name, a.name));
     return &a;
 }
 
 void* address(SharedArray* a, int64_t i) {
     if (i < 0 || size_t(i) >= a->count)
         stop(text_of("shared array %s has %zu elements, not %jd", a->name, a->count, intmax_t(i)));
-    return reinterpret_cast<std::byte*>(a->data.data()) + size_t(i) * a->size;
+    return a->data + size_t(i) * a->size;
 }
 
 void* touch(SharedArray* a, int64_t i, bool writes) {
     void* p = address(a, i);
     Fiber& f = *world.running;
-    Cell& cell = a->cells[size_t(i)];
-    auto accuse = [&](const Access& other, const char* what) {
+    Cell& cell = a->cells[i];
+    auto accuse = [&](Stamp other, const char* what) {
         stop(text_of("race: %s[%jd] is %s thread %d %s, with no barrier in between", a->name, intmax_t(i),
-                     writes ? "written, and" : "read, and", other.thread, what));
+                     writes ? "written, and" : "read, and", int(other & 1023), what));
     };
-    if (!writes && cell.write.thread < 0)
+    if (!writes && cell.write < a->born)
         stop(text_of("%s[%jd] is read, and no one wrote it", a->name, intmax_t(i)));
     if (!ordered(cell.write, f)) accuse(cell.write, "wrote it");
-    for (const Access& r : cell.read)
+    for (Stamp r : cell.read)
         if (writes && !ordered(r, f)) accuse(r, "read it");
-    Access mine{f.thread, f.block->epoch, f.block->warps[size_t(f.warp())].time};
-    if (writes) {
-        cell = {mine, {}};
-    } else {
-        if (cell.read[0].thread != f.thread) cell.read[1] = cell.read[0];
-        cell.read[0] = mine;
-    }
+    if (writes) note_write(cell);
+    else note_read(cell);
     return p;
 }
 
@@ -663,6 +690,7 @@ static void start_block(Grid& g) {
     auto block = std::make_unique<Block>();
     int threads = int(g.block.x * g.block.y * g.block.z);
     block->grid = &g, block->index = position(number, g.size);
+    block->epoch = block->born = ++world.epochs;
     block->fibers.resize(size_t(threads)), block->warps.resize(size_t(threads + 31) / 32);
     for (int i = 0; i < threads; i++) {
         Fiber& f = block->fibers[size_t(i)];
@@ -671,7 +699,7 @@ static void start_block(Grid& g) {
         f.priority = i % 32 ? block->fibers[size_t(i - 1)].priority : random_number();
         block->warps[size_t(f.warp())].lanes |= 1u << f.lane();
         prepare_context(f.context, f.stack, fiber_main);
-        world.ready.push_back(&f);
+        make_ready(f);
     }
     world.devices[size_t(g.device)].resident++;
     world.blocks.push_back(std::move(block));
@@ -682,6 +710,8 @@ static void end_block(Block* b) {
     g.done++;
     world.devices[size_t(g.device)].resident--;
     for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
+    for (auto& a : b->arrays) a->ended = b->epoch << 32;
+    std::move(b->arrays.begin(), b->arrays.end(), std::back_inserter(world.arrays));
     std::erase_if(world.blocks, [b](auto& owned) { return owned.get() == b; });
     world.changed = true;
 }
@@ -747,23 +777,23 @@ static bool start_what_can() {
     return happened;
 }
 
-static size_t choose() {
-    size_t n = world.ready.size();
-    if (world.options.order == Order::FIFO) return 0;
-    if (world.options.order == Order::RANDOM) return random_number() % n;
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (world.ready[i]->priority > world.ready[best]->priority) best = i;
-    return best;
+static Fiber* choose() {
+    std::deque<Fiber*>& ready = world.ready;
+    if (world.options.order == Order::RANDOM) std::swap(ready[random_number() % ready.size()], ready.front());
+    if (world.options.order == Order::PRIORITY) {
+        std::pop_heap(ready.begin(), ready.end(), less_urgent);
+        Fiber* most_urgent = ready.back();
+        return ready.pop_back(), most_urgent;
+    }
+    Fiber* first = ready.front();
+    return ready.pop_front(), first;
 }
 
 static void run_fiber() {
-    size_t i = choose();
-    Fiber* f = world.ready[i];
-    if (i) std::swap(world.ready[i], world.ready.front());
-    world.ready.pop_front();
+    Fiber* f = choose();
     open_memory(f->block->grid->device);
     world.running = f, here = &f->index, world.switches++;
+    stamp_running();
     switch_context(world.host, f->context);
     world.running = nullptr, here = nullptr;
     if (!world.failure.empty() || world.broken) return;
@@ -850,8 +880,8 @@ static bool spoils_capture(bool allocates = false) {
     return spoils;
 }
 
-// What waits for the streams. Whoever waits for one waits for all of them: that is allowed, and the lazy order
-// is lazy enough.
+// What waits for the streams. Whoever waits for one waits for all of them: that is allowed, and the lazy
+// order is lazy enough.
 static cudaError_t wait_for_all() {
     if (cudaError_t error = state()) return error;
     if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
@@ -902,7 +932,8 @@ Options options_of_environment() {
     if (value("EMU_ASYNC") == "eager") o.async = Async::EAGER;
     if (value("EMU_ASYNC") == "random") o.async = Async::RANDOM;
     auto number = [&](const char* name, auto& to) {
-        if (!value(name).empty()) to = std::decay_t<decltype(to)>(std::strtoll(value(name).data(), nullptr, 10));
+        if (value(name).empty()) return;
+        to = std::decay_t<decltype(to)>(std::strtoll(value(name).data(), nullptr, 10));
     };
     number("EMU_SEED", o.seed), number("EMU_DEVICES", o.devices), number("EMU_MEMORY", o.memory);
     number("EMU_FAULT", o.fault), number("EMU_CAPABILITY", o.capability);
@@ -1062,7 +1093,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     world.raised[{world.device, kernel}] = std::max(size_t(value), USUAL_SHARED);
     return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared) {
     if (cudaError_t error = state()) return error;
     if (threads < 1 || threads > 1024) return fails(cudaErrorInvalidValue);
     size_t most = std::min(32, 2048 / ((threads + 31) / 32 * 32));

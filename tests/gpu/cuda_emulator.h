@@ -49,8 +49,8 @@ struct Options {
     int devices = 1, blocks = 4;           // blocks of a device that are under way at the same time
     size_t memory = size_t(1) << 30;       // bytes of each device
     int capability = 90;                   // ten times CUDA's compute capability
-    int fault = 0;                         // which launch fails, counted from 1, as a kernel does that crashes
-    bool throws = true;                    // an Error; or says it and ends the process with exit code 3
+    int fault = 0;                         // which launch fails as one that crashes, counted from 1
+    bool throws = true;                    // an Error; if not, says it and ends with exit code 3
 };
 
 // EMU_ORDER=fifo, random or priority; EMU_ASYNC=eager, lazy or random; EMU_SEED, EMU_DEVICES (0: there is
@@ -104,34 +104,94 @@ template <class T> T shuffle(uint32_t mask, T value, int source, int width) {
 
 // -- shared memory: an array that knows who touched it ---------------------------------------------------
 
-struct SharedArray;
+// Who did something: epoch << 32 | time << 11 | 1024 | thread. The epoch changes at each barrier of the block
+// and is never used again, the time is the warp's; 0 is no one.
+using Stamp = uint64_t;
+constexpr Stamp THREAD = 2047, WARP = 2047 - 31, IN_FLIGHT = ~Stamp(0) << 32;
+
+struct Now {
+    Stamp epoch, stamp;                    // the first of the epoch; that of the running thread
+};
+inline Now now{};
+
+struct Cell {
+    // Who wrote it last. Who read it since: the last; the last other one of a warp of one that came after; the
+    // last one of another warp.
+    Stamp write, read[3];
+};
+struct SharedArray {
+    const void* tag;
+    const char* name;
+    size_t count, size;
+    std::byte* data;
+    Cell* cells;
+    Stamp born = 0, ended = 0;             // epochs of its block; what is older belongs to another one
+
+    SharedArray(const void* tag, const char* name, size_t count, size_t size);
+    SharedArray(const SharedArray&) = delete;
+    ~SharedArray();
+};
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name);
 SharedArray* dynamic_array(size_t bytes, const char* name);
 void* touch(SharedArray* array, int64_t i, bool writes);         // the address of element i
 void* address(SharedArray* array, int64_t i);
 
+// Before the last barrier, or by this thread.
+inline bool settled(Stamp s) { return s < now.epoch || !((s ^ now.stamp) & THREAD); }
+inline void note_read(Cell& c) {
+    Stamp last = c.read[0], other = last ^ now.stamp;
+    if (other & THREAD) c.read[other & WARP ? 2 : 1] = last;
+    c.read[0] = now.stamp;
+}
+inline void note_write(Cell& c) { c = {now.stamp, {}}; }
+
+// What is plainly right is settled here; `touch` judges the rest.
 template <class T> class Shared {
 public:
-    explicit Shared(SharedArray* array) : array_(array) {}
+    explicit Shared(SharedArray* array)
+        : array_(array), data_(reinterpret_cast<T*>(array->data)), cells_(array->cells), born_(array->born),
+          count_(array->count) {}
 
     class Element {
     public:
-        Element(SharedArray* array, int64_t i) : array_(array), i_(i) {}
+        Element(const Shared& a, int64_t i) : a_(a), i_(i) {}
         Element(const Element&) = default;
-        operator T() const { return *static_cast<const T*>(touch(array_, i_, false)); }
-        T operator=(T value) const { return *static_cast<T*>(touch(array_, i_, true)) = value; }
+        operator T() const { return a_.get(i_); }
+        T operator=(T value) const { return a_.set(i_, value), value; }
         T operator=(const Element& other) const { return *this = T(other); }
         T operator+=(T value) const { return *this = T(*this) + value; }
-        T* operator&() const { return static_cast<T*>(address(array_, i_)); }    // for atomics: no access yet
+        T operator-=(T value) const { return *this = T(*this) - value; }
+        T operator*=(T value) const { return *this = T(*this) * value; }
+        T* operator&() const { return static_cast<T*>(address(a_.array_, i_)); }     // for atomics: no access
 
     private:
-        SharedArray* array_;
+        const Shared a_;
         int64_t i_;
     };
-    Element operator[](int64_t i) const { return {array_, i}; }
+    Element operator[](int64_t i) const { return {*this, i}; }
 
 private:
+    T get(int64_t i) const {
+        if (size_t(i) < count_) {
+            Cell& c = cells_[i];
+            if (c.write >= born_ && settled(c.write)) return note_read(c), data_[i];
+        }
+        return *static_cast<const T*>(touch(array_, i, false));
+    }
+    void set(int64_t i, const T& value) const {
+        if (size_t(i) < count_) {
+            Cell& c = cells_[i];
+            bool ours = settled(c.write) && settled(c.read[0]) && settled(c.read[1]) && settled(c.read[2]);
+            if (ours) return note_write(c), void(data_[i] = value);
+        }
+        *static_cast<T*>(touch(array_, i, true)) = value;
+    }
+
     SharedArray* array_;
+    T* data_;
+    Cell* cells_;
+    Stamp born_;
+    size_t count_;
 };
 
 // -- numbers ---------------------------------------------------------------------------------------------
@@ -171,8 +231,8 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
 #define gridDim (emulator::here->grid_dim)
 
 // The tag is one a place in the source, and one an instance of a template.
-#define SHARED(T, name, count)                                                                           \
-    static const char name##_tag = 0;                                                                    \
+#define SHARED(T, name, count)                                                                             \
+    static const char name##_tag = 0;                                                                      \
     const emulator::Shared<T> name(emulator::shared_array(&name##_tag, count, sizeof(T), #name))
 #define DYNAMIC_SHARED(T, name) const emulator::Shared<T> name(emulator::dynamic_array(sizeof(T), #name))
 
@@ -387,6 +447,6 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute at
 template <class... Params>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Params...), int threads,
                                                           size_t shared) {
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads,
-                                                         shared);
+    const auto* any = reinterpret_cast<const void*>(kernel);
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, any, threads, shared);
 }

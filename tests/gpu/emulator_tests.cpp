@@ -245,6 +245,44 @@ TEST(Shared, WhatNoOneWroteIsReported) {
     }, {"few[0] is read, and no one wrote it"});
 }
 
+// What a block left behind is nothing to the next one.
+__global__ void read_of_an_earlier_block(int* p, int) {
+    SHARED(int, few, 8);
+    if (blockIdx.x == gridDim.x - 1 || blockIdx.x == 0) few[threadIdx.x] = 1;
+    if (p[0] == 0 || blockIdx.x == 1) p[threadIdx.x] = few[threadIdx.x];
+}
+TEST(Shared, WhatAnEarlierBlockWroteIsReported) {
+    for (Order order : {Order::FIFO, Order::RANDOM}) {
+        emulator::Options o;
+        o.order = order, o.blocks = 1;
+        emulator::reset(o);
+        Numbers<int> p(std::vector<int>(8));
+        run(read_of_an_earlier_block, 3, 8, p.data, 0);
+        EXPECT_THROW(cudaDeviceSynchronize(), emulator::Error);
+    }
+    emulator::reset({});
+}
+// Whoever reads last does not hide the others: neither those of its warp nor those of another one.
+__global__ void many_readers(int* p, int writer) {
+    SHARED(int, one, 1);
+    int i = int(threadIdx.x), warp = i / 32;
+    if (i == 0) one[0] = 5;
+    __syncthreads();
+    if (warp == 0) __syncwarp();
+    if (warp == 0 || i == 33 || i == 34) p[i] = one[0];
+    if (warp == 0 && writer == 0) __syncwarp();
+    if (i == writer) one[0] = p[i];
+}
+TEST(Shared, NoReaderIsForgotten) {
+    for (int writer : {0, 34, 40}) {
+        reports([=] {
+            Numbers<int> p(64);
+            run(many_readers, 1, 64, p.data, writer);
+            cudaDeviceSynchronize();
+        }, {"race: one[0] is"});
+    }
+}
+
 // -- collectives --------------------------------------------------------------------------------------
 
 __global__ void butterfly(int* p, int) {
@@ -815,7 +853,8 @@ TEST(Failure, MayBePlanned) {
 }
 TEST(Failure, AMachineMayHaveNoDevice) {
     emulator::Options none;
-    for (auto [devices, error] : {std::pair{0, cudaErrorNoDevice}, std::pair{-1, cudaErrorInsufficientDriver}}) {
+    for (int devices : {0, -1}) {
+        const cudaError_t error = devices ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
         none.devices = devices;
         emulator::reset(none);
         int count = 7, version = 0;
@@ -873,7 +912,7 @@ TEST(Devices, SayWhatTheyAre) {
     EXPECT_EQ(p.totalGlobalMem, size_t(1) << 30);
     cudaRuntimeGetVersion(&version);
     EXPECT_EQ(version, CUDART_VERSION);
-    EXPECT_EQ(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, write_position, 256, 100 << 10), cudaSuccess);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, write_position, 256, 100 << 10);
     EXPECT_EQ(blocks, 2);
 }
 
