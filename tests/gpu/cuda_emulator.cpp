@@ -12,15 +12,16 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <set>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -119,26 +120,13 @@ struct Warp {
     std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
 };
 
-struct Access {
-    int thread = -1;
-    uint32_t epoch = 0, time = 0;          // of the block, of the warp
-};
-struct Cell {
-    Access write, read[2];                 // the last; of readers the last two, which suffices to see a third
-};
-struct SharedArray {
-    const char* name = nullptr;
-    size_t count = 0, size = 0;
-    std::vector<uint64_t> data;
-    std::vector<Cell> cells;
-};
-
 struct Grid {
     const void* kernel;
     std::function<void()> body;
     dim3 size, block;
     size_t shared;
     int device;
+    size_t most;                           // shared memory of a block, all of it
     uint64_t next = 0, done = 0;           // blocks started, ended
 
     uint64_t blocks() const { return uint64_t(size.x) * size.y * size.z; }
@@ -149,9 +137,11 @@ struct Block {
     uint3 index;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    std::unordered_map<const void*, SharedArray> arrays;
+    std::vector<std::unique_ptr<SharedArray>> arrays;
+    size_t shared = 0;                     // bytes of the arrays that are not dynamic
     int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
-    uint32_t epoch = 0;                    // counts barriers
+    uint64_t epoch = 0;                    // changes at each barrier
+    uint64_t born = 0;                     // the first of them
 };
 
 struct Operation {                         // of a stream
@@ -165,11 +155,12 @@ struct Operation {                         // of a stream
 
 struct CUgraph_st {
     std::vector<emulator::Operation> operations;
+    bool relaxed = false, spoiled = false; // while it is captured: may memory be allocated; did a call fail
 };
 struct CUgraphExec_st : CUgraph_st {};
 struct CUstream_st {
     int device = 0;
-    bool is_default = false;
+    bool is_default = false, waits = true; // does it and the default stream wait for each other
     std::deque<emulator::Operation> operations;
     std::shared_ptr<emulator::Grid> running;
     uint64_t number = 0;                   // of what runs
@@ -177,6 +168,8 @@ struct CUstream_st {
 };
 struct CUevent_st {
     uint64_t asked = 0, reached = 0;       // numbers of the operation that records it
+    bool timed = true;
+    std::chrono::steady_clock::time_point time;
 };
 
 namespace emulator {
@@ -196,9 +189,14 @@ struct World {
     std::vector<std::unique_ptr<CUevent_st>> events;
     std::vector<std::unique_ptr<Block>> blocks;          // under way
     std::deque<Fiber*> ready;
+    std::vector<std::unique_ptr<SharedArray>> arrays;    // of blocks that have ended, for the next ones
+    uint64_t epochs = 0;                   // of all blocks so far
     uint64_t numbers = 0;
     int device = 0;                        // that the host chose
-    cudaError_t error = cudaSuccess;
+    cudaError_t error = cudaSuccess;       // of the last call that failed
+    cudaError_t broken = cudaSuccess;      // of a kernel: every call returns it from then on
+    int launches = 0;                      // started
+    std::map<std::pair<int, const void*>, size_t> raised;        // limits of dynamic shared memory
     std::string failure;                   // why the run has to end
     Fiber* running = nullptr;
     Context host;
@@ -243,31 +241,54 @@ static std::string place_of(const Block& b) {
     return text_of("device %d, %s, block ", b.grid->device, kernel.c_str()) + text_of(b.index);
 }
 
-// Ends the run: `drain` throws. From a fiber, whatever stack the processor is on, there is no way back.
-[[noreturn]] static void stop(const std::string& what) {
-    world.failure = what;
-    if (!world.running) throw Error(what);
-    Fiber& f = *world.running;
-    world.failure = place_of(*f.block) + ", thread " + text_of(f.index.thread) + ": " + what;
+// To a test, which catches it; or out of a program, which might take an exception for one of its own.
+[[noreturn]] static void say(const std::string& what) {
+    if (world.options.throws) throw Error(what);
+    std::fflush(nullptr);
+    std::fprintf(stderr, "emulator: %s\n", what.c_str());
+    _exit(3);
+}
+
+// Whatever stack the processor is on: from this fiber's there is no way back.
+[[noreturn]] static void abandon() {
     Context nowhere;
     switch_context(nowhere, world.host);
     std::abort();
 }
 
+// Ends the run: in a fiber by way of `drain`.
+[[noreturn]] static void stop(const std::string& what) {
+    if (!world.running) say(what);
+    Fiber& f = *world.running;
+    world.failure = place_of(*f.block) + ", thread " + text_of(f.index.thread) + ": " + what;
+    abandon();
+}
+
+void trap() {
+    if (!world.running) stop("__trap outside of a kernel");
+    world.broken = cudaErrorLaunchFailure;
+    abandon();
+}
+
 // -- 4  Memory -----------------------------------------------------------------------------------
 //
-// An allocation ends where a page ends, and the next page cannot be touched. So an access beyond it is seen
-// at once; a write before it, to what remains of its first page, after the kernels. While no kernel runs that
-// may touch it, none of it can be touched: the host must copy.
+// An allocation ends where a page ends, less what aligns it, and the next page cannot be touched. So an
+// access beyond it is seen at once; a write to what remains of its first page, and to the few bytes between
+// its end and the page's, after the kernels. While no kernel runs that may touch it, none of it can be
+// touched: the host must copy.
 
 constexpr int CLOSED = -1, ALL = -2;       // instead of a device: whose kernels run
 constexpr unsigned char POISON = 0xFF;     // NaN as f32, bf16 and e4m3, -1 as an integer
+constexpr size_t ALIGNMENT = 16;           // what a kernel loads at once at most
 
 struct Allocation {
     std::byte *map, *data;                 // pages from `map` on: those of the numbers, then a guard
     size_t pages, bytes;
     int device;
-    bool open = true;
+    bool open = true, given_back = false;  // by a cudaFreeAsync that is not done yet
+
+    std::byte* end() const { return data + bytes; }
+    std::byte* guard() const { return map + pages * PAGE; }
 
     void protect(bool wanted) {
         if (wanted == open) return;
@@ -276,8 +297,10 @@ struct Allocation {
     }
 };
 static std::map<const void*, Allocation> allocations;            // by `data`
-static std::set<const void*> pinned;       // of the host: copied late
+static std::map<const std::byte*, size_t> pinned;                // memory of the host: copied late
 static int view = ALL;
+struct GraphMemory;
+static std::map<const void*, std::weak_ptr<GraphMemory>> graph_memory;       // by its address
 
 static void open_memory(int device) {
     if (view == device && device != CLOSED) return;
@@ -294,7 +317,7 @@ static std::byte* allocate(size_t bytes, int device) {
     auto* base = static_cast<std::byte*>(map);
     std::memset(map, POISON, pages * PAGE);
     mprotect(base + pages * PAGE, PAGE, PROT_NONE);
-    std::byte* data = base + pages * PAGE - bytes;
+    std::byte* data = base + (pages * PAGE - bytes) / ALIGNMENT * ALIGNMENT;
     Allocation a{base, data, pages, bytes, device};
     a.protect(view == ALL || view == device);
     allocations.emplace(data, a);
@@ -307,13 +330,22 @@ static void forget(std::map<const void*, Allocation>::iterator at) {
     allocations.erase(at);
 }
 
-// Empty, or which allocation was written to before its begin.
+// Is all of it poison? If not, it is afterwards: an error is said once.
+static bool untouched(std::byte* begin, std::byte* end) {
+    size_t n = size_t(end - begin);
+    if (n == 0 || (*begin == std::byte(POISON) && !std::memcmp(begin, begin + 1, n - 1))) return true;
+    std::memset(begin, POISON, n);
+    return false;
+}
+
+// Empty, or which allocation was written to before its begin or behind its end.
 static std::string damage() {
     for (auto& [data, a] : allocations) {
         a.protect(true);
-        if (std::all_of(a.map, a.data, [](std::byte b) { return b == std::byte(POISON); })) continue;
-        std::fill(a.map, a.data, std::byte(POISON));             // said once
-        return text_of("an access before the begin of an allocation of %zu bytes", a.bytes);
+        if (!untouched(a.map, a.data))
+            return text_of("an access before the begin of an allocation of %zu bytes", a.bytes);
+        if (!untouched(a.end(), a.guard()))
+            return text_of("an access beyond the end of an allocation of %zu bytes", a.bytes);
     }
     return "";
 }
@@ -324,14 +356,20 @@ static const Allocation* holder(const void* p, size_t bytes) {
     if (at == allocations.begin()) return nullptr;
     const Allocation& a = std::prev(at)->second;
     const auto* q = static_cast<const std::byte*>(p);
-    return q + bytes <= a.data + a.bytes ? &a : nullptr;
+    return q + bytes <= a.end() ? &a : nullptr;
+}
+
+static bool is_pinned(const void* p, size_t bytes) {
+    const auto* q = static_cast<const std::byte*>(p);
+    auto at = pinned.upper_bound(q);
+    return at != pinned.begin() && q + bytes <= std::prev(at)->first + std::prev(at)->second;
 }
 
 static std::string describe_address(const void* p) {
     const auto* q = static_cast<const std::byte*>(p);
     for (auto& [data, a] : allocations) {
         if (q < a.map || q >= a.map + (a.pages + 1) * PAGE) continue;
-        if (q >= a.data + a.bytes)
+        if (q >= a.end())
             return text_of("an access %zu bytes beyond an allocation of %zu bytes on device %d",
                            size_t(q - a.data) - a.bytes, a.bytes, a.device);
         return world.running
@@ -387,17 +425,24 @@ static void wait_at(const char* what, uint64_t detail) {
     leave(f);
 }
 
-static void wake(Fiber& f) {
-    if (f.state != Fiber::State::WAITING) return;
+static bool less_urgent(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
+
+static void make_ready(Fiber& f) {
     f.state = Fiber::State::READY;
     world.ready.push_back(&f);
+    if (world.options.order == Order::PRIORITY)                  // then they are a heap
+        std::push_heap(world.ready.begin(), world.ready.end(), less_urgent);
+}
+
+static void wake(Fiber& f) {
+    if (f.state == Fiber::State::WAITING) make_ready(f);
 }
 
 int lane() { return world.running->lane(); }
 
 void give_way() {
     if (!world.running || world.options.order == Order::FIFO || random_number() % 4) return;
-    world.ready.push_back(world.running);
+    make_ready(*world.running);
     leave(*world.running);
 }
 
@@ -407,7 +452,7 @@ void spin() {
     if (++world.spins > TOO_MANY) stop("livelock: nothing happens any more, and this thread waits in a loop");
     f.priority /= 2, f.waits = "in a loop", f.detail = 0;
     world.changed = true;                  // others may have to start first
-    world.ready.push_back(&f);
+    make_ready(f);
     leave(f);
 }
 
@@ -430,11 +475,19 @@ static uint64_t combined(Kind kind, uint64_t a, uint64_t b) {
     }
 }
 
+// Where the running thread stands, for its accesses to shared memory.
+static void stamp_running() {
+    const Fiber& f = *world.running;
+    uint64_t time = f.block->warps[size_t(f.warp())].time;
+    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
+}
+
 // All have arrived: each gets its result.
 static void complete(Block& b, Warp& w, int warp, const Gather& g) {
     uint64_t all = 0;
     bool first = true;
     w.time += g.kind == Kind::SYNC;
+    if (w.time >> 21) stop("more __syncwarp between two barriers than can be counted");
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
         uint64_t mine = g.kind == Kind::BALLOT ? g.value[size_t(l)] << l : g.value[size_t(l)];
@@ -485,6 +538,7 @@ uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
     Gather whole = g;
     w.gathers.erase(w.gathers.begin() + (&g - w.gathers.data()));
     complete(*f.block, w, f.warp(), whole);
+    stamp_running();
     return f.result;
 }
 
@@ -498,8 +552,9 @@ void barrier(int line) {
         stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
     b.line = line;
     if (++b.arrived < int(b.fibers.size())) return wait_at("__syncthreads, line", uint64_t(line));
-    b.arrived = 0, b.epoch++;
+    b.arrived = 0, b.epoch = ++world.epochs;
     for (Fiber& other : b.fibers) wake(other);
+    stamp_running();
 }
 
 // -- 6  Shared memory ----------------------------------------------------------------------------
@@ -507,18 +562,51 @@ void barrier(int line) {
 // Two accesses of which one writes need something between them that orders them: a barrier, or, in a warp, a
 // __syncwarp that both lanes take part in. Shuffles do not order memory.
 
-static bool ordered(const Access& a, const Fiber& f) {
-    if (a.thread < 0 || a.thread == f.thread || a.epoch < f.block->epoch) return true;
-    if (a.thread / 32 != f.warp()) return false;
+static bool ordered(Stamp s, const Fiber& f) {
+    if (settled(s)) return true;
+    int thread = int(s & 1023);
+    if (s >= IN_FLIGHT || thread / 32 != f.warp()) return false;
     const Warp& w = f.block->warps[size_t(f.warp())];
-    return w.met[size_t(a.thread % 32)][size_t(f.lane())] > a.time;
+    return w.met[size_t(thread % 32)][size_t(f.lane())] > uint32_t(s) >> 11;
+}
+
+SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
+    : tag(tag), name(name), count(count), size(size) {
+    constexpr size_t ALIGNED = 128;        // as nvcc's SHARED does it
+    data = static_cast<std::byte*>(std::aligned_alloc(ALIGNED, (count * size / ALIGNED + 1) * ALIGNED));
+    cells = static_cast<Cell*>(std::calloc(count + 1, sizeof(Cell)));
+    if (!data || !cells) throw std::bad_alloc();
+}
+SharedArray::~SharedArray() { std::free(data), std::free(cells); }
+
+constexpr size_t USUAL_SHARED = 48 * 1024; // of a block, unless cudaFuncSetAttribute allows more
+static const char dynamic_tag = 0;
+
+// Stamps are never used again: an array of a block that ended before this one began needs new numbers, but
+// not new cells.
+static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes, const char* name) {
+    const Stamp born = world.running->block->born << 32;
+    auto fits = [&](auto& a) {
+        return a->tag == tag && a->count == count && a->size == bytes && a->ended < born;
+    };
+    auto at = std::find_if(world.arrays.begin(), world.arrays.end(), fits);
+    if (at == world.arrays.end()) return std::make_unique<SharedArray>(tag, name, count, bytes);
+    std::unique_ptr<SharedArray> taken = std::move(*at);
+    world.arrays.erase(at);
+    return taken;
 }
 
 static SharedArray& make_array(const void* tag, size_t count, size_t bytes, const char* name) {
-    SharedArray& a = world.running->block->arrays[tag];
-    if (a.name) return a;
-    a = {name, count, bytes, std::vector<uint64_t>((count * bytes + 7) / 8, ~uint64_t(0)), {}};
-    a.cells.resize(count);
+    Block& b = *world.running->block;
+    for (auto& a : b.arrays)
+        if (a->tag == tag) return *a;
+    if (tag != &dynamic_tag) b.shared += count * bytes;
+    if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
+        stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
+                     b.shared, b.grid->shared));
+    SharedArray& a = *b.arrays.emplace_back(take_array(tag, count, bytes, name));
+    a.name = name, a.born = b.born << 32;
+    std::memset(a.data, POISON, count * bytes);
     return a;
 }
 
@@ -526,36 +614,33 @@ SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const cha
     return &make_array(tag, count, bytes, name);
 }
 SharedArray* dynamic_array(size_t bytes, const char* name) {
-    static const char tag = 0;
-    return &make_array(&tag, world.running->block->grid->shared / bytes, bytes, name);
+    SharedArray& a = make_array(&dynamic_tag, world.running->block->grid->shared / bytes, bytes, name);
+    if (a.size != bytes)
+        stop(text_of("DYNAMIC_SHARED %s: in %s its elements had another size", name, a.name));
+    return &a;
 }
 
 void* address(SharedArray* a, int64_t i) {
     if (i < 0 || size_t(i) >= a->count)
         stop(text_of("shared array %s has %zu elements, not %jd", a->name, a->count, intmax_t(i)));
-    return reinterpret_cast<std::byte*>(a->data.data()) + size_t(i) * a->size;
+    return a->data + size_t(i) * a->size;
 }
 
 void* touch(SharedArray* a, int64_t i, bool writes) {
     void* p = address(a, i);
     Fiber& f = *world.running;
-    Cell& cell = a->cells[size_t(i)];
-    auto accuse = [&](const Access& other, const char* what) {
+    Cell& cell = a->cells[i];
+    auto accuse = [&](Stamp other, const char* what) {
         stop(text_of("race: %s[%jd] is %s thread %d %s, with no barrier in between", a->name, intmax_t(i),
-                     writes ? "written, and" : "read, and", other.thread, what));
+                     writes ? "written, and" : "read, and", int(other & 1023), what));
     };
-    if (!writes && cell.write.thread < 0)
+    if (!writes && cell.write < a->born)
         stop(text_of("%s[%jd] is read, and no one wrote it", a->name, intmax_t(i)));
     if (!ordered(cell.write, f)) accuse(cell.write, "wrote it");
-    for (const Access& r : cell.read)
+    for (Stamp r : cell.read)
         if (writes && !ordered(r, f)) accuse(r, "read it");
-    Access mine{f.thread, f.block->epoch, f.block->warps[size_t(f.warp())].time};
-    if (writes) {
-        cell = {mine, {}};
-    } else {
-        if (cell.read[0].thread != f.thread) cell.read[1] = cell.read[0];
-        cell.read[0] = mine;
-    }
+    if (writes) note_write(cell);
+    else note_read(cell);
     return p;
 }
 
@@ -605,6 +690,7 @@ static void start_block(Grid& g) {
     auto block = std::make_unique<Block>();
     int threads = int(g.block.x * g.block.y * g.block.z);
     block->grid = &g, block->index = position(number, g.size);
+    block->epoch = block->born = ++world.epochs;
     block->fibers.resize(size_t(threads)), block->warps.resize(size_t(threads + 31) / 32);
     for (int i = 0; i < threads; i++) {
         Fiber& f = block->fibers[size_t(i)];
@@ -613,7 +699,7 @@ static void start_block(Grid& g) {
         f.priority = i % 32 ? block->fibers[size_t(i - 1)].priority : random_number();
         block->warps[size_t(f.warp())].lanes |= 1u << f.lane();
         prepare_context(f.context, f.stack, fiber_main);
-        world.ready.push_back(&f);
+        make_ready(f);
     }
     world.devices[size_t(g.device)].resident++;
     world.blocks.push_back(std::move(block));
@@ -624,6 +710,8 @@ static void end_block(Block* b) {
     g.done++;
     world.devices[size_t(g.device)].resident--;
     for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
+    for (auto& a : b->arrays) a->ended = b->epoch << 32;
+    std::move(b->arrays.begin(), b->arrays.end(), std::back_inserter(world.arrays));
     std::erase_if(world.blocks, [b](auto& owned) { return owned.get() == b; });
     world.changed = true;
 }
@@ -643,6 +731,7 @@ static bool may_start(const CUstream_st& s) {
     if (op.ready && !op.ready()) return false;
     for (CUstream_st* other : all_streams()) {
         if (other == &s || other->device != s.device || other->is_default == s.is_default) continue;
+        if (!s.waits || !other->waits) continue;
         if (other->running && other->number < op.number) return false;
         if (!other->operations.empty() && other->operations.front().number < op.number) return false;
     }
@@ -652,6 +741,10 @@ static bool may_start(const CUstream_st& s) {
 static void start(CUstream_st& s) {
     Operation op = std::move(s.operations.front());
     s.operations.pop_front();
+    if (op.grid && ++world.launches == world.options.fault) {
+        world.broken = cudaErrorLaunchFailure;
+        return;
+    }
     if (op.grid) {
         s.running = op.grid, s.number = op.number;
         return;
@@ -672,6 +765,7 @@ static bool start_what_can() {
         for (CUstream_st* s : streams) {
             if (s->running && s->running->done == s->running->blocks()) s->running.reset(), more = true;
             if (may_start(*s)) start(*s), more = true;
+            if (world.broken) return true;
         }
         happened |= more;
     }
@@ -683,26 +777,26 @@ static bool start_what_can() {
     return happened;
 }
 
-static size_t choose() {
-    size_t n = world.ready.size();
-    if (world.options.order == Order::FIFO) return 0;
-    if (world.options.order == Order::RANDOM) return random_number() % n;
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (world.ready[i]->priority > world.ready[best]->priority) best = i;
-    return best;
+static Fiber* choose() {
+    std::deque<Fiber*>& ready = world.ready;
+    if (world.options.order == Order::RANDOM) std::swap(ready[random_number() % ready.size()], ready.front());
+    if (world.options.order == Order::PRIORITY) {
+        std::pop_heap(ready.begin(), ready.end(), less_urgent);
+        Fiber* most_urgent = ready.back();
+        return ready.pop_back(), most_urgent;
+    }
+    Fiber* first = ready.front();
+    return ready.pop_front(), first;
 }
 
 static void run_fiber() {
-    size_t i = choose();
-    Fiber* f = world.ready[i];
-    if (i) std::swap(world.ready[i], world.ready.front());
-    world.ready.pop_front();
+    Fiber* f = choose();
     open_memory(f->block->grid->device);
     world.running = f, here = &f->index, world.switches++;
+    stamp_running();
     switch_context(world.host, f->context);
     world.running = nullptr, here = nullptr;
-    if (!world.failure.empty()) return;
+    if (!world.failure.empty() || world.broken) return;
     Block* b = f->block;
     if (f->state == Fiber::State::DONE && b->ended == int(b->fibers.size())) end_block(b);
 }
@@ -736,14 +830,14 @@ static void give_up() {
     std::string failure = std::exchange(world.failure, "");
     forget_work();
     open_memory(CLOSED), set_timer(0);
-    throw Error(failure);
+    say(failure);
 }
 
-// Does all that streams were asked to do.
+// Does all that streams were asked to do, or ends in the error of a kernel.
 static void drain() {
     set_timer(2);
     world.spins = 0;
-    while (world.failure.empty()) {
+    while (world.failure.empty() && !world.broken) {
         bool happened = world.changed && start_what_can();
         if (!world.ready.empty()) {
             run_fiber();
@@ -756,13 +850,43 @@ static void drain() {
         world.failure = world.blocks.empty() ? "deadlock: a stream waits for what no stream does"
                                              : "deadlock:" + waiting_list();
     }
+    if (world.broken) forget_work();
     if (world.failure.empty()) world.failure = damage();
     if (!world.failure.empty()) give_up();
     open_memory(CLOSED), set_timer(0);
 }
 
-static CUstream_st& stream_of(cudaStream_t s) {
-    return s ? *s : world.devices[size_t(world.device)].legacy;
+static cudaError_t fails(cudaError_t error) { return world.error = error; }
+
+// An error, if no call can succeed any more.
+static cudaError_t state() {
+    int devices = world.options.devices;
+    cudaError_t none = devices < 0 ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
+    cudaError_t error = devices <= 0 ? none : world.broken;
+    return error ? fails(error) : cudaSuccess;
+}
+
+static Device& device() { return world.devices[size_t(world.device)]; }
+static CUstream_st& stream_of(cudaStream_t s) { return s ? *s : device().legacy; }
+
+// A call that cannot be part of a graph: is a stream being captured? Then the call fails, and the capture.
+static bool spoils_capture(bool allocates = false) {
+    bool spoils = false;
+    for (auto& s : world.streams) {
+        if (!s->capture || (allocates && s->capture->relaxed)) continue;
+        s->capture->spoiled = spoils = true;
+    }
+    if (spoils) fails(cudaErrorStreamCaptureUnsupported);
+    return spoils;
+}
+
+// What waits for the streams. Whoever waits for one waits for all of them: that is allowed, and the lazy
+// order is lazy enough.
+static cudaError_t wait_for_all() {
+    if (cudaError_t error = state()) return error;
+    if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
+    drain();
+    return state();
 }
 
 static void ask(cudaStream_t stream, Operation op) {
@@ -775,15 +899,25 @@ static void ask(cudaStream_t stream, Operation op) {
     if (async == Async::EAGER || (async == Async::RANDOM && random_number() % 2)) drain();
 }
 
-static cudaError_t fails(cudaError_t error) { return world.error = error; }
+// The shared memory that a block may ask for, where it does.
+static size_t most_shared() {
+    int capability = world.options.capability;
+    bool small = capability == 86 || capability == 89 || capability >= 120;
+    return (small ? 99 : capability == 87 || capability < 90 ? 163 : 227) * size_t(1024);
+}
 
 void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
              std::function<void()> body) {
+    if (state()) return;
     uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-    bool too_large = threads > 1024 || grid.y > 65535 || grid.z > 65535 || shared > 48 * 1024;
+    bool too_large = threads > 1024 || block.z > 64 || grid.y > 65535 || grid.z > 65535;
     if (threads == 0 || blocks == 0 || too_large) return void(fails(cudaErrorInvalidConfiguration));
     int device = stream_of(stream).device;
-    auto g = std::make_shared<Grid>(Grid{kernel, std::move(body), grid, block, shared, device});
+    auto raised = world.raised.find({device, kernel});
+    bool usual = raised == world.raised.end();
+    if (shared > (usual ? USUAL_SHARED : raised->second)) return void(fails(cudaErrorInvalidValue));
+    size_t most = usual ? USUAL_SHARED : most_shared();
+    auto g = std::make_shared<Grid>(Grid{kernel, std::move(body), grid, block, shared, device, most});
     ask(stream, {std::move(g), {}, {}});
 }
 
@@ -797,19 +931,25 @@ Options options_of_environment() {
     if (value("EMU_ORDER") == "priority") o.order = Order::PRIORITY;
     if (value("EMU_ASYNC") == "eager") o.async = Async::EAGER;
     if (value("EMU_ASYNC") == "random") o.async = Async::RANDOM;
-    if (!value("EMU_SEED").empty()) o.seed = std::strtoull(std::getenv("EMU_SEED"), nullptr, 10);
+    auto number = [&](const char* name, auto& to) {
+        if (value(name).empty()) return;
+        to = std::decay_t<decltype(to)>(std::strtoll(value(name).data(), nullptr, 10));
+    };
+    number("EMU_SEED", o.seed), number("EMU_DEVICES", o.devices), number("EMU_MEMORY", o.memory);
+    number("EMU_FAULT", o.fault), number("EMU_CAPABILITY", o.capability);
     return o;
 }
 
 void reset(const Options& options) {
     forget_work();
     while (!allocations.empty()) forget(allocations.begin());
-    pinned.clear();
+    pinned.clear(), graph_memory.clear();
     world.streams.clear(), world.events.clear(), world.devices.clear();
-    world.devices.resize(size_t(options.devices));
+    world.devices.resize(size_t(std::max(options.devices, 0)));
     for (int d = 0; d < options.devices; d++)
         world.devices[size_t(d)].legacy.device = d, world.devices[size_t(d)].legacy.is_default = true;
-    world.options = options, world.random = options.seed, world.device = 0, world.error = cudaSuccess;
+    world.options = options, world.random = options.seed, world.device = 0;
+    world.error = world.broken = cudaSuccess, world.launches = 0, world.raised.clear();
     catch_signals();
     open_memory(CLOSED);
 }
@@ -822,10 +962,15 @@ size_t allocated() {
     return sum;
 }
 
-// The world exists before main begins.
-static const bool begun = (reset(options_of_environment()), true);
+// The world exists before main begins, as a program needs it; a test makes its own.
+static const bool begun = [] {
+    Options o = options_of_environment();
+    o.throws = false;
+    return reset(o), true;
+}();
 
 static cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (cudaError_t error = state()) return error;
     auto wrong = [&](const void* p, bool on_device) {
         return on_device ? !holder(p, bytes) : holder(p, 1) != nullptr;
     };
@@ -834,12 +979,44 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind
     if (kind == cudaMemcpyDefault) to_device = holder(to, 1), from_device = holder(from, 1);
     if (bytes == 0) return cudaSuccess;
     if (wrong(to, to_device) || wrong(from, from_device)) return fails(cudaErrorInvalidValue);
-    if (from_device || pinned.count(from)) {
+    bool late = (to_device || is_pinned(to, bytes)) && (from_device || is_pinned(from, bytes));
+    if (CUgraph_st* graph = stream_of(stream).capture.get(); graph && !late) {
+        graph->spoiled = true;             // a graph has no place to stage it
+        return fails(cudaErrorStreamCaptureUnsupported);
+    }
+    if (from_device || is_pinned(from, bytes)) {
         ask(stream, {nullptr, [=] { std::memcpy(to, from, bytes); }, {}});
         return cudaSuccess;
     }
     std::string now(static_cast<const char*>(from), bytes);      // pageable: staged before the call returns
     ask(stream, {nullptr, [to, now] { std::memcpy(to, now.data(), now.size()); }, {}});
+    return cudaSuccess;
+}
+
+// Memory that a captured stream asks for is that of its graph, and goes with it.
+struct GraphMemory {
+    std::byte* data;
+    bool freed = false;                    // a later operation of the graph is its cudaFreeAsync
+
+    explicit GraphMemory(std::byte* data) : data(data) {}
+    GraphMemory(const GraphMemory&) = delete;
+    ~GraphMemory() {
+        if (graph_memory.erase(data)) forget(allocations.find(data));
+    }
+};
+
+static void capture_allocation(std::byte* data, size_t bytes, cudaStream_t stream) {
+    allocations.find(data)->second.given_back = true;            // not to be freed by others
+    auto memory = std::make_shared<GraphMemory>(data);
+    graph_memory[data] = memory;
+    ask(stream, {nullptr, [memory, bytes] { std::memset(memory->data, POISON, bytes); }, {}});
+}
+
+static cudaError_t capture_free(std::byte* data, size_t bytes, cudaStream_t stream) {
+    auto at = graph_memory.find(data);
+    std::shared_ptr<GraphMemory> memory = at == graph_memory.end() ? nullptr : at->second.lock();
+    if (!memory || std::exchange(memory->freed, true)) return fails(cudaErrorInvalidValue);
+    ask(stream, {nullptr, [memory, bytes] { std::memset(memory->data, POISON, bytes); }, {}});
     return cudaSuccess;
 }
 
@@ -849,32 +1026,92 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind
 
 using namespace emulator;
 
-cudaError_t cudaGetDeviceCount(int* count) { return *count = world.options.devices, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = world.device, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = std::max(world.options.devices, 0);
+    return *count ? cudaSuccess : state();
+}
+cudaError_t cudaGetDevice(int* device) { return *device = world.device, state(); }
 cudaError_t cudaSetDevice(int device) {
+    if (cudaError_t error = state()) return error;
     if (device < 0 || device >= world.options.devices) return fails(cudaErrorInvalidDevice);
     return world.device = device, cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDriverGetVersion(int* version) {
+    return *version = world.options.devices < 0 ? 0 : CUDART_VERSION, cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+
+static int attribute_of(cudaDeviceAttr attribute) {
     switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: return *value = world.options.blocks, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
-    default: return fails(cudaErrorInvalidValue);
+    case cudaDevAttrMultiProcessorCount: return world.options.blocks;
+    case cudaDevAttrComputeCapabilityMajor: return world.options.capability / 10;
+    case cudaDevAttrComputeCapabilityMinor: return world.options.capability % 10;
+    case cudaDevAttrWarpSize: return 32;
+    case cudaDevAttrMaxThreadsPerBlock: return 1024;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+    case cudaDevAttrMaxRegistersPerBlock: return 65536;
+    case cudaDevAttrMaxSharedMemoryPerBlock: return USUAL_SHARED;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return int(most_shared());
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return int(most_shared() + 1024);
+    case cudaDevAttrReservedSharedMemoryPerBlock: return 1024;
+    case cudaDevAttrL2CacheSize: return 1 << 20;
+    case cudaDevAttrGlobalMemoryBusWidth: return 128;
+    case cudaDevAttrMemoryPoolsSupported:
+    case cudaDevAttrUnifiedAddressing: return 1;
+    case cudaDevAttrIntegrated:
+    case cudaDevAttrManagedMemory:
+    case cudaDevAttrPageableMemoryAccess:
+    case cudaDevAttrCooperativeLaunch: return 0;
+    default: return -1;
     }
 }
-cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
-    return *can = device != peer, cudaSuccess;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (cudaError_t error = state()) return error;
+    if (device < 0 || device >= world.options.devices) return fails(cudaErrorInvalidDevice);
+    *value = attribute_of(attribute);
+    return *value < 0 ? fails(cudaErrorInvalidValue) : cudaSuccess;
 }
-cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
-    if (peer < 0 || peer >= world.options.devices || peer == world.device)
-        return fails(cudaErrorInvalidDevice);
-    if (!world.devices[size_t(world.device)].peers.insert(peer).second)
-        return fails(cudaErrorPeerAccessAlreadyEnabled);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+    if (cudaError_t error = state()) return error;
+    if (device < 0 || device >= world.options.devices) return fails(cudaErrorInvalidDevice);
+    *p = {};
+    std::snprintf(p->name, sizeof p->name, "an emulated GPU");
+    p->totalGlobalMem = world.options.memory;
+    p->major = world.options.capability / 10, p->minor = world.options.capability % 10;
+    p->multiProcessorCount = world.options.blocks;
+    p->warpSize = 32, p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048;
+    p->regsPerBlock = 65536, p->memoryBusWidth = 128, p->l2CacheSize = 1 << 20;
+    p->sharedMemPerBlock = USUAL_SHARED, p->sharedMemPerBlockOptin = most_shared();
+    p->sharedMemPerMultiprocessor = most_shared() + 1024, p->unifiedAddressing = 1;
     return cudaSuccess;
 }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+    if (cudaError_t error = state()) return error;
+    if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+    bool ours = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!ours || value < 0 || size_t(value) > most_shared()) return fails(cudaErrorInvalidValue);
+    world.raised[{world.device, kernel}] = std::max(size_t(value), USUAL_SHARED);
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared) {
+    if (cudaError_t error = state()) return error;
+    if (threads < 1 || threads > 1024) return fails(cudaErrorInvalidValue);
+    size_t most = std::min(32, 2048 / ((threads + 31) / 32 * 32));
+    *blocks = int(std::min(most, (most_shared() + 1024) / (shared + 1024)));
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
+    return *can = device != peer, state();
+}
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
+    if (cudaError_t error = state()) return error;
+    if (peer < 0 || peer >= world.options.devices || peer == world.device)
+        return fails(cudaErrorInvalidDevice);
+    return device().peers.insert(peer).second ? cudaSuccess : fails(cudaErrorPeerAccessAlreadyEnabled);
+}
 
-cudaError_t cudaGetLastError() { return std::exchange(world.error, cudaSuccess); }
+cudaError_t cudaGetLastError() { return std::exchange(world.error, world.broken); }
 cudaError_t cudaPeekAtLastError() { return world.error; }
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
@@ -883,49 +1120,91 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorNotReady: return "cudaErrorNotReady";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
+    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
     case cudaErrorPeerAccessAlreadyEnabled: return "cudaErrorPeerAccessAlreadyEnabled";
     default: return "an error";
     }
 }
-const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    default: return cudaGetErrorName(error);
+    }
+}
 
-cudaError_t cudaMalloc(void** p, size_t bytes) {
-    Device& d = world.devices[size_t(world.device)];
+static cudaError_t take_memory(void** p, size_t bytes) {
     *p = nullptr;
+    if (cudaError_t error = state()) return error;
     if (bytes == 0) return cudaSuccess;
-    if (bytes > world.options.memory - d.used) return fails(cudaErrorMemoryAllocation);
+    if (bytes > world.options.memory - device().used) return fails(cudaErrorMemoryAllocation);
     *p = allocate(bytes, world.device);
     if (!*p) return fails(cudaErrorMemoryAllocation);
-    d.used += bytes;
+    device().used += bytes;
     return cudaSuccess;
 }
-cudaError_t cudaFree(void* p) {
-    if (!p) return cudaSuccess;
-    auto at = allocations.find(p);
-    if (at == allocations.end()) return fails(cudaErrorInvalidValue);
-    drain();
-    return forget(at), cudaSuccess;
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+    if (spoils_capture(true)) return *p = nullptr, cudaErrorStreamCaptureUnsupported;
+    return take_memory(p, bytes);
 }
-cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
+cudaError_t cudaFree(void* p) {
+    if (!p) return state();
+    auto at = allocations.find(p);
+    if (at == allocations.end() || at->second.given_back) return fails(cudaErrorInvalidValue);
+    if (spoils_capture(true)) return cudaErrorStreamCaptureUnsupported;
+    drain();
+    return forget(at), state();
+}
+cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t stream) {
+    cudaError_t error = take_memory(p, bytes);
+    if (*p && stream_of(stream).capture) capture_allocation(static_cast<std::byte*>(*p), bytes, stream);
+    return error;
+}
 cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
-    if (!p) return cudaSuccess;
-    if (!allocations.count(p)) return fails(cudaErrorInvalidValue);
+    if (!p || state()) return state();
+    auto at = allocations.find(p);
+    bool known = at != allocations.end();
+    if (known && stream_of(stream).capture) return capture_free(at->second.data, at->second.bytes, stream);
+    if (!known || at->second.given_back) return fails(cudaErrorInvalidValue);
+    at->second.given_back = true;
     ask(stream, {nullptr, [p] { forget(allocations.find(p)); }, {}});
     return cudaSuccess;
 }
-cudaError_t cudaMallocHost(void** p, size_t bytes) {
-    *p = std::malloc(bytes);
-    if (!*p) return fails(cudaErrorMemoryAllocation);
-    return pinned.insert(*p), cudaSuccess;
+cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
+    if (cudaError_t error = state()) return error;
+    if (!p || !bytes || is_pinned(p, 1)) return fails(cudaErrorInvalidValue);
+    return pinned[static_cast<std::byte*>(p)] = bytes, cudaSuccess;
 }
+cudaError_t cudaHostUnregister(void* p) {
+    drain();
+    return pinned.erase(static_cast<std::byte*>(p)) ? cudaSuccess : fails(cudaErrorInvalidValue);
+}
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
+    *p = nullptr;
+    if (cudaError_t error = state()) return error;
+    *p = std::malloc(std::max<size_t>(bytes, 1));
+    if (!*p) return fails(cudaErrorMemoryAllocation);
+    return pinned[static_cast<std::byte*>(*p)] = bytes, cudaSuccess;
+}
+cudaError_t cudaMallocHost(void** p, size_t bytes) { return cudaHostAlloc(p, bytes, cudaHostAllocDefault); }
 cudaError_t cudaFreeHost(void* p) {
     if (!p) return cudaSuccess;
-    if (!pinned.erase(p)) return fails(cudaErrorInvalidValue);
-    drain();
-    return std::free(p), cudaSuccess;
+    if (cudaError_t error = cudaHostUnregister(p)) return error;
+    return std::free(p), state();
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-    *total = world.options.memory, *free = *total - world.devices[size_t(world.device)].used;
+    *total = *free = 0;
+    if (cudaError_t error = state()) return error;
+    *total = world.options.memory, *free = *total - device().used;
     return cudaSuccess;
 }
 
@@ -933,83 +1212,131 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream) {
     return copy(to, from, bytes, kind, stream);
 }
+cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
+    return copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+}
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
     cudaError_t error = copy(to, from, bytes, kind, nullptr);
-    if (error == cudaSuccess) drain();
-    return error;
+    return error ? error : wait_for_all();
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+    if (cudaError_t error = state()) return error;
     if (bytes && !holder(p, bytes)) return fails(cudaErrorInvalidValue);
     ask(stream, {nullptr, [=] { if (bytes) std::memset(p, value, bytes); }, {}});
     return cudaSuccess;
 }
-cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, nullptr); }
+cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+    if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
+    return cudaMemsetAsync(p, value, bytes, nullptr);
+}
 
-cudaError_t cudaStreamCreate(cudaStream_t* s) {
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned flags) {
+    *s = nullptr;
+    if (cudaError_t error = state()) return error;
     world.streams.push_back(std::make_unique<CUstream_st>());
     *s = world.streams.back().get();
-    (*s)->device = world.device;
+    (*s)->device = world.device, (*s)->waits = flags != cudaStreamNonBlocking;
     return cudaSuccess;
 }
+cudaError_t cudaStreamCreate(cudaStream_t* s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
 cudaError_t cudaStreamDestroy(cudaStream_t s) {
     drain();
-    std::erase_if(world.streams, [s](auto& owned) { return owned.get() == s; });
+    bool known = std::erase_if(world.streams, [s](auto& owned) { return owned.get() == s; });
+    return known ? state() : fails(cudaErrorInvalidResourceHandle);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return wait_for_all(); }
+cudaError_t cudaDeviceSynchronize() { return wait_for_all(); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    if (cudaError_t error = state()) return error;
+    const CUstream_st& s = stream_of(stream);
+    return s.running || !s.operations.empty() ? cudaErrorNotReady : cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) {
+    *e = nullptr;
+    if (cudaError_t error = state()) return error;
+    world.events.push_back(std::make_unique<CUevent_st>());
+    *e = world.events.back().get();
+    (*e)->timed = !(flags & cudaEventDisableTiming);
     return cudaSuccess;
 }
-// Whoever waits for one stream waits for all of them: that is allowed, and the lazy order is lazy enough.
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return drain(), cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return drain(), cudaSuccess; }
-
-cudaError_t cudaEventCreate(cudaEvent_t* e) {
-    world.events.push_back(std::make_unique<CUevent_st>());
-    return *e = world.events.back().get(), cudaSuccess;
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
+cudaError_t cudaEventCreate(cudaEvent_t* e) { return cudaEventCreateWithFlags(e, cudaEventDefault); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) {
     drain();
-    std::erase_if(world.events, [e](auto& owned) { return owned.get() == e; });
-    return cudaSuccess;
+    bool known = std::erase_if(world.events, [e](auto& owned) { return owned.get() == e; });
+    return known ? state() : fails(cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t stream) {
+    if (cudaError_t error = state()) return error;
     uint64_t number = e->asked = world.numbers + 1;
-    ask(stream, {nullptr, [=] { e->reached = std::max(e->reached, number); }, {}});
+    ask(stream, {nullptr, [=] {
+        e->reached = std::max(e->reached, number), e->time = std::chrono::steady_clock::now();
+    }, {}});
     return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return drain(), cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return wait_for_all(); }
 cudaError_t cudaEventQuery(cudaEvent_t e) {
+    if (cudaError_t error = state()) return error;
     return e->reached >= e->asked ? cudaSuccess : cudaErrorNotReady;
 }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
+    if (cudaError_t error = state()) return error;
+    bool recorded = from->asked && to->asked;
+    if (!from->timed || !to->timed || !recorded) return fails(cudaErrorInvalidResourceHandle);
+    if (cudaEventQuery(from) || cudaEventQuery(to)) return fails(cudaErrorNotReady);
+    *milliseconds = std::chrono::duration<float, std::milli>(to->time - from->time).count();
+    return cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
+    if (cudaError_t error = state()) return error;
     uint64_t number = e->asked;
     ask(stream, {nullptr, [] {}, [=] { return e->reached >= number; }});
     return cudaSuccess;
 }
 
 // A graph is the list of what its stream was asked.
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    if (cudaError_t error = state()) return error;
     CUstream_st& s = stream_of(stream);
     if (s.is_default || s.capture) return fails(cudaErrorInvalidValue);
-    return s.capture = std::make_unique<CUgraph_st>(), cudaSuccess;
+    s.capture = std::make_unique<CUgraph_st>();
+    s.capture->relaxed = mode == cudaStreamCaptureModeRelaxed;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    const CUgraph_st* graph = stream_of(stream).capture.get();
+    *status = !graph           ? cudaStreamCaptureStatusNone
+              : graph->spoiled ? cudaStreamCaptureStatusInvalidated
+                               : cudaStreamCaptureStatusActive;
+    return state();
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     CUstream_st& s = stream_of(stream);
+    *graph = nullptr;
     if (!s.capture) return fails(cudaErrorInvalidValue);
-    return *graph = s.capture.release(), cudaSuccess;
+    std::unique_ptr<CUgraph_st> captured = std::move(s.capture);
+    if (captured->spoiled) return fails(cudaErrorStreamCaptureInvalidated);
+    return *graph = captured.release(), state();
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    *exec = nullptr;
+    if (cudaError_t error = state()) return error;
     *exec = new CUgraphExec_st;
     (*exec)->operations = graph->operations;
     return cudaSuccess;
 }
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return state(); }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     for (Operation op : exec->operations) {
+        if (state()) break;
         if (op.grid) {                     // once more from its first block
             op.grid = std::make_shared<Grid>(*op.grid);
             op.grid->next = op.grid->done = 0;
         }
         ask(stream, std::move(op));
     }
-    return cudaSuccess;
+    return state();
 }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return drain(), delete exec, state(); }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, state(); }

@@ -19,15 +19,18 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
 #include <cuda_runtime_api.h>
+#include <vector_functions.h>
 
 namespace emulator {
 
@@ -45,10 +48,13 @@ struct Options {
     uint64_t seed = 1;
     int devices = 1, blocks = 4;           // blocks of a device that are under way at the same time
     size_t memory = size_t(1) << 30;       // bytes of each device
+    int capability = 90;                   // ten times CUDA's compute capability
+    int fault = 0;                         // which launch fails as one that crashes, counted from 1
+    bool throws = true;                    // an Error; if not, says it and ends with exit code 3
 };
 
-// EMU_ORDER=fifo, random or priority; EMU_ASYNC=eager, lazy or random; EMU_SEED=N; what is not set is as
-// above.
+// EMU_ORDER=fifo, random or priority; EMU_ASYNC=eager, lazy or random; EMU_SEED, EMU_DEVICES (0: there is
+// none, -1: nor a driver), EMU_MEMORY, EMU_CAPABILITY and EMU_FAULT are numbers. What is not set is as above.
 Options options_of_environment();
 
 // As after the start of a process. Eager: an operation is done when the call that asks for it returns. Lazy:
@@ -75,6 +81,7 @@ void barrier(int line);
 int lane();
 void give_way();                           // maybe: another fiber may run here
 void spin();                               // nothing changed yet: others must run
+[[noreturn]] void trap();                  // every call to the run time fails from now on
 
 template <class T> uint64_t to_bits(T value) {
     static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
@@ -97,35 +104,111 @@ template <class T> T shuffle(uint32_t mask, T value, int source, int width) {
 
 // -- shared memory: an array that knows who touched it ---------------------------------------------------
 
-struct SharedArray;
+// Who did something: epoch << 32 | time << 11 | 1024 | thread. The epoch changes at each barrier of the block
+// and is never used again, the time is the warp's; 0 is no one.
+using Stamp = uint64_t;
+constexpr Stamp THREAD = 2047, WARP = 2047 - 31, IN_FLIGHT = ~Stamp(0) << 32;
+
+struct Now {
+    Stamp epoch, stamp;                    // the first of the epoch; that of the running thread
+};
+inline Now now{};
+
+struct Cell {
+    // Who wrote it last. Who read it since: the last; the last other one of a warp of one that came after; the
+    // last one of another warp.
+    Stamp write, read[3];
+};
+struct SharedArray {
+    const void* tag;
+    const char* name;
+    size_t count, size;
+    std::byte* data;
+    Cell* cells;
+    Stamp born = 0, ended = 0;             // epochs of its block; what is older belongs to another one
+
+    SharedArray(const void* tag, const char* name, size_t count, size_t size);
+    SharedArray(const SharedArray&) = delete;
+    ~SharedArray();
+};
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name);
 SharedArray* dynamic_array(size_t bytes, const char* name);
 void* touch(SharedArray* array, int64_t i, bool writes);         // the address of element i
 void* address(SharedArray* array, int64_t i);
 
+// Before the last barrier, or by this thread.
+inline bool settled(Stamp s) { return s < now.epoch || !((s ^ now.stamp) & THREAD); }
+inline void note_read(Cell& c) {
+    Stamp last = c.read[0], other = last ^ now.stamp;
+    if (other & THREAD) c.read[other & WARP ? 2 : 1] = last;
+    c.read[0] = now.stamp;
+}
+inline void note_write(Cell& c) { c = {now.stamp, {}}; }
+
+// What is plainly right is settled here; `touch` judges the rest.
 template <class T> class Shared {
 public:
-    explicit Shared(SharedArray* array) : array_(array) {}
+    explicit Shared(SharedArray* array)
+        : array_(array), data_(reinterpret_cast<T*>(array->data)), cells_(array->cells), born_(array->born),
+          count_(array->count) {}
 
     class Element {
     public:
-        Element(SharedArray* array, int64_t i) : array_(array), i_(i) {}
+        Element(const Shared& a, int64_t i) : a_(a), i_(i) {}
         Element(const Element&) = default;
-        operator T() const { return *static_cast<const T*>(touch(array_, i_, false)); }
-        T operator=(T value) const { return *static_cast<T*>(touch(array_, i_, true)) = value; }
+        operator T() const { return a_.get(i_); }
+        T operator=(T value) const { return a_.set(i_, value), value; }
         T operator=(const Element& other) const { return *this = T(other); }
         T operator+=(T value) const { return *this = T(*this) + value; }
-        T* operator&() const { return static_cast<T*>(address(array_, i_)); }    // for atomics: no access yet
+        T operator-=(T value) const { return *this = T(*this) - value; }
+        T operator*=(T value) const { return *this = T(*this) * value; }
+        T* operator&() const { return static_cast<T*>(address(a_.array_, i_)); }     // for atomics: no access
 
     private:
-        SharedArray* array_;
+        const Shared a_;
         int64_t i_;
     };
-    Element operator[](int64_t i) const { return {array_, i}; }
+    Element operator[](int64_t i) const { return {*this, i}; }
 
 private:
+    T get(int64_t i) const {
+        if (size_t(i) < count_) {
+            Cell& c = cells_[i];
+            if (c.write >= born_ && settled(c.write)) return note_read(c), data_[i];
+        }
+        return *static_cast<const T*>(touch(array_, i, false));
+    }
+    void set(int64_t i, const T& value) const {
+        if (size_t(i) < count_) {
+            Cell& c = cells_[i];
+            bool ours = settled(c.write) && settled(c.read[0]) && settled(c.read[1]) && settled(c.read[2]);
+            if (ours) return note_write(c), void(data_[i] = value);
+        }
+        *static_cast<T*>(touch(array_, i, true)) = value;
+    }
+
     SharedArray* array_;
+    T* data_;
+    Cell* cells_;
+    Stamp born_;
+    size_t count_;
 };
+
+// -- numbers ---------------------------------------------------------------------------------------------
+
+// As the processor of a GPU converts: to the nearest that T has, and NaN to 0. `x` is rounded already.
+template <class T> T saturated(double x) {
+    if (std::isnan(x)) return 0;
+    if (x >= std::ldexp(1.0, std::numeric_limits<T>::digits)) return std::numeric_limits<T>::max();
+    return x <= double(std::numeric_limits<T>::min()) ? std::numeric_limits<T>::min() : T(x);
+}
+
+// The sum of four products of the bytes of a and b, each taken as a T.
+template <class T, class Sum> Sum dot4(uint32_t a, uint32_t b, Sum sum) {
+    uint32_t bits = uint32_t(sum);         // wraps
+    for (int i = 0; i < 32; i += 8) bits += uint32_t(int(T(a >> i)) * int(T(b >> i)));
+    return Sum(bits);
+}
 
 // -- launches --------------------------------------------------------------------------------------------
 
@@ -148,8 +231,8 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
 #define gridDim (emulator::here->grid_dim)
 
 // The tag is one a place in the source, and one an instance of a template.
-#define SHARED(T, name, count)                                                                           \
-    static const char name##_tag = 0;                                                                    \
+#define SHARED(T, name, count)                                                                             \
+    static const char name##_tag = 0;                                                                      \
     const emulator::Shared<T> name(emulator::shared_array(&name##_tag, count, sizeof(T), #name))
 #define DYNAMIC_SHARED(T, name) const emulator::Shared<T> name(emulator::dynamic_array(sizeof(T), #name))
 
@@ -219,14 +302,121 @@ inline void __threadfence() { emulator::give_way(); }
 inline void __threadfence_system() { emulator::give_way(); }
 inline void __nanosleep(unsigned) { emulator::spin(); }
 
+[[noreturn]] inline void __trap() { emulator::trap(); }
+
+// Loads and stores with a hint for the caches.
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldca(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcv(const T* p) { return *p; }
+template <class T> void __stcg(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stcs(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stwb(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stwt(T* p, std::type_identity_t<T> value) { *p = value; }
+
+// Bits.
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
+inline int __clzll(long long x) { return std::countl_zero(uint64_t(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
+inline int __ffsll(long long x) { return x ? std::countr_zero(uint64_t(x)) + 1 : 0; }
+inline unsigned __brev(unsigned x) {
+    unsigned reversed = 0;
+    for (int i = 0; i < 32; i++) reversed |= (x >> i & 1) << (31 - i);
+    return reversed;
+}
+inline unsigned long long __brevll(unsigned long long x) {
+    return uint64_t(__brev(unsigned(x))) << 32 | __brev(unsigned(x >> 32));
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline int __mulhi(int a, int b) { return int(int64_t(a) * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    __extension__ using Wide = unsigned __int128;
+    return uint64_t(Wide(a) * b >> 64);
+}
+// Byte i of the result is that of y:x which digit i of the selector names.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t both = uint64_t(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++)
+        result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return result;
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    return unsigned((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+inline int __dp4a(int a, int b, int sum) {
+    return emulator::dot4<int8_t>(unsigned(a), unsigned(b), sum);
+}
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) { return emulator::dot4<uint8_t>(a, b, sum); }
+
+// The same bits in another type.
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
+inline double __hiloint2double(int high, int low) {
+    return std::bit_cast<double>(uint64_t(unsigned(high)) << 32 | unsigned(low));
+}
+inline int __double2hiint(double x) { return int(std::bit_cast<uint64_t>(x) >> 32); }
+inline int __double2loint(double x) { return int(std::bit_cast<uint64_t>(x)); }
+
+// Arithmetic that is rounded to nearest, as the host's is, and never contracted.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
+
+inline int __float2int_rn(float x) { return emulator::saturated<int>(std::nearbyint(x)); }
+inline int __float2int_rz(float x) { return emulator::saturated<int>(std::trunc(x)); }
+inline int __float2int_ru(float x) { return emulator::saturated<int>(std::ceil(x)); }
+inline int __float2int_rd(float x) { return emulator::saturated<int>(std::floor(x)); }
+inline unsigned __float2uint_rn(float x) { return emulator::saturated<unsigned>(std::nearbyint(x)); }
+inline unsigned __float2uint_rz(float x) { return emulator::saturated<unsigned>(std::trunc(x)); }
+inline unsigned __float2uint_ru(float x) { return emulator::saturated<unsigned>(std::ceil(x)); }
+inline unsigned __float2uint_rd(float x) { return emulator::saturated<unsigned>(std::floor(x)); }
+inline float __int2float_rn(int x) { return float(x); }
+inline float __uint2float_rn(unsigned x) { return float(x); }
+inline float __ll2float_rn(long long x) { return float(x); }
+inline float __ull2float_rn(unsigned long long x) { return float(x); }
+inline float __double2float_rn(double x) { return float(x); }
+
+// What a GPU computes only about: here as the host does. Macros, for libm declares some of the names.
+inline float __fdividef(float a, float b) { return a / b; }
+#define rsqrtf(x) __frsqrt_rn(x)
+#define __expf(x) std::exp(float(x))
+#define __logf(x) std::log(float(x))
+#define __log2f(x) std::log2(float(x))
+#define __powf(x, y) std::pow(float(x), float(y))
+#define __sinf(x) std::sin(float(x))
+#define __cosf(x) std::cos(float(x))
+#define __tanhf(x) std::tanh(float(x))
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+inline long min(long a, long b) { return a < b ? a : b; }
+inline long max(long a, long b) { return a < b ? b : a; }
+inline unsigned long min(unsigned long a, unsigned long b) { return a < b ? a : b; }
+inline unsigned long max(unsigned long a, unsigned long b) { return a < b ? b : a; }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline float max(float a, float b) { return std::fmax(a, b); }
 
 // kernel<<<grid, block, shared, stream>>>(args...): the arguments are copied now.
 template <class... Params, class... Args>
@@ -235,4 +425,28 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cud
     std::tuple<std::decay_t<Params>...> copies{static_cast<Params>(args)...};
     emulator::enqueue(reinterpret_cast<const void*>(kernel), grid, block, shared, stream,
                       [kernel, copies] { std::apply(kernel, copies); });
+}
+
+// What nvcc's cuda_runtime.h adds to the functions of C.
+template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) {
+    return cudaMalloc(reinterpret_cast<void**>(p), bytes);
+}
+template <class T> cudaError_t cudaMallocAsync(T** p, size_t bytes, cudaStream_t stream) {
+    return cudaMallocAsync(reinterpret_cast<void**>(p), bytes, stream);
+}
+template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) {
+    return cudaMallocHost(reinterpret_cast<void**>(p), bytes);
+}
+template <class T> cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned flags) {
+    return cudaHostAlloc(reinterpret_cast<void**>(p), bytes, flags);
+}
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class... Params>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Params...), int threads,
+                                                          size_t shared) {
+    const auto* any = reinterpret_cast<const void*>(kernel);
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, any, threads, shared);
 }

@@ -97,7 +97,7 @@ TEST(Launch, RefusesWhatNoDeviceTakes) {
         EXPECT_EQ(cudaGetLastError(), cudaSuccess);
     }
     launch(write_position, 1, 1, 1 << 20, nullptr, static_cast<int*>(nullptr), 0);
-    EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidConfiguration);
+    EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
 }
 struct Large {
     int numbers[100];
@@ -243,6 +243,44 @@ TEST(Shared, WhatNoOneWroteIsReported) {
         run(read_unwritten, 1, 8, p.data, 0);
         cudaDeviceSynchronize();
     }, {"few[0] is read, and no one wrote it"});
+}
+
+// What a block left behind is nothing to the next one.
+__global__ void read_of_an_earlier_block(int* p, int) {
+    SHARED(int, few, 8);
+    if (blockIdx.x == gridDim.x - 1 || blockIdx.x == 0) few[threadIdx.x] = 1;
+    if (p[0] == 0 || blockIdx.x == 1) p[threadIdx.x] = few[threadIdx.x];
+}
+TEST(Shared, WhatAnEarlierBlockWroteIsReported) {
+    for (Order order : {Order::FIFO, Order::RANDOM}) {
+        emulator::Options o;
+        o.order = order, o.blocks = 1;
+        emulator::reset(o);
+        Numbers<int> p(std::vector<int>(8));
+        run(read_of_an_earlier_block, 3, 8, p.data, 0);
+        EXPECT_THROW(cudaDeviceSynchronize(), emulator::Error);
+    }
+    emulator::reset({});
+}
+// Whoever reads last does not hide the others: neither those of its warp nor those of another one.
+__global__ void many_readers(int* p, int writer) {
+    SHARED(int, one, 1);
+    int i = int(threadIdx.x), warp = i / 32;
+    if (i == 0) one[0] = 5;
+    __syncthreads();
+    if (warp == 0) __syncwarp();
+    if (warp == 0 || i == 33 || i == 34) p[i] = one[0];
+    if (warp == 0 && writer == 0) __syncwarp();
+    if (i == writer) one[0] = p[i];
+}
+TEST(Shared, NoReaderIsForgotten) {
+    for (int writer : {0, 34, 40}) {
+        reports([=] {
+            Numbers<int> p(64);
+            run(many_readers, 1, 64, p.data, writer);
+            cudaDeviceSynchronize();
+        }, {"race: one[0] is"});
+    }
 }
 
 // -- collectives --------------------------------------------------------------------------------------
@@ -396,7 +434,7 @@ __global__ void read_at(int* p, int i) {
     if (p[i] == 12345) p[0] = 1;
 }
 TEST(Memory, AnIndexOneTooFarIsReported) {
-    for (size_t n : {1, 17, 1000, 1024, 5000}) {
+    for (size_t n : {4, 20, 1000, 1024, 5000}) {
         for (auto kernel : {write_at, read_at}) {
             reports([=] {
                 Numbers<int> p(n);
@@ -405,6 +443,14 @@ TEST(Memory, AnIndexOneTooFarIsReported) {
             }, {"an access 0 bytes beyond an allocation of " + std::to_string(4 * n) + " bytes"});
         }
     }
+}
+TEST(Memory, AWriteBetweenItsEndAndThePagesIsReported) {
+    reports([] {
+        Numbers<int> p(17);
+        EXPECT_EQ(reinterpret_cast<uintptr_t>(p.data) % 16, 0u);
+        run(write_at, 1, 1, p.data, 17);
+        cudaDeviceSynchronize();
+    }, {"beyond the end of an allocation of 68 bytes"});
 }
 TEST(Memory, AWriteBeforeItsBeginIsReported) {
     reports([] {
@@ -453,6 +499,54 @@ TEST(Memory, CopiesStayInside) {
     EXPECT_EQ(cudaMemcpy(five, p.data + 1, 16, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
     EXPECT_EQ(cudaMemcpy(five, p.data, 16, cudaMemcpyHostToDevice), cudaErrorInvalidValue);
     EXPECT_EQ(cudaMemcpy(five, p.data, 16, cudaMemcpyDeviceToHost), cudaSuccess);
+}
+
+// How a graph's memory comes and goes; what it held before a launch is gone.
+TEST(Memory, MayBeAPartOfAGraph) {
+    in_all_orders([] {
+        cudaStream_t s = nullptr;
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t exec = nullptr;
+        int* scratch = nullptr;
+        cudaStreamCreate(&s);
+        Numbers<int> p(1);
+        cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal);
+        EXPECT_EQ(cudaMallocAsync(&scratch, 4, s), cudaSuccess);
+        cudaMemsetAsync(scratch, 1, 4, s);
+        cudaMemcpyAsync(p.data, scratch, 4, cudaMemcpyDeviceToDevice, s);
+        EXPECT_EQ(cudaFree(scratch), cudaErrorInvalidValue);
+        EXPECT_EQ(cudaFreeAsync(scratch, s), cudaSuccess);
+        EXPECT_EQ(cudaFreeAsync(scratch, s), cudaErrorInvalidValue);
+        EXPECT_EQ(cudaStreamEndCapture(s, &graph), cudaSuccess);
+        cudaGraphInstantiate(&exec, graph, 0);
+        for (int i = 0; i < 2; i++) cudaGraphLaunch(exec, s);
+        EXPECT_EQ(p.host()[0], 0x01010101);
+        EXPECT_EQ(emulator::allocated(), 8u);
+        cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaStreamDestroy(s);
+        EXPECT_EQ(emulator::allocated(), 4u);
+    });
+}
+TEST(Memory, GoesInTheOrderOfItsStream) {
+    in_all_orders([] {
+        int *a = nullptr, *b = nullptr;
+        EXPECT_EQ(cudaMallocAsync(&a, 4, nullptr), cudaSuccess);
+        cudaMemsetAsync(a, 0, 4, nullptr);
+        run(write_at, 1, 1, a, 0);
+        EXPECT_EQ(cudaFreeAsync(a, nullptr), cudaSuccess);
+        EXPECT_NE(cudaFreeAsync(a, nullptr), cudaSuccess);
+        EXPECT_EQ(cudaMallocAsync(&b, size_t(1) << 40, nullptr), cudaErrorMemoryAllocation);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    });
+}
+TEST(Memory, SaysHowMuchIsFree) {
+    emulator::Options small;
+    small.memory = 1000;
+    emulator::reset(small);
+    size_t free = 0, total = 0;
+    Numbers<int> p(100);
+    EXPECT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
+    EXPECT_EQ(free, 600u);
+    EXPECT_EQ(total, 1000u);
 }
 
 __global__ void count_up(int* p, int n) {
@@ -587,6 +681,296 @@ TEST(Graphs, RepeatWhatWasAsked) {
         EXPECT_EQ(p.host()[0], 111);
         cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaStreamDestroy(s);
     });
+}
+
+// A graph reads the host's memory when it is launched, each time.
+static cudaError_t capture_copy(int* to, const int* from, cudaGraphExec_t* exec) {
+    cudaStream_t s = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaStreamCreate(&s);
+    cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal);
+    cudaError_t copied = cudaMemcpyAsync(to, from, 4, cudaMemcpyDefault, s);
+    cudaError_t ended = cudaStreamEndCapture(s, &graph);
+    EXPECT_EQ(ended, copied ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
+    EXPECT_EQ(graph == nullptr, copied != cudaSuccess);
+    if (graph) cudaGraphInstantiate(exec, graph, 0);
+    cudaGraphDestroy(graph), cudaStreamDestroy(s);
+    return copied;
+}
+TEST(Graphs, CopyFromPinnedMemoryAtEachLaunch) {
+    in_all_orders([] {
+        Numbers<int> p(1);
+        int* pinned = nullptr;
+        cudaGraphExec_t exec = nullptr;
+        cudaHostAlloc(&pinned, 4, cudaHostAllocDefault);
+        EXPECT_EQ(capture_copy(p.data, pinned, &exec), cudaSuccess);
+        for (int i = 0; i < 3; i++) {
+            *pinned = i;
+            cudaGraphLaunch(exec, nullptr);
+            EXPECT_EQ(p.host()[0], i);
+        }
+        cudaGraphExecDestroy(exec), cudaFreeHost(pinned);
+    });
+}
+TEST(Graphs, DoNotCopyPageableMemory) {
+    emulator::reset({});
+    Numbers<int> p(std::vector<int>{3});
+    int pageable = 1;
+    EXPECT_EQ(capture_copy(p.data, &pageable, nullptr), cudaErrorStreamCaptureUnsupported);
+    EXPECT_EQ(capture_copy(&pageable, p.data, nullptr), cudaErrorStreamCaptureUnsupported);
+    cudaGraphExec_t exec = nullptr;
+    cudaHostRegister(&pageable, 4, cudaHostRegisterDefault);
+    EXPECT_EQ(capture_copy(&pageable, p.data, &exec), cudaSuccess);
+    cudaGraphLaunch(exec, nullptr);
+    EXPECT_EQ(cudaHostUnregister(&pageable), cudaSuccess);
+    EXPECT_EQ(pageable, 3);
+    cudaGraphExecDestroy(exec);
+}
+TEST(Graphs, ACaptureEndsWhereTheHostWaits) {
+    emulator::reset({});
+    void* p = nullptr;
+    auto after = [](const std::function<cudaError_t()>& call) {
+        cudaStream_t s = nullptr;
+        cudaGraph_t graph = nullptr;
+        cudaStreamCreate(&s);
+        cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal);
+        EXPECT_EQ(call(), cudaErrorStreamCaptureUnsupported);
+        EXPECT_EQ(cudaStreamEndCapture(s, &graph), cudaErrorStreamCaptureInvalidated);
+        cudaStreamDestroy(s);
+    };
+    after([] { return cudaDeviceSynchronize(); });
+    after([] { return cudaStreamSynchronize(nullptr); });
+    after([&] { return cudaMalloc(&p, 4); });
+}
+TEST(Streams, TimeGoesOnBetweenEvents) {
+    emulator::reset({});
+    cudaEvent_t a = nullptr, b = nullptr, untimed = nullptr;
+    float ms = -1;
+    cudaEventCreate(&a), cudaEventCreate(&b), cudaEventCreateWithFlags(&untimed, cudaEventDisableTiming);
+    EXPECT_EQ(cudaEventElapsedTime(&ms, a, b), cudaErrorInvalidResourceHandle);
+    cudaEventRecord(a, nullptr), cudaEventRecord(b, nullptr), cudaEventRecord(untimed, nullptr);
+    EXPECT_EQ(cudaEventElapsedTime(&ms, a, b), cudaErrorNotReady);
+    cudaDeviceSynchronize();
+    EXPECT_EQ(cudaEventElapsedTime(&ms, a, b), cudaSuccess);
+    EXPECT_GE(ms, 0);
+    EXPECT_EQ(cudaEventElapsedTime(&ms, a, untimed), cudaErrorInvalidResourceHandle);
+}
+TEST(Streams, ANonBlockingOneDoesNotWaitForTheDefaultOne) {
+    int other = 0;
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+        emulator::reset({Order::RANDOM, Async::LAZY, seed});
+        cudaStream_t s = nullptr;
+        cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking);
+        Numbers<int> p(std::vector<int>{0});
+        launch(add_one, 1, 1, 0, s, p.data, 0), run(times_ten, 1, 1, p.data, 0);
+        cudaDeviceSynchronize();
+        other += p.host()[0] != 10;
+    }
+    EXPECT_GT(other, 0);
+    EXPECT_LT(other, 8);
+    emulator::reset({});
+}
+
+// -- large shared memory, failing kernels, machines without a device ----------------------------------
+
+__global__ void fill_dynamic(int* p, int n) {
+    DYNAMIC_SHARED(int, large);
+    large[n - 1] = 5;
+    *p = large[n - 1];
+}
+TEST(Shared, TheLimitIsRaisedByAsking) {
+    emulator::reset({});
+    int n = 227 * 256, value = 0;
+    Numbers<int> p(1);
+    launch(fill_dynamic, 1, 1, size_t(n) * 4, nullptr, p.data, n);
+    EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
+    auto raise = [](int bytes) {
+        return cudaFuncSetAttribute(fill_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    EXPECT_EQ(raise(n * 4 + 4), cudaErrorInvalidValue);
+    EXPECT_EQ(raise(n * 4), cudaSuccess);
+    cudaGetLastError();
+    launch(fill_dynamic, 1, 1, size_t(n) * 4, nullptr, p.data, n);
+    EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+    EXPECT_EQ(p.host()[0], 5);
+    cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    EXPECT_EQ(value, n * 4);
+    emulator::Options older;
+    older.capability = 80;
+    emulator::reset(older);
+    EXPECT_EQ(raise(n * 4), cudaErrorInvalidValue);
+    EXPECT_EQ(raise(163 * 1024), cudaSuccess);
+}
+__global__ void too_much_shared(int* p, int) {
+    SHARED(int, half, 6 * 1024);
+    SHARED(int, other_half, 6 * 1024 + 1);
+    half[0] = other_half[0] = 1;
+    *p = half[0];
+}
+TEST(Shared, MoreThanABlockHasIsReported) {
+    reports([] {
+        Numbers<int> p(1);
+        run(too_much_shared, 1, 1, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"with other_half the block has 49156 bytes in SHARED"});
+}
+
+__global__ void trapped(int* p, int) {
+    if (threadIdx.x == 7) __trap();
+    __syncthreads();
+    *p = 1;
+}
+TEST(Failure, ATrapIsTheErrorOfEveryLaterCall) {
+    for (Order order : {Order::FIFO, Order::RANDOM}) {
+        emulator::reset({order});
+        int* p = nullptr;
+        void* q = nullptr;
+        cudaMalloc(&p, 4);
+        run(trapped, 2, 64, p, 0);
+        EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorLaunchFailure);
+        EXPECT_EQ(cudaGetLastError(), cudaErrorLaunchFailure);
+        EXPECT_EQ(cudaGetLastError(), cudaErrorLaunchFailure);
+        EXPECT_EQ(cudaMalloc(&q, 4), cudaErrorLaunchFailure);
+        EXPECT_EQ(cudaMemset(p, 0, 4), cudaErrorLaunchFailure);
+        EXPECT_STREQ(cudaGetErrorString(cudaGetLastError()), "unspecified launch failure");
+    }
+    emulator::reset({});
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+TEST(Failure, MayBePlanned) {
+    for (Async async : {Async::EAGER, Async::LAZY}) {
+        emulator::Options o;
+        o.fault = 3, o.async = async;
+        emulator::reset(o);
+        Numbers<int> p(std::vector<int>{0});
+        for (int i = 0; i < 2; i++) run(add_one, 1, 1, p.data, 0);
+        EXPECT_EQ(p.host()[0], 2);
+        run(add_one, 1, 1, p.data, 0);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorLaunchFailure);
+    }
+    emulator::reset({});
+}
+TEST(Failure, AMachineMayHaveNoDevice) {
+    emulator::Options none;
+    for (int devices : {0, -1}) {
+        const cudaError_t error = devices ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
+        none.devices = devices;
+        emulator::reset(none);
+        int count = 7, version = 0;
+        void* p = nullptr;
+        cudaStream_t s = nullptr;
+        EXPECT_EQ(cudaGetDeviceCount(&count), error);
+        EXPECT_EQ(count, 0);
+        EXPECT_EQ(cudaSetDevice(0), error);
+        EXPECT_EQ(cudaMalloc(&p, 4), error);
+        EXPECT_EQ(cudaStreamCreate(&s), error);
+        EXPECT_EQ(cudaDeviceSynchronize(), error);
+        run(write_position, 1, 1, nullptr, 0);
+        EXPECT_EQ(cudaGetLastError(), error);
+        cudaDriverGetVersion(&version);
+        EXPECT_EQ(version == 0, devices < 0);
+    }
+    emulator::reset({});
+}
+TEST(Failure, OfAProgramIsSaidAndItsExitCodeIsThree) {
+    emulator::Options program;
+    program.throws = false;
+    auto fail = [&] {
+        emulator::reset(program);
+        run(write_position, 1, 1, nullptr, 0);
+        try {
+            cudaDeviceSynchronize();
+        } catch (...) {
+            std::exit(1);
+        }
+    };
+    EXPECT_EXIT(fail(), testing::ExitedWithCode(3), "^emulator: device 0, write_position, .*\n$");
+}
+TEST(Failure, TheEnvironmentMayAskForIt) {
+    setenv("EMU_DEVICES", "0", 1), setenv("EMU_MEMORY", "12345678901", 1), setenv("EMU_FAULT", "4", 1);
+    setenv("EMU_CAPABILITY", "80", 1), setenv("EMU_SEED", "9", 1);
+    emulator::Options o = emulator::options_of_environment();
+    for (const char* name : {"DEVICES", "MEMORY", "FAULT", "CAPABILITY", "SEED"})
+        unsetenv((std::string("EMU_") + name).c_str());
+    EXPECT_EQ(o.devices, 0);
+    EXPECT_EQ(o.memory, 12345678901u);
+    EXPECT_EQ(o.fault, 4);
+    EXPECT_EQ(o.capability, 80);
+    EXPECT_EQ(o.seed, 9u);
+    EXPECT_EQ(emulator::options_of_environment().devices, 1);
+}
+TEST(Devices, SayWhatTheyAre) {
+    emulator::reset({});
+    cudaDeviceProp p{};
+    int major = 0, version = 0, blocks = 0;
+    EXPECT_EQ(cudaGetDeviceProperties(&p, 0), cudaSuccess);
+    EXPECT_EQ(cudaGetDeviceProperties(&p, 1), cudaErrorInvalidDevice);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    EXPECT_EQ(p.major, major);
+    EXPECT_STREQ(p.name, "an emulated GPU");
+    EXPECT_EQ(p.totalGlobalMem, size_t(1) << 30);
+    cudaRuntimeGetVersion(&version);
+    EXPECT_EQ(version, CUDART_VERSION);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, write_position, 256, 100 << 10);
+    EXPECT_EQ(blocks, 2);
+}
+
+// -- numbers ------------------------------------------------------------------------------------------
+
+TEST(Numbers, BitsAreCudas) {
+    EXPECT_EQ(__byte_perm(0x33221100, 0x77665544, 0x7041), 0x77004411u);
+    EXPECT_EQ(__byte_perm(0x33221100, 0x77665544, 0xFFFF8), 0x77777700u);   // three bits of each digit
+    EXPECT_EQ(__brev(1), 0x80000000u);
+    EXPECT_EQ(__brev(0x12345678), 0x1E6A2C48u);
+    EXPECT_EQ(__brevll(1), 1ull << 63);
+    EXPECT_EQ(__umulhi(0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFEu);
+    EXPECT_EQ(__mulhi(-1, 1), -1);
+    EXPECT_EQ(__umul64hi(~0ull, ~0ull), ~0ull - 1);
+    EXPECT_EQ(__clz(0), 32);
+    EXPECT_EQ(__clzll(1), 63);
+    EXPECT_EQ(__ffs(0), 0);
+    EXPECT_EQ(__ffsll(1ll << 40), 41);
+    EXPECT_EQ(__funnelshift_l(0x80000000, 1, 1), 3u);
+    EXPECT_EQ(__funnelshift_r(0, 1, 33), 0x80000000u);
+    EXPECT_EQ(__hiloint2double(0x3FF80000, 0), 1.5);
+    EXPECT_EQ(__hiloint2double(__double2hiint(-1e300), __double2loint(-1e300)), -1e300);
+}
+TEST(Numbers, FourProductsOfBytesAddUp) {
+    EXPECT_EQ(__dp4a(0x04030201, 0x01010101, 5), 15);
+    EXPECT_EQ(__dp4a(int(0x80808080), int(0x80808080), 0), 4 * 16384);
+    EXPECT_EQ(__dp4a(int(0xFF000000), 0x7F000000, 0), -127);
+    EXPECT_EQ(__dp4a(0xFF000000u, 0x7F000000u, 0u), 255u * 127);
+    EXPECT_EQ(__dp4a(0x7F, 1, 0x7FFFFFFF), int(0x8000007E));     // wraps
+}
+TEST(Numbers, ConversionsRoundAndSaturate) {
+    const float infinity = INFINITY;
+    EXPECT_EQ(__float2int_rn(2.5f), 2);
+    EXPECT_EQ(__float2int_rn(-3.5f), -4);
+    EXPECT_EQ(__float2int_rz(-3.9f), -3);
+    EXPECT_EQ(__float2int_ru(3.1f), 4);
+    EXPECT_EQ(__float2int_rd(-3.1f), -4);
+    EXPECT_EQ(__float2int_rn(3e9f), 0x7FFFFFFF);
+    EXPECT_EQ(__float2int_rn(-infinity), int(0x80000000));
+    EXPECT_EQ(__float2int_rn(NAN), 0);
+    EXPECT_EQ(__float2uint_rn(3e9f), 3000000000u);
+    EXPECT_EQ(__float2uint_rn(infinity), 0xFFFFFFFFu);
+    EXPECT_EQ(__float2uint_rn(-1), 0u);
+    EXPECT_EQ(__int2float_rn(16777217), 16777216.0f);
+    EXPECT_EQ(__uint2float_rn(0xFFFFFFFF), 4294967296.0f);
+    EXPECT_EQ(__saturatef(NAN), 0);
+    EXPECT_EQ(__saturatef(2), 1);
+}
+TEST(Numbers, ArithmeticIsRoundedOnce) {
+    float x = 1 + std::ldexp(1.0f, -12), square = 1 + std::ldexp(1.0f, -11);
+    EXPECT_EQ(__fmul_rn(x, x), square);
+    EXPECT_EQ(__fmaf_rn(x, x, -square), std::ldexp(1.0f, -24));
+    EXPECT_EQ(__fadd_rn(__fmul_rn(x, x), -square), 0);
+    EXPECT_EQ(__frcp_rn(3), 1.0f / 3);
+    EXPECT_EQ(__fdiv_rn(2, 3), 2.0f / 3);
+    EXPECT_EQ(__fsqrt_rn(2), std::sqrt(2.0f));
+    EXPECT_EQ(__frsqrt_rn(4), 0.5f);
+    EXPECT_NEAR(__expf(1), 2.7182818f, 1e-6f);
 }
 
 // -- several devices, deadlock, livelock --------------------------------------------------------------
