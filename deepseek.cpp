@@ -3609,7 +3609,9 @@ struct Fp8Output {
     Dtype dtype;                           // BF16 or F32
     bool add = false;                      // D += A B^T: one more addition, before D is rounded
 
-    EVERYWHERE Fp8Output at(int64_t i) const { return {data + i * (dtype == Dtype::BF16 ? 2 : 4), dtype, add}; }
+    EVERYWHERE Fp8Output at(int64_t i) const {
+        return {data + i * (dtype == Dtype::BF16 ? 2 : 4), dtype, add};
+    }
 };
 
 // The nearest bf16 of a float64, ties to even: not by way of f32, which would round twice.

@@ -1,0 +1,641 @@
+// What `deepseek check` compares: a function for each twin of deepseek.cu, which includes this file.
+//
+// Contents: 1 a case in two memories; 2 chapters 5 and 6; 3 chapters 7 and 8; 4 chapters 9 and 10;
+//           5 chapter 14.
+//
+// A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
+// of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
+// than they are long, and between them lies NaN. Sizes are odd on purpose: rows that no tile divides, no token
+// at all, experts that no one picked, ties, one position more than a split.
+#pragma once
+
+namespace cuda {
+
+// -- 1  a case in two memories ----------------------------------------------------------------
+
+enum class Side : uint8_t { HOST, DEVICE };
+constexpr Side SIDES[] = {Side::HOST, Side::DEVICE};
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// f(...) on the host's arrays, cuda::f(...) on the device's. Arrays are given as x(at).
+#define BOTH(f, ...) for (Side at : SIDES) at == Side::HOST ? ::f(__VA_ARGS__) : cuda::f(__VA_ARGS__)
+
+template <class T> struct Array {
+    std::vector<T> host;
+    Buffer<T> device;
+
+    explicit Array(std::vector<T> v) : host(std::move(v)), device(host) {}
+    T* operator()(Side at) { return at == Side::HOST ? host.data() : device.data(); }
+    std::span<const T> span(Side at) { return {(*this)(at), host.size()}; }
+};
+using Reals = Array<real>;
+using Ints = Array<int>;
+
+struct Check {
+    const char *section, *name;
+    int cases = 0;
+    double worst = 0, bound = 0;           // of the differences
+    std::string wrong = {};                // the first difference beyond its bound
+    Rng rng{1};
+
+    float number(float size) { return float(rng.uniform() * 2 - 1) * size; }
+    int below(int n) { return int(rng.next() % uint64_t(n)); }
+    Vector numbers(int64_t n, float size = 1) {
+        Vector v;
+        for (int64_t i = 0; i < n; i++) v.push_back(number(size));
+        return v;
+    }
+    // rows of n numbers, `stride` apart, NaN in between
+    Vector rows(int64_t n_rows, int n, int stride, float size = 1) {
+        Vector v(size_t(n_rows * stride), NOT_A_NUMBER);
+        for (int64_t i = 0; i < n_rows * n; i++) v[size_t(i / n * stride + i % n)] = number(size);
+        return v;
+    }
+    Vector few_values(int64_t n) {         // many are equal
+        Vector v;
+        for (int64_t i = 0; i < n; i++) v.push_back(real(below(5) - 2) / 4);
+        return v;
+    }
+
+    void differs(size_t i, double host, double device, double limit) {
+        if (wrong.empty()) wrong = text_of("case %d, [%zu]: %.9g, not %.9g", cases, i, device, host);
+        bound = std::max(bound, limit);
+    }
+    // Bits; any NaN is as good as another.
+    template <class T> void same(Array<T>& a) {
+        const std::vector<T> device = a.device.host();
+        for (size_t i = 0; i < device.size(); i++) {
+            if (std::memcmp(&device[i], &a.host[i], sizeof(T)) == 0) continue;
+            if constexpr (std::is_same_v<T, float>) {
+                if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+                worst = std::max(worst, std::fabs(double(device[i]) - double(a.host[i])));
+            }
+            differs(i, double(a.host[i]), double(device[i]), 0);
+        }
+        cases++;
+    }
+    void within(Reals& a, double limit) {
+        const Vector device = a.device.host();
+        for (size_t i = 0; i < device.size(); i++) {
+            if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+            const double difference = std::fabs(double(device[i]) - double(a.host[i]));
+            worst = std::max(worst, difference);
+            if (!(difference <= limit)) differs(i, double(a.host[i]), double(device[i]), limit);
+        }
+        bound = std::max(bound, limit), cases++;
+    }
+};
+
+// A matrix of random weights of any format.
+struct Weight {
+    Array<uint8_t> data;
+    Reals scale;
+    Matrix shape;
+
+    Matrix at(Side side) {
+        Matrix m = shape;
+        m.data = reinterpret_cast<const std::byte*>(data(side));
+        m.scale = scale.host.empty() ? nullptr : reinterpret_cast<const std::byte*>(scale(side));
+        return m;
+    }
+};
+
+// Random bits, but numbers: what says how large they are is set.
+inline std::vector<uint8_t> random_bytes(Check& c, Dtype dtype, size_t n, float size) {
+    std::vector<uint8_t> bytes;
+    for (size_t i = 0; i < n; i++) bytes.push_back(uint8_t(c.below(127) | c.below(2) << 7)); // no e4m3 NaN
+    auto set = [&](size_t at, auto value) { std::memcpy(bytes.data() + at, &value, sizeof value); };
+    for (size_t i = 0; dtype == Dtype::F32 && i < n; i += 4) set(i, c.number(size));
+    for (size_t i = 0; dtype == Dtype::BF16 && i < n; i += 2) set(i, float_to_bf16(c.number(size)));
+    for (size_t i = 0; dtype == Dtype::F16 && i < n; i += 2) set(i, float_to_f16(c.number(size)));
+    if (!quantised(dtype)) return bytes;
+    const BlockLayout& layout = layout_of(dtype);
+    for (size_t i = 0; i < n; i += size_t(format_of(dtype).bytes))
+        for (int field : {layout.d, layout.m})
+            if (field >= 0) set(i + size_t(field), float_to_f16(c.number(size / 64)));
+    return bytes;
+}
+
+// Rows first, first + 1, ... of a larger one.
+inline Weight weight(Check& c, Dtype dtype, int n_rows, int cols, int first = 0, float size = 1) {
+    const size_t bytes = size_t(n_rows + first) * row_bytes(dtype, cols);
+    const int64_t scales = dtype == Dtype::F8_E4M3 ? scale_blocks(n_rows + first) * scale_blocks(cols) : 0;
+    std::vector<uint8_t> data = random_bytes(c, dtype, bytes, size);
+    data.erase(data.begin(), data.begin() + int64_t(size_t(first) * row_bytes(dtype, cols)));
+    return {
+        Array(data), Reals(c.numbers(scales, size / 256)), {nullptr, nullptr, dtype, n_rows, cols, first, 0}};
+}
+
+constexpr Dtype PLAIN_DTYPES[] = {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8_E4M3};
+constexpr int TOKENS[] = {0, 1, 2, 17, 129};
+
+// -- 2  chapters 5 and 6 ----------------------------------------------------------------------
+
+inline void check_softmax(Check& c) {
+    for (int T : TOKENS) {
+        for (int n : {1, 16, 100}) {
+            Reals z(c.rows(T, n, n + 3, 9));
+            for (size_t i = 0; n > 1 && i < z.host.size(); i += size_t(n + 3))
+                z.host[i] = -std::numeric_limits<float>::infinity();
+            z.device = Buffer(z.host);
+            BOTH(softmax, {z(at), n + 3}, 0.3f, T, n);
+            c.same(z);
+        }
+    }
+}
+inline void check_silu_times(Check& c) {
+    for (int T : TOKENS) {
+        Reals gate(c.numbers(T * 37, 20)), up(c.numbers(T * 37));
+        BOTH(silu_times, gate(at), up(at), 37, T);
+        c.same(gate);
+    }
+}
+inline void check_add(Check& c) {
+    for (int T : TOKENS) {
+        Reals out(c.numbers(T * 37)), x(c.numbers(T * 37));
+        BOTH(add, out(at), x(at), size_t(T) * 37);
+        c.same(out);
+    }
+}
+inline void check_add_bias(Check& c) {
+    for (int T : TOKENS) {
+        Reals out(c.numbers(T * 37)), bias(c.numbers(37));
+        BOTH(add_bias, out(at), bias.span(at), T);
+        c.same(out);
+    }
+}
+
+using Multiply = void (*)(Rows, ConstRows, const Matrix&, int);
+
+// W x, or W^T x, whichever of the two is stored.
+inline void check_product(Check& c, Weight& w, bool stored_transposed, bool transposed, int T) {
+    Matrix shape = stored_transposed ? w.shape.transpose() : w.shape;
+    const int n = transposed ? shape.rows : shape.cols, n_out = transposed ? shape.cols : shape.rows;
+    Reals x(c.rows(T, n, n + 1)), out(Vector(size_t(T) * size_t(n_out + 2), NOT_A_NUMBER));
+    for (Side at : SIDES) {
+        const Matrix m = stored_transposed ? w.at(at).transpose() : w.at(at);
+        const Rows to{out(at), n_out + 2}, from{x(at), n + 1};
+        if (at == Side::HOST)
+            (transposed ? ::matmul_transposed : static_cast<Multiply>(::matmul))(to, from, m, T);
+        else (transposed ? cuda::matmul_transposed : static_cast<Multiply>(cuda::matmul))(to, from, m, T);
+    }
+    c.same(out);
+}
+inline void check_matmul(Check& c) {
+    for (Dtype dtype : PLAIN_DTYPES) {
+        Weight w = weight(c, dtype, 37, 300, 100);
+        for (int T : TOKENS) check_product(c, w, false, false, T), check_product(c, w, true, false, T);
+    }
+    for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++) {
+        Weight w = weight(c, Dtype(i), 33, 512);
+        for (int T : {1, 17}) check_product(c, w, false, false, T);
+    }
+    Weight paired = weight(c, Dtype::BF16, 48, 40);          // rows as llama.cpp's files have them
+    paired.shape.pairs = 16;
+    for (int T : {1, 17}) check_product(c, paired, false, false, T);
+}
+inline void check_matmul_transposed(Check& c) {
+    for (Dtype dtype : PLAIN_DTYPES) {
+        Weight w = weight(c, dtype, 37, 300, 100);
+        for (int T : TOKENS) check_product(c, w, false, true, T), check_product(c, w, true, true, T);
+    }
+    Weight w = weight(c, Dtype::Q8_0, 33, 64);
+    for (int T : {1, 17}) check_product(c, w, false, true, T);
+}
+
+inline void check_embed(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::Q8_0, Dtype::Q6_K}) {
+        Weight w = weight(c, dtype, 50, 256);
+        for (int T : TOKENS) {
+            std::vector<int> v;
+            for (int t = 0; t < T; t++) v.push_back(t == 1 ? 49 : c.below(50));
+            Ints ids(v);
+            Reals out(Vector(size_t(T) * 260, NOT_A_NUMBER));
+            BOTH(embed, {out(at), 260}, w.at(at), ids.span(at));
+            c.same(out);
+        }
+    }
+}
+inline void check_rmsnorm(Check& c) {
+    for (int T : TOKENS) {
+        for (int n : {1, 37, 300}) {
+            Reals x(c.rows(T, n, n + 5, 3)), w(c.numbers(n)),
+                out(Vector(size_t(T) * size_t(n + 2), NOT_A_NUMBER));
+            BOTH(rmsnorm, {out(at), n + 2}, {x(at), n + 5}, w.span(at), T, 1e-6);
+            c.same(out);
+            BOTH(rmsnorm, {x(at), n + 5}, {x(at), n + 5}, w.span(at), T, 1e-6);       // in place
+            c.same(x);
+        }
+    }
+}
+inline void check_top_k(Check& c) {
+    for (auto [n, k] : {std::pair{1, 1}, {37, 5}, {256, 8}, {300, 300}}) {
+        for (bool ties : {false, true}) {
+            Reals v(ties ? c.few_values(n) : c.numbers(n));
+            Ints idx(std::vector<int>(size_t(k) + 1, -7));
+            BOTH(top_k, idx(at), v(at), n, k);
+            c.same(idx);
+        }
+    }
+}
+
+inline void check_rope(Check& c, bool interleaved) {
+    for (int T : TOKENS) {
+        for (int H : {1, 3, 16}) {
+            const int dim = H == 3 ? 2 : 10, head = dim + 3;
+            Reals x(c.rows(int64_t(T) * H, dim, head)), cos_sin(c.numbers(T * dim));
+            for (Side at : SIDES) {
+                const Heads heads{x(at), int64_t(H) * head, head, T, H};
+                if (interleaved)
+                    at == Side::HOST ? ::rope_interleaved(heads, cos_sin(at), dim)
+                                     : cuda::rope_interleaved(heads, cos_sin(at), dim);
+                else
+                    at == Side::HOST ? ::rope_half(heads, cos_sin(at), dim)
+                                     : cuda::rope_half(heads, cos_sin(at), dim);
+            }
+            c.same(x);
+        }
+    }
+}
+inline void check_rope_interleaved(Check& c) { check_rope(c, true); }
+inline void check_rope_half(Check& c) { check_rope(c, false); }
+
+// -- 3  chapters 7 and 8 ----------------------------------------------------------------------
+
+// T tokens that see up to `most` positions, the last one all of them.
+inline std::vector<int> positions(int T, int most) {
+    std::vector<int> n;
+    for (int t = 0; t < T; t++) n.push_back(std::max(1, most - T + 1 + t));
+    return n;
+}
+
+// Rows of a cache; those that no token sees are NaN.
+inline Weight cache_rows(Check& c, Dtype dtype, int context, int width, int most, float size = 1) {
+    Weight w = weight(c, dtype, context, width, 0, size);
+    std::fill(w.data.host.begin() + int64_t(size_t(most) * row_bytes(dtype, width)), w.data.host.end(),
+              uint8_t(255));
+    w.data.device = Buffer(w.data.host);
+    return w;
+}
+
+// Two ways to add up n terms p v: both chains round once a position, each partial sum being at most the largest
+// |v|; putting a split to the others rounds five times more, and the weights p carry as much again.
+inline double attention_bound(int n, double largest) {
+    return n <= SPLIT ? 0 : 4 * (n + 5.0 * n / SPLIT) * 0x1p-24 * largest;
+}
+
+struct AttentionCase {
+    int T, heads, G, dk, dv, most;
+    Dtype kv;
+};
+inline void check_attention(Check& c, const AttentionCase& a) {
+    const int context = a.most + 40, H = a.heads * a.G;
+    Reals q(c.numbers(int64_t(a.T) * H * a.dk, 2)), out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER));
+    Reals again(out.host), none(Vector{});
+    Ints n(positions(a.T, a.most));
+    std::vector<Weight> k, v;
+    for (int g = 0; g < a.G; g++) {
+        k.push_back(cache_rows(c, a.kv, context, a.dk, a.most, 2));
+        v.push_back(cache_rows(c, a.kv, context, a.dv, a.most));
+    }
+    // Heads lie evenly apart on the device: one behind the other.
+    std::vector<uint8_t> all;
+    for (auto* part : {&k, &v})
+        for (Weight& w : *part) all.insert(all.end(), w.data.host.begin(), w.data.host.end());
+    Array<uint8_t> stack(all);
+    const size_t k_bytes = k[0].data.host.size(), v_bytes = v[0].data.host.size();
+    const int64_t numbers = split_scratch(a.T, H, context, a.dv),
+                  most = attention_scratch(context, a.dk, a.dv);
+    Reals scratch(Vector(size_t(std::max(numbers, most * n_threads()))));
+    auto run = [&](Side at, real* to, int64_t stride) {
+        std::vector<Attention> heads;
+        for (int g = 0; g < a.G; g++) {
+            Matrix key = k[0].shape, value = v[0].shape;
+            key.data = reinterpret_cast<std::byte*>(stack(at)) + size_t(g) * k_bytes;
+            value.data =
+                reinterpret_cast<std::byte*>(stack(at)) + size_t(a.G) * k_bytes + size_t(g) * v_bytes;
+            const int64_t first = int64_t(g) * a.heads;
+            heads.push_back({{to + first * a.dv, int64_t(H) * a.dv},
+                             {q(at) + first * a.dk, int64_t(H) * a.dk},
+                             a.heads,
+                             key,
+                             value,
+                             0.4f,
+                             n.span(at)});
+        }
+        at == Side::HOST ? ::attend(heads, {scratch(at), stride})
+                         : cuda::attend(heads, {scratch(at), stride});
+    };
+    run(Side::HOST, out(Side::HOST), most);
+    run(Side::DEVICE, out(Side::DEVICE), numbers);           // each split its own block
+    run(Side::DEVICE, again(Side::DEVICE), 0);               // a block all splits
+    c.within(out, attention_bound(a.most, a.kv == Dtype::Q8_0 ? 4 : 1));
+    again.host = out.device.host();
+    c.same(again);
+}
+inline void check_attend(Check& c) {
+    for (const AttentionCase& a : {AttentionCase{1, 1, 1, 16, 16, 1, Dtype::F32},
+                                   {17, 3, 2, 20, 12, 40, Dtype::F32},
+                                   {1, 16, 1, 40, 33, 256, Dtype::BF16},
+                                   {2, 12, 2, 32, 32, 300, Dtype::Q8_0},
+                                   {129, 1, 1, 8, 130, 129, Dtype::F32},
+                                   {1, 128, 1, 24, 16, 90, Dtype::BF16},
+                                   {3, 5, 1, 24, 16, 700, Dtype::F32},
+                                   {2, 3, 2, 24, 140, 513, Dtype::BF16}})
+        check_attention(c, a);
+}
+
+inline void check_store(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::Q8_0}) {
+        for (int T : {0, 1, 17}) {
+            Weight cache = weight(c, dtype, 60, 64);
+            Reals x(c.rows(T, 64, 70, 5));
+            if (T > 1) x.host[3] = NOT_A_NUMBER, x.device = Buffer(x.host);
+            Ints n(positions(T, 31));
+            BOTH(store, cache.at(at), n.span(at), {x(at), 70});
+            c.same(cache.data);
+        }
+    }
+}
+
+inline void check_gqa_attend(Check& c) {
+    for (auto [G, H, T] : {std::array{1, 3, 1}, {2, 12, 17}, {4, 4, 2}}) {
+        const int d = 16, context = 64, most = 50;
+        const size_t bytes = Cache::bytes(2, context, 2 * G, d, Dtype::BF16);
+        Array<uint8_t> memory(random_bytes(c, Dtype::BF16, bytes, 1));
+        Reals q(c.numbers(int64_t(T) * H * d)), out(Vector(size_t(T * H * d), NOT_A_NUMBER));
+        Reals scratch(Vector(size_t(attention_scratch(context, d, d) * n_threads())));
+        Ints n(positions(T, most));
+        for (Side at : SIDES) {
+            std::shared_ptr<std::byte> bytes_at(std::shared_ptr<void>(),
+                                                reinterpret_cast<std::byte*>(memory(at)));
+            const Cache cache{Dtype::BF16, context, 2 * G, d, bytes_at};
+            const Rows rows{scratch(at), attention_scratch(context, d, d)};
+            if (at == Side::HOST) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+            else cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+        }
+        c.same(out);
+    }
+}
+
+struct LatentCase {
+    int T, H, most;
+    Dtype weights, kv;
+    bool transposed = false;               // W^UK apart from W^UV, and its transpose is stored
+};
+inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
+    const int Dn = 24, Dr = 8, Rkv = 64, Dv = 40, latent = Rkv + Dr, dk = Dn + Dr, context = a.most + 20;
+    Weight both = weight(c, a.weights, a.H * (Dn + Dv), Rkv, 0, 0.3f),
+           k = weight(c, Dtype::F32, a.H * Rkv, Dn, 0, 0.3f);
+    Weight cache = cache_rows(c, a.kv, context, latent, a.most);
+    Reals q(c.numbers(int64_t(a.T) * a.H * dk, 2)), out(Vector(size_t(a.T * a.H * Dv), NOT_A_NUMBER));
+    Ints n(positions(a.T, a.most));
+    Reals q_absorbed(Vector(size_t(a.T * a.H * latent))), z(Vector(size_t(a.T * a.H * Rkv)));
+    const int64_t expansion = int64_t(context) * latent_expansion(Rkv, Dn, Dr, Dv);
+    const int64_t numbers =
+        std::max(attention_scratch(context, latent, Rkv), split_scratch(a.T, a.H, context, Rkv));
+    Reals expanded(Vector(size_t(expansion * n_threads()), NOT_A_NUMBER)),
+        scratch(Vector(size_t(numbers * n_threads())));
+    for (Side at : SIDES) {
+        std::vector<Matrix> wk_b, wv_b;
+        for (int h = 0; h < a.H; h++) {
+            wk_b.push_back(a.transposed ? k.at(at).view(h * Rkv, Rkv).transpose()
+                                        : both.at(at).view(h * (Dn + Dv), Dn));
+            wv_b.push_back(both.at(at).view(h * (Dn + Dv) + Dn, Dv));
+        }
+        LatentAttention all{out(at),
+                            q(at),
+                            cache.at(at),
+                            wk_b,
+                            wv_b,
+                            n.span(at),
+                            Dr,
+                            0.3f,
+                            q_absorbed(at),
+                            z(at),
+                            {expanded(at), expansion},
+                            {scratch(at), numbers}};
+        if (at == Side::HOST) absorbed ? ::mla_absorbed(all) : ::mla_naive(all);
+        else absorbed ? cuda::mla_absorbed(all) : cuda::mla_naive(all);
+    }
+    c.within(out, attention_bound(a.most, Rkv * 0.3));       // W^UV adds up Rkv of them
+}
+constexpr LatentCase LATENT_CASES[] = {
+    {1, 1, 1, Dtype::F32, Dtype::F32},        {17, 3, 40, Dtype::F8_E4M3, Dtype::F32},
+    {1, 16, 200, Dtype::BF16, Dtype::BF16},   {2, 4, 70, Dtype::Q8_0, Dtype::F32},
+    {2, 3, 30, Dtype::F16, Dtype::F32, true}, {1, 128, 20, Dtype::F32, Dtype::BF16},
+    {2, 2, 600, Dtype::F32, Dtype::F32}};
+inline void check_mla_naive(Check& c) {
+    for (const LatentCase& a : LATENT_CASES) if (a.H < 100) check_latent(c, a, false);
+}
+inline void check_mla_absorbed(Check& c) {
+    for (const LatentCase& a : LATENT_CASES) check_latent(c, a, true);
+}
+
+// -- 4  chapters 9 and 10 ---------------------------------------------------------------------
+
+inline void check_swiglu(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::F8_E4M3, Dtype::Q8_0}) {
+        for (int T : {0, 1, 17}) {
+            const int D = 64, F = 96;
+            Weight gate_w = weight(c, dtype, F, D), up_w = weight(c, dtype, F, D),
+                   down_w = weight(c, dtype, D, F);
+            Reals x(c.numbers(T * D)), out(Vector(size_t(T * D), NOT_A_NUMBER)), gate(Vector(size_t(T * F))),
+                up(gate.host);
+            for (Side at : SIDES) {
+                const Mlp w{gate_w.at(at), up_w.at(at), down_w.at(at)};
+                if (at == Side::HOST) ::swiglu(out(at), x(at), w, T, gate(at), up(at));
+                else cuda::swiglu(out(at), x(at), w, T, gate(at), up(at));
+            }
+            c.same(out);
+        }
+    }
+}
+
+template <class Run> void check_gate(Check& c, bool groups, const Run& run) {
+    for (auto [E, K, n_group, topk_group] :
+         {std::array{8, 2, 2, 1}, {64, 6, 8, 3}, {256, 8, 8, 4}, {10, 1, 5, 2}}) {
+        for (int T : {0, 1, 17, 129}) {
+            const bool ties = T % 2 == 1 && E < 100, sigmoids = T != 17;
+            const GateShape shape{E, K, groups ? n_group : 1, groups ? topk_group : 1,
+                                  sigmoids ? Affinity::SIGMOID : Affinity::SOFTMAX, K > 2, T > 17, 2.5};
+            Reals logits(ties ? c.few_values(T * E) : c.numbers(T * E, 4)), bias(c.numbers(E, 0.5f));
+            Reals affinity(Vector(size_t(T * E))), choice(affinity.host), weights(Vector(size_t(T * K)));
+            Ints idx(std::vector<int>(size_t(T * K), -7));
+            for (Side at : SIDES) {
+                const Routing r{T, logits(at), affinity(at), choice(at), idx(at), weights(at)};
+                run(at, r, bias(at), shape);
+            }
+            c.same(idx), c.same(affinity), c.same(choice), c.same(weights);
+        }
+    }
+}
+inline void check_gate_greedy(Check& c) {
+    check_gate(c, false, [](Side at, const Routing& r, const real*, const GateShape& g) {
+        at == Side::HOST ? ::gate_greedy(r, g) : cuda::gate_greedy(r, g);
+    });
+}
+inline void check_gate_group_limited_greedy(Check& c) {
+    check_gate(c, true, [](Side at, const Routing& r, const real*, const GateShape& g) {
+        at == Side::HOST ? ::gate_group_limited_greedy(r, g) : cuda::gate_group_limited_greedy(r, g);
+    });
+}
+inline void check_gate_noaux_tc(Check& c) {
+    check_gate(c, true, [](Side at, const Routing& r, const real* bias, const GateShape& g) {
+        at == Side::HOST ? ::gate_noaux_tc(r, bias, g) : cuda::gate_noaux_tc(r, bias, g);
+    });
+}
+
+// K different experts for each of T tokens; the last of E is never picked.
+inline std::vector<int> picks(Check& c, int T, int K, int E) {
+    std::vector<int> idx;
+    for (int t = 0; t < T; t++)
+        for (int k = 0, first = c.below(E - 1); k < K; k++)
+            idx.push_back((first + k * (t % 2 ? 1 : 3)) % (E - 1));
+    return idx;
+}
+inline void check_dispatch(Check& c) {
+    for (auto [K, E] : {std::pair{1, 3}, {2, 8}, {6, 64}}) {
+        for (int T : TOKENS) {
+            Ints idx(picks(c, T, K, E)), first(std::vector<int>(size_t(E) + 1, -7));
+            Ints slot(std::vector<int>(size_t(T * K), -7)), token(slot.host);
+            BOTH(dispatch, first(at), slot(at), token(at), idx(at), T, K, E);
+            c.same(first), c.same(slot), c.same(token);
+        }
+    }
+}
+
+inline void check_experts(Check& c, Dtype dtype, int T, bool shared) {
+    const int E = 8, K = 2, D = 64, F = 96, S = 32;
+    Weight gate_w = weight(c, dtype, E * F, D), up_w = weight(c, dtype, E * F, D),
+           down_w = weight(c, dtype, E * D, F);
+    Weight sg = weight(c, dtype, S, D), su = weight(c, dtype, S, D), sd = weight(c, dtype, D, S);
+    Ints idx(picks(c, T, K, E)), first(std::vector<int>(size_t(E) + 1)),
+        slot(std::vector<int>(size_t(T * K))), token(slot.host);
+    BOTH(dispatch, first(at), slot(at), token(at), idx(at), T, K, E);
+    Reals u(c.numbers(T * D)), in(Vector(size_t(T * K * D))), out(in.host), shared_out(Vector(size_t(T * D)));
+    Reals gate(Vector(size_t(T * (K * F + S)))), up(gate.host);
+    for (Side at : SIDES) {
+        Moe w;
+        for (int e = 0; e < E; e++)
+            w.experts.push_back(
+                {gate_w.at(at).view(e * F, F), up_w.at(at).view(e * F, F), down_w.at(at).view(e * D, D)});
+        if (shared) w.shared = {sg.at(at), su.at(at), sd.at(at)};
+        const ExpertWork work{u(at),          T,        K,     first(at), token(at), in(at), out(at),
+                              shared_out(at), gate(at), up(at)};
+        at == Side::HOST ? ::run_experts(work, w) : cuda::run_experts(work, w);
+    }
+    c.same(out), c.same(shared_out);
+}
+inline void check_run_experts(Check& c) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F8_E4M3, Dtype::Q8_0})
+        for (int T : {0, 1, 17, 60}) check_experts(c, dtype, T, T != 17);
+}
+inline void check_combine(Check& c) {
+    for (auto [T, K, D] : {std::array{0, 2, 8}, {1, 8, 130}, {17, 6, 37}, {129, 1, 64}}) {
+        for (bool with_shared : {false, true}) {
+            std::vector<int> order(size_t(T) * size_t(K));
+            for (size_t i = 0; i < order.size(); i++) order[i] = int((i * 7) % order.size());
+            Ints slot(order);
+            Reals expert_out(c.numbers(int64_t(T) * K * D)), weights(c.numbers(T * K)),
+                shared(c.numbers(T * D));
+            Reals out(Vector(size_t(T * D), NOT_A_NUMBER));
+            BOTH(combine, out(at), expert_out(at), slot(at), weights(at), K,
+                 with_shared ? shared(at) : nullptr, T, D);
+            c.same(out);
+        }
+    }
+}
+
+// -- 5  chapter 14 ----------------------------------------------------------------------------
+
+inline void check_quantise_fp8(Check& c) {
+    for (int formula = 0; formula <= int(Fp8Formula::FLASHMLA); formula++) {
+        for (bool ue8m0 : {false, true}) {
+            for (auto [rows, n, tile] : {std::array{0, 128, 1}, {1, 100, 1}, {17, 300, 1}, {130, 140, 128}}) {
+                Reals x(c.rows(rows, n, n + 3, 3e4f));
+                for (int i = 0; rows > 2 && i < n; i++) x.host[size_t(i)] = 0; // a tile of zeros
+                if (rows > 2)
+                    x.host[size_t(n + 3)] = std::numeric_limits<float>::infinity(); // and one of NaN
+                x.device = Buffer(x.host);
+                Array<uint8_t> q(std::vector<uint8_t>(size_t(rows * n)));
+                Reals scale(Vector(size_t(scale_blocks(n) * ((rows + tile - 1) / tile)), -1));
+                BOTH(quantise_fp8, q(at), scale(at), {x(at), n + 3}, rows, n,
+                     {Fp8Formula(formula), ue8m0, tile});
+                c.same(q), c.same(scale);
+            }
+        }
+    }
+}
+
+// An e4m3 matrix with its scales.
+struct Fp8Case {
+    Array<uint8_t> q;
+    Reals scale;
+    Fp8Matrix shape;
+
+    Fp8Matrix at(Side side) {
+        Fp8Matrix m = shape;
+        m.q = q(side), m.scale = scale(side);
+        return m;
+    }
+};
+inline Fp8Case fp8_case(Check& c, int groups, int rows, int n, int tile, int first = 0) {
+    const int64_t scales = (first + rows + tile - 1) / tile * scale_blocks(n);
+    Array<uint8_t> q(random_bytes(c, Dtype::F8_E4M3, size_t(groups) * size_t(rows) * size_t(n), 1));
+    return {std::move(q), Reals(c.numbers(groups * scales, 0.01f)), {nullptr, nullptr, rows, n, tile, first}};
+}
+
+// gemm(at, out, arithmetic) for each arithmetic and kind of output, of `numbers` numbers
+template <class Gemm> void check_gemm(Check& c, int64_t numbers, const Gemm& gemm) {
+    for (Fp8Sum arithmetic : {Fp8Sum::EXACT, Fp8Sum::PROMOTED, Fp8Sum::HOPPER}) {
+        for (Dtype dtype : {Dtype::BF16, Dtype::F32}) {
+            for (bool add : {false, true}) {
+                Array<uint8_t> out(random_bytes(c, dtype, size_t(numbers) * row_bytes(dtype, 1), 1));
+                for (Side at : SIDES)
+                    gemm(at, Fp8Output{reinterpret_cast<std::byte*>(out(at)), dtype, add}, arithmetic);
+                c.same(out);
+            }
+        }
+    }
+}
+inline void check_gemm_fp8(Check& c) {
+    for (auto [M, N, K] : {std::array{0, 9, 128}, {1, 40, 100}, {17, 9, 300}, {3, 1, 0}, {2, 130, 256}}) {
+        Fp8Case a = fp8_case(c, 1, M, K, 1), b = fp8_case(c, 1, N, K, SCALE_BLOCK, 70);
+        check_gemm(c, M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+            at == Side::HOST ? ::gemm_fp8(out, a.at(at), b.at(at), s)
+                             : cuda::gemm_fp8(out, a.at(at), b.at(at), s);
+        });
+    }
+}
+inline void check_gemm_fp8_contiguous(Check& c) {
+    const int M = 3 * SCALE_BLOCK, N = 9, K = 140, G = 3;
+    std::vector<int> groups;               // 128 rows of the last, 5 of the first, none of the second, -1
+    for (int m = 0; m < M; m++) groups.push_back(m < SCALE_BLOCK ? 2 : m < SCALE_BLOCK + 5 ? 0 : -1);
+    Ints group(groups);
+    Fp8Case a = fp8_case(c, 1, M, K, 1), b = fp8_case(c, G, N, K, SCALE_BLOCK);
+    check_gemm(c, M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_contiguous(out, a.at(at), b.at(at), group.span(at), s);
+        else cuda::gemm_fp8_contiguous(out, a.at(at), b.at(at), group.span(at), s);
+    });
+}
+inline void check_gemm_fp8_masked(Check& c) {
+    const int G = 4, M = 9, N = 10, K = 200;
+    Ints rows({9, 0, 1, 4});
+    Fp8Case a = fp8_case(c, G, M, K, 1), b = fp8_case(c, G, N, K, SCALE_BLOCK);
+    check_gemm(c, G * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_masked(out, a.at(at), b.at(at), rows.span(at), s);
+        else cuda::gemm_fp8_masked(out, a.at(at), b.at(at), rows.span(at), s);
+    });
+}
+inline void check_gemm_fp8_k_grouped(Check& c) {
+    const int M = 5, N = 9, all = 512;
+    Ints k({128, 0, 384});
+    Fp8Case a = fp8_case(c, 1, M, all, 1), b = fp8_case(c, 1, N, all, 1);
+    check_gemm(c, 3 * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+        if (at == Side::HOST) ::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
+        else cuda::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
+    });
+}
+
+}
