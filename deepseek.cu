@@ -599,8 +599,8 @@ TWIN(rope_half);
 // of splits by the batch; then a sequence's answer depends on its neighbours.
 //
 // Up to 256 positions the bits are the CPU's. Beyond, the two differ by what either rounds: a chain of n
-// products once a position, putting together five times a split. Every partial sum is at most the largest |v|,
-// so the bound is 4 (n + 5 n / 256) 2^-24 of it; measured differences are a hundredth of that.
+// products once a position, putting together five times a split. Every partial sum is at most the largest
+// |v|, so the bound is 4 (n + 5 n / 256) 2^-24 of it; measured differences are a hundredth of that.
 
 namespace cuda {
 
@@ -1404,7 +1404,7 @@ TWIN(head);
 //
 // Sampling stays where it was. What crosses the bus for a token is its logits, half a megabyte for V3's
 // 129,280 tokens, which takes a hundredth of the time of the step; in exchange a seed gives the same words on
-// every device. Nothing of chapter 12 of deepseek.cpp knows where its session lives: it calls Device::forward.
+// every device. Chapter 12 of deepseek.cpp does not know where its session lives: it calls Device::forward.
 
 // =================================================================================================
 // Chapter 13. Multi-token prediction
@@ -1659,8 +1659,8 @@ TWIN(gemm_fp8_k_grouped);
 //      deepseek check            every twin against its operation, a line each
 //      deepseek check 10         those of chapter 10
 //
-// What is compared stands in tests/twins/twins.h: for each twin the sizes at which kernels go wrong, each case
-// made in both memories, all bits of what can be written compared.
+// What is compared stands in tests/twins/twins.h: for each twin the sizes at which kernels go wrong, each
+// case made in both memories, all bits of what can be written compared.
 
 #include "tests/twins/twins.h"
 

@@ -5,8 +5,8 @@
 //
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
-// than they are long, and between them lies NaN. Sizes are odd on purpose: rows that no tile divides, no token
-// at all, experts that no one picked, ties, one position more than a split.
+// than they are long, and between them lies NaN. Sizes are odd on purpose: rows that no tile divides, no
+// token at all, experts that no one picked, ties, one position more than a split.
 #pragma once
 
 namespace cuda {
@@ -278,8 +278,8 @@ inline Weight cache_rows(Check& c, Dtype dtype, int context, int width, int most
     return w;
 }
 
-// Two ways to add up n terms p v: both chains round once a position, each partial sum being at most the largest
-// |v|; putting a split to the others rounds five times more, and the weights p carry as much again.
+// Two ways to add up n terms p v: both chains round once a position, each partial sum being at most the
+// largest |v|; putting a split to the others rounds five times more, and the weights p carry as much again.
 inline double attention_bound(int n, double largest) {
     return n <= SPLIT ? 0 : 4 * (n + 5.0 * n / SPLIT) * 0x1p-24 * largest;
 }
