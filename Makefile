@@ -161,6 +161,13 @@ build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-
 build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o | build/have-test
 	$(call compile,$(CXX),$(EMULATED),$<,$(word 2,$^) $(GTEST))
 
+# deepseek.cu with mistakes in it, one of which an environment variable chooses.
+build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting.py | build/have-test
+	@mkdir -p $(@D)
+	@tests/gpu/mistakes.py --plant $@
+build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.o build/flags | build/have-run
+	$(call compile,$(CXX),$(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
+
 -include $(wildcard build/deps/*.d)
 
 # -- tests -----------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/emulator_tests)
+	$(if $(CUDA),build/gpu/twin-mistakes build/gpu/emulator_tests)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
