@@ -22,7 +22,7 @@ COLUMNS = 110
 FILE_LINES = {"deepseek.cpp": 7000, "deepseek.cu": 4000, "tokenizer.h": 800, "gguf.h": 1700, "simd.h": 2300}
 HEADERS = tuple(name for name in FILE_LINES if name.endswith(".h"))
 TWINS = "tests/twins/twins.h"                           # a part of deepseek.cu
-BOOKS = {"deepseek.cpp": HEADERS, "deepseek.cu": (TWINS,)}        # with the headers whose functions are theirs
+BOOKS = {"deepseek.cpp": HEADERS, "deepseek.cu": (TWINS,)}       # with the headers whose functions are theirs
 CUDA = [folder for folder in (os.environ.get("CUDA", ""), "/usr/local/cuda", "/opt/cuda")
         if folder and os.path.exists(f"{folder}/include/cuda_runtime_api.h")][:1]
 CHAPTER_LINES, FIRST_CHAPTER_LINES = 500, 250          # a reader of chapter 1 wants to meet the model
@@ -223,8 +223,8 @@ def check_header_contents(report, name, lines):
 
 def tidy(root, name):
     """clang-tidy's report on each function of a file and of the headers that it includes. simd.h is read once
-    for each instruction set, in other namespaces: a place in it counts once. CUDA is read as C++ for the host,
-    as the tests compile it."""
+    for each instruction set, in other namespaces: a place in it counts once. CUDA is read as C++ for the
+    host, as the tests compile it."""
     options = {"LineThreshold": 0, "StatementThreshold": 0, "ParameterThreshold": PARAMETERS,
                "NestingThreshold": NESTING + 1}      # clang-tidy counts the function's body as the first
     config = ", ".join(f"{{key: readability-function-size.{k}, value: {v}}}" for k, v in options.items())
