@@ -3,6 +3,8 @@
 # make test        builds and runs every test
 # make help        the other targets
 #
+# Where nvcc is found (NVCC names another one, NVCC= none), ./deepseek can use a GPU, too.
+#
 # Missing Debian packages are installed on the way, with a line that says which and why. Everything else
 # happens in this folder: ./deepseek, build/ and weights/. V=1 shows the commands.
 
@@ -114,12 +116,32 @@ endif
 compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@
 compile += $(LIBS) $(4)
 
-FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT)
+NVCC  := $(or $(NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC)
 build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
+# nvcc fails in simdjson's own SIMD, and what it writes for the host compiler is not pedantic. A fused
+# multiply-add on a GPU would give other bits than the CPU.
+GPUS  := $(patsubst %,-gencode arch=%,compute_80$(comma)code=sm_80 compute_90a$(comma)code=sm_90a \
+	compute_90$(comma)code=compute_90)
+HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
+TO_CXX = $(subst $(eval ) ,$(comma),$(strip $(HOST)))
+
+ifeq ($(wildcard deepseek.cu),)
 deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
+else ifeq ($(NVCC),)
+deepseek: deepseek.cpp build/flags | build/have-run
+	@echo "no nvcc: building for the CPU only"
+	$(call compile,$(CXX),$(CXXFLAGS),$<)
+else
+deepseek: deepseek.cu build/flags | build/have-run
+	@$(if $(V),,echo "compiling $@";) mkdir -p build/deps
+	$(if $(V),,@)$(NVCC) -x cu -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr $(GPUS) \
+		$(addprefix -DSIMDJSON_IMPLEMENTATION_,HASWELL=0 ICELAKE=0 WESTMERE=0) -Werror all-warnings \
+		-ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
+endif
 
 TEST_FLAGS     := $(CXXFLAGS) -I.
 SANITIZE       := -O1 -g1 -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -158,6 +180,8 @@ EMULATED := -O1 -g1 -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Ite
 
 build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(EMULATED) -c,$<)
+build/gpu/deepseek: deepseek.cu build/gpu/cuda_emulator.o build/flags | build/have-run
+	$(call compile,$(CXX),$(EMULATED) -x c++,$<,-x none $(word 2,$^))
 build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o | build/have-test
 	$(call compile,$(CXX),$(EMULATED),$<,$(word 2,$^) $(GTEST))
 
@@ -169,7 +193,7 @@ build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/emulator_tests)
+	$(if $(CUDA),build/gpu/emulator_tests $(if $(wildcard deepseek.cu),build/gpu/deepseek))
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
