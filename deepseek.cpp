@@ -384,7 +384,7 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // widening is exact.
 
 enum class Dtype : uint8_t {
-    F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+    F64, F32, BF16, F16, F8_E4M3, F8_LATENT, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 };
 constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
 
@@ -395,10 +395,12 @@ struct Format {
     bool minimums;                       // blocks have a minimum beside the scale
 };
 constexpr Format FORMATS[] = {
-    {"F64", 1, 8, false},     {"F32", 1, 4, false},     {"BF16", 1, 2, false},    {"F16", 1, 2, false},
-    {"F8_E4M3", 1, 1, false}, {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},   {"Q5_0", 32, 22, false},
-    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},  {"Q2_K", 256, 84, true},  {"Q3_K", 256, 110, false},
-    {"Q4_K", 256, 144, true}, {"Q5_K", 256, 176, true}, {"Q6_K", 256, 210, false}};
+    {"F64", 1, 8, false},     {"F32", 1, 4, false},           {"BF16", 1, 2, false},
+    {"F16", 1, 2, false},     {"F8_E4M3", 1, 1, false},       {"F8_LATENT", 576, 656, false},
+    {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},         {"Q5_0", 32, 22, false},
+    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},        {"Q2_K", 256, 84, true},
+    {"Q3_K", 256, 110, false}, {"Q4_K", 256, 144, true},      {"Q5_K", 256, 176, true},
+    {"Q6_K", 256, 210, false}};
 constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
 constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
 inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
@@ -488,6 +490,16 @@ struct F16Row {
 struct E4m3Row {
     const std::byte* p;
     real operator()(int i) const { return E4M3[size_t(p[i])]; }
+};
+
+// A token of V3's latent cache in 656 bytes, as FlashMLA reads it: 512 e4m3 with four f32 scales, 64 bf16.
+constexpr int LATENT_SCALED = 512;
+struct LatentRow {
+    const std::byte* p;
+    real operator()(int i) const {
+        if (i >= LATENT_SCALED) return Bf16Row{p + LATENT_SCALED + 16}(i - LATENT_SCALED);
+        return E4M3[size_t(p[i])] * load<float>(p + LATENT_SCALED + i / 128 * 4);
+    }
 };
 
 template <class Row> void widen_into(real* out, Row w, int n) {
@@ -2106,6 +2118,50 @@ inline void mla_absorbed(const LatentAttention& a) {
     }, int64_t(T) * Dv * Rkv);
 }
 
+// -- 8.2  a cache in pages -----------------------------------------------------------------------
+//
+// A server's conversations begin and end at any time. So that their caches need no room for what may never be
+// said, all rows lie in one pool of pages of 64, and a table says which pages are whose, in order.
+
+constexpr int PAGE = 64;
+
+// B conversations with a new token each. What lies behind a conversation's last position is not looked at,
+// neither in its last page nor in its row of the table.
+struct PagedAttention {
+    real *out, *lse;                       // (B, H, dv); (B, H): ln of the sum of e^score
+    const real* q;                         // (B, H, width): [q_absorbed | q_rope]
+    Matrix pool;                           // (pages * PAGE, width): [c_kv | k_rope]
+    const int* table;                      // (B, table_width): numbers of pages
+    int table_width;
+    std::span<const int> n;                // (B): positions, its own the last; 0: out = 0, lse = infinity
+    int H, dv;
+    real scale;
+};
+
+// scratch: (threads, table_width * PAGE + pool.cols)         FlashMLA flash_mla_with_kvcache, one token each
+inline void mla_paged(const PagedAttention& a, Rows scratch) {
+    const int width = a.pool.cols;
+    auto row = [&](int64_t b, int j) { return a.table[b * a.table_width + j / PAGE] * PAGE + j % PAGE; };
+    parallel_for(int64_t(a.n.size()) * a.H, [&](int64_t i) {
+        const int64_t b = i / a.H;
+        const int n = a.n[size_t(b)];
+        real *out = a.out + i * a.dv, *p = scratch[thread_index()], *c = p + a.table_width * PAGE;
+        for (int j = 0; j < n; j++) {
+            widen_plain(c, a.pool, row(b, j));
+            p[j] = dot_real_plain(c, a.q + i * width, width);
+        }
+        const int best = int(std::max_element(p, p + n) - p);
+        const real top = n ? p[best] * a.scale : std::numeric_limits<real>::infinity();
+        softmax_plain(p, a.scale, n);                        // the best's is 1 / sum of e^(score - top)
+        a.lse[i] = n ? real(double(top) - std::log(double(p[best]))) : top;
+        std::fill_n(out, a.dv, real(0));
+        for (int j = 0; j < n; j++) {
+            widen_plain(c, a.pool, row(b, j));
+            weigh_plain({out, 0}, {p + j, 0}, real_matrix(c, 1, a.dv), 1, 1);
+        }
+    }, int64_t(a.table_width) * PAGE * width);
+}
+
 constexpr double LATENT_EPS = 1e-6;   // q_a_layernorm, kv_a_layernorm: their own eps, not the config's
 
 // =================================================================================================
@@ -3505,6 +3561,21 @@ inline void quantise_fp8(uint8_t* q, float* scale, ConstRows x, int rows, int n,
                                  int(std::min<int64_t>(f.tile, rows - r)),
                                  int(std::min<int64_t>(SCALE_BLOCK, n - begin)), f);
     }, 16 * int64_t(f.tile) * SCALE_BLOCK);
+}
+
+// As `store` (7.2), into rows of 656 bytes: c_kv in four tiles of 128, scales rounded up to powers of two,
+// and k_rope in bf16, as it is the more sensitive.                            FlashMLA's FP8 cache of V3.2
+inline void store_latent(const Matrix& cache, std::span<const int> n, ConstRows x) {
+    CHECK(cache.dtype == Dtype::F8_LATENT, "%s", format_of(cache.dtype).name);
+    parallel_for(int64_t(n.size()), [&](int64_t t) {
+        std::byte* row = const_cast<std::byte*>(cache.row(n[size_t(t)] - 1));
+        float scale[LATENT_SCALED / SCALE_BLOCK];
+        quantise_fp8(reinterpret_cast<uint8_t*>(row), scale, {x[t], 0}, 1, LATENT_SCALED,
+                     {Fp8Formula::FLASHMLA, true});
+        std::memcpy(row + LATENT_SCALED, scale, sizeof scale);
+        store_row(row + LATENT_SCALED + sizeof scale, x[t] + LATENT_SCALED, cache.cols - LATENT_SCALED,
+                  Dtype::BF16);
+    }, 16 * cache.cols);
 }
 
 // -- 14.3  the sum of one number, in three arithmetics -------------------------------------------

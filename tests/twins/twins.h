@@ -1,7 +1,7 @@
 // What `deepseek check` compares: a function for each twin of deepseek.cu, which includes this file.
 //
 // Contents: 1 a case in two memories; 2 chapters 5 and 6; 3 chapters 7 and 8; 4 chapters 9 and 10;
-//           5 chapter 14.
+//           5 chapter 14; 6 the latent cache in pages and in FP8.
 //
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
@@ -108,6 +108,10 @@ inline std::vector<uint8_t> random_bytes(Check& c, Dtype dtype, size_t n, float 
     for (size_t i = 0; dtype == Dtype::F32 && i < n; i += 4) set(i, c.number(size));
     for (size_t i = 0; dtype == Dtype::BF16 && i < n; i += 2) set(i, float_to_bf16(c.number(size)));
     for (size_t i = 0; dtype == Dtype::F16 && i < n; i += 2) set(i, float_to_f16(c.number(size)));
+    for (size_t i = LATENT_SCALED; dtype == Dtype::F8_LATENT && i < n; i += row_bytes(dtype, 576)) {
+        for (size_t j = 0; j < 4; j++) set(i + 4 * j, std::ldexp(size, -9));
+        for (size_t j = 0; j < 64; j++) set(i + 16 + 2 * j, float_to_bf16(c.number(size)));
+    }
     if (!quantised(dtype)) return bytes;
     const BlockLayout& layout = layout_of(dtype);
     for (size_t i = 0; i < n; i += size_t(format_of(dtype).bytes))
@@ -636,6 +640,72 @@ inline void check_gemm_fp8_k_grouped(Check& c) {
         if (at == Side::HOST) ::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
         else cuda::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
     });
+}
+
+// -- 6  the latent cache in pages and in FP8 -----------------------------------------------------
+
+struct PagedCase {
+    std::vector<int> n;                    // of each conversation
+    int H, width, dv;
+    Dtype pool;
+    bool splits;                           // a block each
+};
+
+// Pages in any order, each of one conversation; the others' rows, and those behind its last, are NaN. What
+// the table holds behind a conversation's last page is no page.
+inline void check_pages(Check& c, const PagedCase& a) {
+    const int B = int(a.n.size()), pages = 30, table_width = 12;
+    Weight pool = cache_rows(c, a.pool, pages * PAGE, a.width, 0);
+    std::vector<int> table(size_t(B * table_width), 2147480000);
+    const Weight numbers = weight(c, a.pool, pages * PAGE, a.width);
+    const size_t bytes = row_bytes(a.pool, a.width);
+    for (int b = 0, next = 0; b < B; b++) {
+        for (int j = 0; j < a.n[size_t(b)]; j++) {
+            int& page = table[size_t(b * table_width + j / PAGE)];
+            if (j % PAGE == 0) page = next++ * 7 % pages;
+            const int64_t row = int64_t(page * PAGE + j % PAGE) * int64_t(bytes);
+            std::copy_n(numbers.data.host.begin() + row, bytes, pool.data.host.begin() + row);
+        }
+    }
+    pool.data.device = Buffer(pool.data.host);
+    Ints pages_of(table), n(a.n);
+    Reals q(c.numbers(int64_t(B) * a.H * a.width)), out(Vector(size_t(B * a.H * a.dv), NOT_A_NUMBER));
+    Reals lse(Vector(size_t(B * a.H), NOT_A_NUMBER));
+    const int64_t scratch_size = std::max(int64_t(table_width) * PAGE + a.width,
+                                          split_scratch(1, B * a.H, table_width * PAGE, a.dv));
+    Reals scratch(Vector(size_t(scratch_size * n_threads())));
+    for (Side at : SIDES) {
+        const PagedAttention all{out(at), lse(at), q(at), pool.at(at), pages_of(at), table_width, n.span(at),
+                                 a.H, a.dv, 0.2f};
+        const Rows rows{scratch(at), at == Side::HOST || a.splits ? scratch_size : 0};
+        at == Side::HOST ? ::mla_paged(all, rows) : cuda::mla_paged(all, rows);
+    }
+    const int most = *std::max_element(a.n.begin(), a.n.end());
+    c.within(out, attention_bound(most, 1));
+    // The sum has a rounding for every sixteenth position, a quotient and a product have one each.
+    c.within(lse, (most / 16.0 + 4) * 0x1p-23);
+}
+inline void check_mla_paged(Check& c) {
+    for (const PagedCase& a : {PagedCase{{1, 64, 65}, 3, 20, 12, Dtype::F32, true},
+                               {{0, 256, 40}, 16, 72, 64, Dtype::BF16, true},
+                               {{600, 3}, 1, 24, 16, Dtype::F32, true},
+                               {{600, 3}, 1, 24, 16, Dtype::F32, false},
+                               {{0}, 8, 24, 16, Dtype::F32, false},
+                               {{70, 1}, 9, 576, 512, Dtype::F8_LATENT, true}})
+        check_pages(c, a);
+}
+
+inline void check_store_latent(Check& c) {
+    for (int T : {0, 1, 17}) {
+        Weight cache = weight(c, Dtype::F8_LATENT, 40, 576);
+        Reals x(c.rows(T, 576, 580, 300));
+        for (size_t i = 0; T > 1 && i < 128; i++) x.host[i] = 0;           // a tile of zeros
+        if (T > 1) x.host[700] = NOT_A_NUMBER, x.host[1800] = std::numeric_limits<float>::infinity();
+        x.device = Buffer(x.host);
+        Ints n(positions(T, 31));
+        BOTH(store_latent, cache.at(at), n.span(at), {x(at), 580});
+        c.same(cache.data);
+    }
 }
 
 }
