@@ -77,7 +77,7 @@ struct Check {
     void within(Reals& a, double limit) {
         const Vector device = a.device.host();
         for (size_t i = 0; i < device.size(); i++) {
-            if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+            if (device[i] == a.host[i] || (std::isnan(device[i]) && std::isnan(a.host[i]))) continue;
             const double difference = std::fabs(double(device[i]) - double(a.host[i]));
             worst = std::max(worst, difference);
             if (!(difference <= limit)) differs(i, double(a.host[i]), double(device[i]), limit);
