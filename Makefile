@@ -121,8 +121,8 @@ FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC)
 build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
-# nvcc fails in simdjson's own SIMD, and what it writes for the host compiler is not pedantic. A fused
-# multiply-add on a GPU would give other bits than the CPU.
+# nvcc fails in simdjson's own SIMD, what it writes for the host compiler is not pedantic, and warning 1675 is
+# of pragmas that it hands on to that unread. A fused multiply-add on a GPU would give other bits than the CPU.
 GPUS  := $(patsubst %,-gencode arch=%,compute_80$(comma)code=sm_80 compute_90a$(comma)code=sm_90a \
 	compute_90$(comma)code=compute_90)
 HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
@@ -140,7 +140,7 @@ deepseek: deepseek.cu build/flags | build/have-run
 	@$(if $(V),,echo "compiling $@";) mkdir -p build/deps
 	$(if $(V),,@)$(NVCC) -x cu -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr $(GPUS) \
 		$(addprefix -DSIMDJSON_IMPLEMENTATION_,HASWELL=0 ICELAKE=0 WESTMERE=0) -Werror all-warnings \
-		-ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
+		-diag-suppress 1675 -ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
 endif
 
 TEST_FLAGS     := $(CXXFLAGS) -I.
