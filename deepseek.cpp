@@ -1753,6 +1753,7 @@ inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, doubl
 // -- 5.7  top_k: the one place that decides ties -------------------------------------------------
 
 // idx: the k indices of the largest v, in descending order of v; of equal values the lower index comes first.
+// v: (n), no NaN, which is neither larger nor smaller than any number
 inline void top_k(int* idx, const real* v, int n, int k) {
     for (int i = 0, filled = 0; i < n; i++) {
         if (filled == k && !(v[i] > v[idx[k - 1]])) continue;
@@ -1907,6 +1908,7 @@ inline void rope_half(const Heads& x, const real* cos_sin, int dim) {
 
 inline void attend_plain(const Attention& a, Rows scratch) {
     int64_t dk = a.k.cols, dv = a.v.cols, T = int64_t(a.n.size());
+    if (T == 0) return;
     parallel_for(T * a.heads, [&](int64_t i) {
         int64_t t = i / a.heads, h = i % a.heads;
         const int n = a.n[size_t(t)];                  // causal: later keys are masked by not being visited
@@ -2083,7 +2085,7 @@ inline int latent_expansion(int Rkv, int Dn, int Dr, int Dv) { return Rkv + Dr +
 // definition.                                                                              V2 eq. 9-11, 17-18
 inline void mla_naive(const LatentAttention& a) {
     int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
-    int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.n.back();
+    int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.n.empty() ? 0 : a.n.back();
     parallel_for(H, [&](int64_t h) {
         real* memory = a.expanded[thread_index()];
         Rows c{memory, latent}, k{memory + int64_t(n) * latent, width}, v{k[0] + dk, width};

@@ -303,8 +303,8 @@ namespace cuda {
 
 // -- 5.1  softmax, silu: each row, each number ---------------------------------------------------
 
-// Row z (n) of a half-warp; a half-warp without one passes n = 0. Returns through top and sum what was taken
-// out; z is left as e^(scale z - top).
+// Row z (n) of a half-warp; a half-warp without one passes n = 0. z is left as e^(scale z - top), and `sum` is
+// theirs; where all are -inf it is 0, and a quotient by it NaN, as it should be.
 template <class Row> __device__ void exp_row(const Row& z, float scale, int n, float& top, float& sum) {
     top = -std::numeric_limits<float>::infinity(), sum = 0;
     for (int i = half_lane(); i < n; i += HALF) {
@@ -312,7 +312,8 @@ template <class Row> __device__ void exp_row(const Row& z, float scale, int n, f
         top = z[i] > top ? float(z[i]) : top;
     }
     top = max_lanes(top);
-    for (int i = half_lane(); i < n; i += HALF) z[i] = exp_of(z[i] - top), sum += z[i];
+    const float shift = top == -std::numeric_limits<float>::infinity() ? 0 : top;
+    for (int i = half_lane(); i < n; i += HALF) z[i] = exp_of(z[i] - shift), sum += z[i];
     sum = sum_lanes(sum);
 }
 
@@ -659,12 +660,22 @@ template <class Array> struct Slice {
 struct Weights {
     float old, now;
 };
-// How much what there was and what comes count; top and sum become those of both.
+// How much what there was and what comes count; top and sum become those of both. A part whose scores are all
+// -inf has the sum 0 and counts nothing.
 __device__ inline Weights put_together(float& top, float& sum, float top2, float sum2) {
+    if (sum2 == 0) return {1, 0};
+    if (sum == 0) {
+        top = top2, sum = sum2;
+        return {0, 1};
+    }
     const float both = top > top2 ? top : top2;
     const float a = sum * exp_of(top - both), b = sum2 * exp_of(top2 - both);
     top = both, sum = a + b;
     return {a / sum, b / sum};
+}
+
+__device__ inline float mixed(float old, float now, Weights w) {
+    return w.now == 0 ? old : w.old == 0 ? now : old * w.old + now * w.now;   // 0 times NaN is no part of it
 }
 
 // p[q * SPLIT + j] = q . k of eight queries from `first` on and n positions from `begin` on.
@@ -718,7 +729,7 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
         for (int j = half_lane(); j < count; j += HALF) p[mine * SPLIT + j] = p[mine * SPLIT + j] / part_sum;
         Weights w{0, 1};
         if (split == from) top = part_top, sum = part_sum;
-        else if (count > 0) w = put_together(top, sum, part_top, part_sum);
+        else w = put_together(top, sum, part_top, part_sum);
         if (half_lane() == 0) visible[mine] = count, old[mine] = w.old, now[mine] = w.now;
         __syncthreads();
         for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
@@ -730,10 +741,10 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
                 for (int m = 0; m < QUERIES; m++)
                     if (j < counts[m]) o[m] = std::fma(p[m * SPLIT + j], v, o[m]);
             }
-            for (int m = 0; m <= last - first; m++) {
+            for (int m = 0; m < QUERIES; m++) {              // a constant: o and counts stay in registers
+                if (first + m > last) continue;
                 float& out = a.partial ? a.part(first + m, split)[2 + i] : a.output(first + m)[i];
-                if (split == from) out = o[m];
-                else if (counts[m] > 0) out = out * old[m] + o[m] * now[m];
+                out = split == from ? o[m] : mixed(out, o[m], {old[m], now[m]});
             }
         }
         if (a.partial && half_lane() == 0 && first + mine <= last) {
@@ -755,8 +766,7 @@ __global__ void join_kernel(KeyHeads a) {
         top = part[0], sum = part[1];
         for (int split = 1; split * SPLIT < n; split++) {
             part = a.part(query, split);
-            Weights w = put_together(top, sum, part[0], part[1]);
-            out = out * w.old + part[2 + i] * w.now;
+            out = mixed(out, part[2 + i], put_together(top, sum, part[0], part[1]));
         }
         a.output(query)[i] = out;
     }

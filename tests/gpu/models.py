@@ -7,8 +7,8 @@
 tests compare with float64: every tap, integers by ==, numbers bit for bit, for the twins add in the CPU's
 order. Where attention sees more positions than one split (256, chapter 7 of deepseek.cu) the order is another
 one, and the difference may be some times that between the reference's own float32 and float64, both being
-roundings of one number. Then what users see: the same words, drafted or not, from GGUF files too, and one line
-where it cannot be.
+roundings of one number. Then what users see: the same words, drafted or not, from GGUF files too, and one
+line where it cannot be.
 """
 import array
 import json
@@ -166,8 +166,9 @@ def words(folder):
 def at_terminal(*arguments, **variables):
     """What a person sees of stderr."""
     ours, theirs = pty.openpty()
-    done = subprocess.run([PROGRAM, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                          stderr=theirs, env={**os.environ, **variables}, timeout=600)
+    nothing = subprocess.DEVNULL
+    done = subprocess.run([PROGRAM, *map(str, arguments)], stdin=nothing, stdout=nothing, stderr=theirs,
+                          env={**os.environ, **variables}, timeout=600)
     os.close(theirs)
     seen = os.read(ours, 1 << 16).decode() if done.returncode == 0 else ""
     os.close(ours)
