@@ -5,9 +5,10 @@
 //   3  Errors                  where they are, and how a run that has one ends
 //   4  Memory                  allocations that end at a guarded page
 //   5  Collectives, barriers   who waits for whom
-//   6  Shared memory           who touched what since the last barrier
-//   7  The scheduler           which fiber is next; deadlock
-//   8  The run time            cudaMalloc and the other functions
+//   6  Shared memory           who touched what since the last barrier; cp.async
+//   7  Matrices                ldmatrix, mma.sync
+//   8  The scheduler           which fiber is next; deadlock
+//   9  The run time            cudaMalloc and the other functions
 #include "cuda_emulator.h"
 
 #include <algorithm>
@@ -88,6 +89,15 @@ static void prepare_context(Context& context, std::byte* stack, void (*entry)())
 
 struct Block;
 
+struct Copy {                              // a cp.async that no one waited for
+    SharedArray* array;
+    size_t offset;                         // in bytes
+    const std::byte* from;
+    size_t size, valid;                    // of which the first are copied, the others zero
+    int group;                             // of its thread; -1: not committed
+    bool done;
+};
+
 struct Fiber {
     enum class State : uint8_t { READY, WAITING, DONE };
 
@@ -101,13 +111,19 @@ struct Fiber {
     uint64_t detail = 0;                   // line of a barrier, mask of a collective
     uint64_t result = 0;                   // of a collective
     uint64_t priority = 0;
+    std::vector<Copy> copies;
+    int groups = 0;                        // of copies, committed
 
     int lane() const { return thread % 32; }
     int warp() const { return thread / 32; }
 };
 
+using Together = void (*)(void* const* lanes);
+
 struct Gather {                            // a collective that not all lanes have reached
     Kind kind;
+    const char* name;
+    Together all;
     uint32_t mask, arrived;
     std::array<uint64_t, 32> value;
     std::array<int, 32> source;
@@ -116,8 +132,9 @@ struct Gather {                            // a collective that not all lanes ha
 struct Warp {
     std::vector<Gather> gathers;
     uint32_t lanes = 0, done = 0;
-    uint32_t time = 0;                     // counts __syncwarp
+    uint32_t time = 0;                     // counts __syncwarp and arrivals at named barriers
     std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
+    std::array<uint32_t, 32> clock{};      // what each warp did before lies behind a named barrier
 };
 
 struct Grid {
@@ -132,11 +149,19 @@ struct Grid {
     uint64_t blocks() const { return uint64_t(size.x) * size.y * size.z; }
 };
 
+struct NamedBarrier {
+    int threads = 0, arrived = 0;          // expected; there
+    uint32_t warps = 0, waiting = 0;       // that are there, of which these wait
+    uint64_t generation = 0;
+    std::array<uint32_t, 32> clock{};      // what they know together
+};
+
 struct Block {
     Grid* grid;
     uint3 index;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
+    std::array<NamedBarrier, 16> named;
     std::vector<std::unique_ptr<SharedArray>> arrays;
     size_t shared = 0;                     // bytes of the arrays that are not dynamic
     int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
@@ -440,7 +465,10 @@ static void wake(Fiber& f) {
 
 int lane() { return world.running->lane(); }
 
+static void do_some_copies(Fiber& f);
+
 void give_way() {
+    if (world.running) do_some_copies(*world.running);
     if (!world.running || world.options.order == Order::FIFO || random_number() % 4) return;
     make_ready(*world.running);
     leave(*world.running);
@@ -459,7 +487,8 @@ void spin() {
 static const char* name_of(Kind kind) {
     constexpr const char* NAMES[] = {"__syncwarp", "__shfl_sync", "__ballot_sync", "__any_sync", "__all_sync",
                                      "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
-                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync",
+                                     "a collective of the warp"};
     return NAMES[size_t(kind)];
 }
 
@@ -482,19 +511,33 @@ static void stamp_running() {
     now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
 }
 
+static void tick(Warp& w) {
+    if (++w.time >> 21) stop("more __syncwarp and named barriers in one block than can be counted");
+}
+
+// The lanes of mask have met.
+static void meet(Warp& w, uint32_t mask) {
+    tick(w);
+    for (int l = 0; l < 32; l++)
+        for (int m = 0; mask >> l & 1 && m < 32; m++)
+            if (mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
+}
+
 // All have arrived: each gets its result.
 static void complete(Block& b, Warp& w, int warp, const Gather& g) {
     uint64_t all = 0;
     bool first = true;
-    w.time += g.kind == Kind::SYNC;
-    if (w.time >> 21) stop("more __syncwarp between two barriers than can be counted");
+    if (g.kind == Kind::SYNC) meet(w, g.mask);
+    if (g.kind == Kind::TOGETHER) {
+        void* lanes[32];
+        for (size_t l = 0; l < 32; l++) lanes[l] = from_bits<void*>(g.value[l]);
+        g.all(lanes);
+    }
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
         uint64_t mine = g.kind == Kind::BALLOT ? g.value[size_t(l)] << l : g.value[size_t(l)];
         all = first ? mine : combined(g.kind, all, mine);
         first = false;
-        for (int m = 0; g.kind == Kind::SYNC && m < 32; m++)
-            if (g.mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
     }
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
@@ -505,34 +548,33 @@ static void complete(Block& b, Warp& w, int warp, const Gather& g) {
 }
 
 // The collective that this lane takes part in; a new one, or one that others wait in.
-static Gather& join(Warp& w, Kind kind, uint32_t mask, int lane) {
-    const char* name = name_of(kind);
+static Gather& join(Warp& w, const Gather& mine, int lane) {
+    const char* name = mine.name;
+    uint32_t mask = mine.mask;
     if (!(mask >> lane & 1)) stop(text_of("%s: mask %08x leaves out its own lane %d", name, mask, lane));
     if (mask & ~w.lanes) stop(text_of("%s: mask %08x names lanes that the block has not", name, mask));
     if (mask & w.done) stop(text_of("%s: mask %08x names lanes that have ended", name, mask));
     for (Gather& g : w.gathers) {
-        if (g.mask == mask && g.kind == kind) return g;
+        if (g.mask == mask && g.kind == mine.kind && g.all == mine.all) return g;
         // Lanes that wait there wait for this one, which would wait for them.
         if (!(g.arrived & mask) || !(g.mask >> lane & 1)) continue;
-        stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask,
-                     name_of(g.kind), g.mask));
+        stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask, g.name,
+                     g.mask));
     }
-    w.gathers.push_back({kind, mask, 0, {}, {}});
+    w.gathers.push_back(mine);
     return w.gathers.back();
 }
 
-uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
+static uint64_t gather(const Gather& mine, uint64_t value, int source) {
     if (!world.running) stop("a collective outside of a kernel");
     give_way();
     Fiber& f = *world.running;
     Warp& w = f.block->warps[size_t(f.warp())];
-    Gather& g = join(w, kind, mask, f.lane());
-    if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
-        stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
+    Gather& g = join(w, mine, f.lane());
     g.value[size_t(f.lane())] = value, g.source[size_t(f.lane())] = source;
     g.arrived |= 1u << f.lane();
-    if (g.arrived != mask) {
-        wait_at(name_of(kind), mask);
+    if (g.arrived != g.mask) {
+        wait_at(g.name, g.mask);
         return f.result;
     }
     Gather whole = g;
@@ -542,12 +584,31 @@ uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
     return f.result;
 }
 
+uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
+    if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
+        stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
+    return gather({kind, name_of(kind), nullptr, mask, 0, {}, {}}, value, source);
+}
+
+// What all lanes of a warp do at once: the last one to come calls all(what each of them passed).
+static void together(const char* name, uint32_t mask, void* mine, Together all) {
+    gather({Kind::TOGETHER, name, all, mask, 0, {}, {}}, to_bits(mine), 0);
+}
+
+constexpr const char* BARRIERS[] = {
+    "bar_sync<0>", "bar_sync<1>", "bar_sync<2>",  "bar_sync<3>",  "bar_sync<4>",  "bar_sync<5>",
+    "bar_sync<6>", "bar_sync<7>", "bar_sync<8>",  "bar_sync<9>",  "bar_sync<10>", "bar_sync<11>",
+    "bar_sync<12>", "bar_sync<13>", "bar_sync<14>", "bar_sync<15>"};
+
 void barrier(int line) {
     if (!world.running) stop("__syncthreads outside of a kernel");
     give_way();
     Fiber& f = *world.running;
     Block& b = *f.block;
     if (b.ended) stop(text_of("__syncthreads (line %d), where threads of the block have ended", line));
+    if (b.named[0].arrived)
+        stop(text_of("__syncthreads (line %d), where others wait at %s, which is the same", line,
+                     BARRIERS[0]));
     if (b.arrived && b.line != line)
         stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
     b.line = line;
@@ -557,17 +618,86 @@ void barrier(int line) {
     stamp_running();
 }
 
+// What a lane brings to a named barrier, and takes from it.
+struct Arrival {
+    int id, threads;
+    bool waits;
+    uint64_t generation = 0;               // of the barrier; when it has changed, this one is over
+};
+
+static void release(Block& b, NamedBarrier& named, int id) {
+    for (size_t w = 0; w < b.warps.size(); w++) {
+        Warp& warp = b.warps[w];
+        if (named.waiting >> w & 1)
+            for (size_t i = 0; i < 32; i++) warp.clock[i] = std::max(warp.clock[i], named.clock[i]);
+    }
+    for (Fiber& f : b.fibers)
+        if (f.waits == BARRIERS[id]) wake(f);
+    named = {0, 0, 0, 0, named.generation + 1, {}};
+}
+
+// A warp arrives. All its lanes are here: the instruction is the warp's.
+static void arrive(void* const* lanes) {
+    Fiber& f = *world.running;
+    Block& b = *f.block;
+    const size_t warp = size_t(f.warp());
+    Warp& w = b.warps[warp];
+    auto arrival = [&](int l) { return static_cast<Arrival*>(lanes[l]); };
+    const Arrival mine = *arrival(f.lane());
+    NamedBarrier& named = b.named[size_t(mine.id)];
+    const char* name = BARRIERS[mine.id];
+    for (int l = 0; l < 32; l++) {
+        if (!(w.lanes >> l & 1)) continue;
+        if (arrival(l)->id != mine.id || arrival(l)->threads != mine.threads)
+            stop(text_of("%s, %d threads: another lane of its warp is at %s, %d threads", name, mine.threads,
+                         BARRIERS[arrival(l)->id], arrival(l)->threads));
+        arrival(l)->generation = named.generation;
+    }
+    if (mine.id == 0 && b.arrived)
+        stop(text_of("%s, where others wait at __syncthreads (line %d), which is the same", name, b.line));
+    if (named.arrived && named.threads != mine.threads)
+        stop(text_of("%s, %d threads: others are there for %d threads", name, mine.threads, named.threads));
+    if (named.warps >> warp & 1) stop(text_of("%s: its warp has arrived already", name));
+    if (mine.waits) meet(w, w.lanes);
+    else tick(w);
+    for (size_t i = 0; i < 32; i++) named.clock[i] = std::max(named.clock[i], w.clock[i]);
+    named.clock[warp] = w.time;
+    named.threads = mine.threads, named.arrived += 32, named.warps |= 1u << warp;
+    named.waiting |= uint32_t(mine.waits) << warp;
+    if (named.arrived == named.threads) release(b, named, mine.id);
+}
+
+static void arrive_and_wait(void* const* lanes) { arrive(lanes); }
+
+void named_barrier(int id, int threads, bool waits) {
+    if (!world.running) stop("a named barrier outside of a kernel");
+    Fiber& f = *world.running;
+    int most = int(f.block->warps.size()) * 32;
+    if (threads <= 0 || threads % 32 || threads > most)
+        stop(text_of("%s: %d threads are no multiple of 32 up to the block's %d", BARRIERS[id], threads,
+                     most));
+    Arrival mine{id, threads, waits};
+    uint32_t warp = f.block->warps[size_t(f.warp())].lanes;
+    together(waits ? "bar_sync" : "bar_arrive", warp, &mine, waits ? arrive_and_wait : arrive);
+    if (waits && f.block->named[size_t(id)].generation == mine.generation)
+        wait_at(BARRIERS[id], uint64_t(threads));
+}
+
 // -- 6  Shared memory ----------------------------------------------------------------------------
 //
-// Two accesses of which one writes need something between them that orders them: a barrier, or, in a warp, a
-// __syncwarp that both lanes take part in. Shuffles do not order memory.
+// Two accesses of which one writes need something between them that orders them: a barrier, a named one at
+// which both threads' warps arrive and the second one's waits, or, in a warp, a __syncwarp that both lanes
+// take part in. Shuffles do not order memory. A cp.async is a write of the thread that waits for it, when it
+// does.
 
 static bool ordered(Stamp s, const Fiber& f) {
     if (settled(s)) return true;
     int thread = int(s & 1023);
-    if (s >= IN_FLIGHT || thread / 32 != f.warp()) return false;
+    if (s >= IN_FLIGHT) return false;
     const Warp& w = f.block->warps[size_t(f.warp())];
-    return w.met[size_t(thread % 32)][size_t(f.lane())] > uint32_t(s) >> 11;
+    uint32_t time = uint32_t(s) >> 11;
+    if (thread / 32 != f.warp()) return w.clock[size_t(thread / 32)] > time;
+    return w.met[size_t(thread % 32)][size_t(f.lane())] > time;
 }
 
 SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
@@ -584,7 +714,8 @@ static const char dynamic_tag = 0;
 
 // Stamps are never used again: an array of a block that ended before this one began needs new numbers, but
 // not new cells.
-static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes, const char* name) {
+static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes,
+                                               const char* name) {
     const Stamp born = world.running->block->born << 32;
     auto fits = [&](auto& a) {
         return a->tag == tag && a->count == count && a->size == bytes && a->ended < born;
@@ -631,6 +762,9 @@ void* touch(SharedArray* a, int64_t i, bool writes) {
     Fiber& f = *world.running;
     Cell& cell = a->cells[i];
     auto accuse = [&](Stamp other, const char* what) {
+        if (other >= IN_FLIGHT)
+            stop(text_of("%s[%jd] is %s, and a cp_async of thread %d writes it, which no one waited for",
+                         a->name, intmax_t(i), writes ? "written" : "read", int(other & 1023)));
         stop(text_of("race: %s[%jd] is %s thread %d %s, with no barrier in between", a->name, intmax_t(i),
                      writes ? "written, and" : "read, and", int(other & 1023), what));
     };
@@ -644,7 +778,211 @@ void* touch(SharedArray* a, int64_t i, bool writes) {
     return p;
 }
 
-// -- 7  The scheduler ----------------------------------------------------------------------------
+// The array that holds `bytes` from p on; where in it.
+static SharedArray& array_at(const void* p, size_t bytes, const char* what, size_t& offset) {
+    const auto* q = static_cast<const std::byte*>(p);
+    for (auto& a : world.running->block->arrays) {
+        if (q < a->data || q >= a->data + a->count * a->size) continue;
+        offset = size_t(q - a->data);
+        if (offset % bytes)
+            stop(text_of("%s: %s + %zu bytes is not aligned to %zu", what, a->name, offset, bytes));
+        if (offset + bytes > a->count * a->size)
+            stop(text_of("%s: %zu bytes reach beyond the end of %s", what, bytes, a->name));
+        return *a;
+    }
+    stop(text_of("%s: address %p is no shared memory of this block", what, p));
+}
+
+static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
+    for (size_t i = offset / a.size; i <= (offset + bytes - 1) / a.size; i++) touch(&a, int64_t(i), writes);
+}
+
+static void do_copy(Copy& c) {
+    if (std::exchange(c.done, true)) return;
+    if (c.valid) std::memcpy(c.array->data + c.offset, c.from, c.valid);
+    std::memset(c.array->data + c.offset + c.valid, 0, c.size - c.valid);
+}
+
+static void do_some_copies(Fiber& f) {
+    if (f.copies.empty() || world.options.async != Async::RANDOM) return;
+    for (Copy& c : f.copies)
+        if (random_number() % 4 == 0) do_copy(c);
+}
+
+static void needs(int capability, const char* what) {
+    if (!world.running) stop(text_of("%s outside of a kernel", what));
+    if (world.options.capability < capability)
+        stop(text_of("%s needs compute capability %d.%d", what, capability / 10, capability % 10));
+}
+
+void async_copy(void* shared, const void* global, int size, int valid) {
+    constexpr const char* NAME = "cp_async";
+    needs(80, NAME);
+    Fiber& f = *world.running;
+    if (valid < 0 || valid > size) stop(text_of("cp_async: %d valid bytes of %d", valid, size));
+    Copy c{nullptr, 0, static_cast<const std::byte*>(global), size_t(size), size_t(valid), -1, false};
+    c.array = &array_at(shared, c.size, NAME, c.offset);
+    if (reinterpret_cast<uintptr_t>(global) % c.size)
+        stop(text_of("cp_async: address %p in global memory is not aligned to %zu", global, c.size));
+    if (valid && !holder(global, c.valid)) stop(text_of("cp_async: %s", describe_address(global).c_str()));
+    touch_bytes(*c.array, c.offset, c.size, true);
+    for (size_t i = c.offset / c.array->size; i <= (c.offset + c.size - 1) / c.array->size; i++)
+        c.array->cells[i].write = IN_FLIGHT | unsigned(f.thread);
+    std::memset(c.array->data + c.offset, POISON, c.size);
+    if (world.options.async == Async::EAGER) do_copy(c);
+    f.copies.push_back(c);
+    give_way();
+}
+
+void async_commit() {
+    needs(80, "cp_async_commit");
+    Fiber& f = *world.running;
+    for (Copy& c : f.copies)
+        if (c.group < 0) c.group = f.groups;
+    f.groups++;
+    give_way();
+}
+
+void async_wait(int groups) {
+    needs(80, "cp_async_wait");
+    Fiber& f = *world.running;
+    give_way();
+    auto over = [&](Copy& c) {
+        if (groups >= 0 && (c.group < 0 || c.group >= f.groups - groups)) return false;
+        do_copy(c);
+        for (size_t i = c.offset / c.array->size; i <= (c.offset + c.size - 1) / c.array->size; i++)
+            note_write(c.array->cells[i]);
+        return true;
+    };
+    std::erase_if(f.copies, over);
+}
+
+// -- 7  Matrices ---------------------------------------------------------------------------------
+//
+// A warp holds a matrix in parts. A register has n = 1, 2 or 4 numbers. Those of lane 4 g + t are columns n t
+// and following of row g (or g + 8) of A, and rows n t and following of column g of B; in the second half of
+// the registers as much further on as half of k. Its sums are those of columns 2 t and 2 t + 1 of row g, then
+// of row g + 8.
+
+struct Rows {                              // of ldmatrix: the addresses that the lanes gave
+    const void* mine;
+    const void* all[32];
+};
+
+static void share_rows(void* const* lanes) {
+    for (int l = 0; l < 32; l++)
+        for (int m = 0; m < 32; m++)
+            static_cast<Rows*>(lanes[l])->all[m] = static_cast<Rows*>(lanes[m])->mine;
+}
+
+template <class T> static uint32_t read_shared(const void* row, int i) {
+    size_t offset = 0;
+    const void* p = static_cast<const T*>(row) + i;
+    SharedArray& a = array_at(p, sizeof(T), "ldmatrix", offset);
+    touch_bytes(a, offset, sizeof(T), false);
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+void load_matrices(uint32_t* parts, int n, bool transposed, const void* row) {
+    needs(75, "ldmatrix");
+    Fiber& f = *world.running;
+    size_t offset = 0;
+    if (f.lane() < 8 * n) array_at(row, 16, "ldmatrix", offset);
+    Rows rows{row, {}};
+    together("ldmatrix", ~0u, &rows, share_rows);
+    int g = f.lane() / 4, t = f.lane() % 4;
+    for (int m = 0; m < n; m++) {
+        const void* const* matrix = rows.all + 8 * m;
+        if (transposed)
+            parts[m] = read_shared<uint16_t>(matrix[2 * t], g) |
+                       read_shared<uint16_t>(matrix[2 * t + 1], g) << 16;
+        else
+            parts[m] = read_shared<uint32_t>(matrix[g], t);
+    }
+}
+
+// Number i of a register.
+template <Number TYPE> static float decoded(uint32_t bits, int i) {
+    if constexpr (TYPE == Number::TF32) return std::bit_cast<float>(bits & ~0x1FFFu);
+    if constexpr (TYPE == Number::BF16) return std::bit_cast<float>(bits >> 16 * i << 16);
+    if constexpr (TYPE == Number::S8) return int8_t(bits >> 8 * i);
+    constexpr int SIZE = TYPE == Number::F16 ? 16 : 8, MANTISSA = TYPE == Number::F16 ? 10 : 3;
+    constexpr int EXPONENTS = 1 << (SIZE - 1 - MANTISSA), BIAS = EXPONENTS / 2 - 1;
+    int exponent = int(bits >> (SIZE * i + MANTISSA)) & (EXPONENTS - 1);
+    int mantissa = int(bits >> SIZE * i) & ((1 << MANTISSA) - 1);
+    bool nan = TYPE == Number::E4M3 && exponent == 15 && mantissa == 7;
+    float x = std::ldexp(float(exponent ? mantissa | 1 << MANTISSA : mantissa),
+                         std::max(exponent, 1) - BIAS - MANTISSA);
+    if (TYPE == Number::F16 && exponent == 31) x = INFINITY, nan = mantissa;
+    if (nan) x = NAN;
+    return bits >> (SIZE * i + SIZE - 1) & 1 ? -x : x;
+}
+
+template <Number TYPE> struct Product {
+    static constexpr int PER = TYPE == Number::TF32 ? 1 : TYPE == Number::E4M3 || TYPE == Number::S8 ? 4 : 2;
+    static constexpr int K = 8 * PER;
+    float a[16][K], b[K][8];
+
+    explicit Product(void* const* lanes) {
+        for (int l = 0; l < 32; l++) {
+            const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
+            int g = l / 4, t = l % 4 * PER;
+            for (int i = 0; i < 4 * PER; i++) {
+                int r = i / PER;
+                a[g + 8 * (r % 2)][t + i % PER + K / 2 * (r / 2)] = decoded<TYPE>(f.a[r], i % PER);
+                if (r < 2) b[t + i % PER + K / 2 * r][g] = decoded<TYPE>(f.b[r], i % PER);
+            }
+        }
+    }
+};
+
+// Calls change(row, column, number of the sum) for each.
+template <class T, class Change> static void each_sum(void* const* lanes, const Change& change) {
+    for (int l = 0; l < 32; l++) {
+        T* sum = static_cast<T*>(static_cast<const Fragments*>(lanes[l])->sum);
+        for (int i = 0; i < 4; i++) change(l / 4 + i / 2 * 8, l % 4 * 2 + i % 2, sum[i]);
+    }
+}
+
+// From the sum so far on, product by product in the order of k, each sum rounded to f32. A GPU adds several
+// at once, and cuts off what a shift moves out.
+template <Number TYPE> static void multiply_floats(void* const* lanes) {
+    Product<TYPE> p(lanes);
+    float sums[16][8];
+    each_sum<float>(lanes, [&](int row, int column, float& sum) { sums[row][column] = sum; });
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < p.K; k++)
+            for (int column = 0; column < 8; column++) sums[row][column] += p.a[row][k] * p.b[k][column];
+    each_sum<float>(lanes, [&](int row, int column, float& sum) { sum = sums[row][column]; });
+}
+
+template <bool SATURATE> static void multiply_bytes(void* const* lanes) {
+    Product<Number::S8> p(lanes);
+    each_sum<int>(lanes, [&](int row, int column, int& sum) {
+        int64_t exact = sum;
+        for (int k = 0; k < p.K; k++) exact += int64_t(p.a[row][k] * p.b[k][column]);
+        sum = SATURATE ? int(std::clamp<int64_t>(exact, INT32_MIN, INT32_MAX)) : int(uint32_t(exact));
+    });
+}
+
+void multiply_matrices(Number type, const Fragments& f, bool saturate) {
+    const char* name = "mma";
+    needs(type == Number::E4M3 ? 89 : 80, type == Number::E4M3 ? "mma_e4m3" : name);
+    Together all = nullptr;
+    switch (type) {
+    case Number::F16: name = "mma_f16", all = multiply_floats<Number::F16>; break;
+    case Number::BF16: name = "mma_bf16", all = multiply_floats<Number::BF16>; break;
+    case Number::TF32: name = "mma_tf32", all = multiply_floats<Number::TF32>; break;
+    case Number::E4M3: name = "mma_e4m3", all = multiply_floats<Number::E4M3>; break;
+    case Number::S8: name = "mma_s8", all = saturate ? multiply_bytes<true> : multiply_bytes<false>; break;
+    }
+    Fragments mine = f;
+    together(name, ~0u, &mine, all);
+}
+
+// -- 8  The scheduler ----------------------------------------------------------------------------
 
 static std::vector<std::byte*> free_stacks;
 
@@ -671,7 +1009,8 @@ static void fiber_main() {
     for (const Gather& g : w.gathers)
         if (g.mask >> f.lane() & 1)
             stop(text_of("it ends, while others wait for its lane %d in %s with mask %08x", f.lane(),
-                         name_of(g.kind), g.mask));
+                         g.name, g.mask));
+    if (!f.copies.empty()) stop("it ends, and there is a cp_async that it did not wait for");
     if (b.arrived)
         stop(text_of("it ends, while others wait for it at __syncthreads (line %d)", b.line));
     b.ended++;
@@ -810,7 +1149,9 @@ static std::string waiting_list() {
             if (f.state == Fiber::State::WAITING) lanes[{f.warp(), f.waits, f.detail}]++;
         for (auto& [key, n] : lanes) {
             auto& [warp, waits, detail] = key;
-            const char* form = waits.starts_with("__syncthreads") ? "%s %ju" : "%s, mask %08jx";
+            const char* form = waits.starts_with("__syncthreads") ? "%s %ju"
+                               : waits.starts_with("bar_sync<")   ? "%s, %ju threads"
+                                                                  : "%s, mask %08jx";
             text += "\n  " + place_of(*b) + text_of(", warp %d: %d lanes at ", warp, n);
             text += text_of(form, waits.c_str(), uintmax_t(detail));
         }
@@ -1022,7 +1363,7 @@ static cudaError_t capture_free(std::byte* data, size_t bytes, cudaStream_t stre
 
 }
 
-// -- 8  The run time -----------------------------------------------------------------------------
+// -- 9  The run time -----------------------------------------------------------------------------
 
 using namespace emulator;
 

@@ -15,7 +15,8 @@
 // What it cannot tell: speed, the weakness of a real memory model, what nvcc makes of the source, and races
 // between threads in global memory (random orders alone look for those).
 //
-// Not in here, as no kernel uses it yet: named barriers, cp.async, mma.sync, ldmatrix, clusters.
+// Namespace ptx has a function for each instruction that CUDA C++ has no word for: named barriers, cp.async,
+// ldmatrix, mma.sync. Not in here, as no kernel uses them yet: clusters, TMA, mbarriers, wgmma.
 #pragma once
 
 #include <bit>
@@ -73,11 +74,14 @@ inline const Index* here = nullptr;        // of the running fiber; none: the ho
 
 // -- collectives, barriers -------------------------------------------------------------------------------
 
-enum class Kind : uint8_t { SYNC, SHUFFLE, BALLOT, ANY, ALL, ADD, LEAST, LARGEST, AND, OR, XOR };
+enum class Kind : uint8_t {
+    SYNC, SHUFFLE, BALLOT, ANY, ALL, ADD, LEAST, LARGEST, AND, OR, XOR, TOGETHER
+};
 
 // What the lanes of `mask` make of their values; a shuffle gives that of lane `source`.
 uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source = 0);
 void barrier(int line);
+void named_barrier(int id, int threads, bool waits);
 int lane();
 void give_way();                           // maybe: another fiber may run here
 void spin();                               // nothing changed yet: others must run
@@ -115,8 +119,8 @@ struct Now {
 inline Now now{};
 
 struct Cell {
-    // Who wrote it last. Who read it since: the last; the last other one of a warp of one that came after; the
-    // last one of another warp.
+    // Who wrote it last. Who read it since: the last; before that, the last other lane of a reader's warp;
+    // the last reader of another warp.
     Stamp write, read[3];
 };
 struct SharedArray {
@@ -209,6 +213,22 @@ template <class T, class Sum> Sum dot4(uint32_t a, uint32_t b, Sum sum) {
     for (int i = 0; i < 32; i += 8) bits += uint32_t(int(T(a >> i)) * int(T(b >> i)));
     return Sum(bits);
 }
+
+// -- instructions that CUDA C++ has no word for -----------------------------------------------------------
+
+// cp.async: until the thread waits for it, its target is poison or the copy, as Async says, and no one may
+// touch it; afterwards it is as if this thread had written it.
+void async_copy(void* shared, const void* global, int size, int valid);
+void async_commit();
+void async_wait(int groups);               // for all but the last `groups`; -1: for all, committed or not
+
+enum class Number : uint8_t { F16, BF16, TF32, E4M3, S8 };
+struct Fragments {                         // of a lane
+    const uint32_t *a, *b;
+    void* sum;
+};
+void load_matrices(uint32_t* parts, int n, bool transposed, const void* row);
+void multiply_matrices(Number type, const Fragments& f, bool saturate = false);
 
 // -- launches --------------------------------------------------------------------------------------------
 
@@ -417,6 +437,72 @@ inline unsigned long min(unsigned long a, unsigned long b) { return a < b ? a : 
 inline unsigned long max(unsigned long a, unsigned long b) { return a < b ? b : a; }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
+
+namespace ptx {
+
+// BYTES from global to shared memory, of which the first `valid` are copied and the others zero.
+template <int BYTES, class T, class From> void cp_async(T* shared, const From* global, int valid = BYTES) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+    emulator::async_copy(shared, global, BYTES, valid);
+}
+inline void cp_async_commit() { emulator::async_commit(); }
+template <int GROUPS> void cp_async_wait() {
+    static_assert(GROUPS >= 0);
+    emulator::async_wait(GROUPS);
+}
+inline void cp_async_wait_all() { emulator::async_wait(-1); }
+
+// All threads of a warp arrive together. bar_sync waits for `threads`, bar_arrive only counts for others.
+template <int ID> void bar_sync(int threads) {
+    static_assert(ID >= 0 && ID < 16);
+    emulator::named_barrier(ID, threads, true);
+}
+template <int ID> void bar_arrive(int threads) {
+    static_assert(ID >= 0 && ID < 16);
+    emulator::named_barrier(ID, threads, false);
+}
+
+// 8 x 8 matrices of 16-bit numbers in shared memory. Lane l gives the address of row l % 8 of matrix l / 8.
+template <class T> void ldmatrix_x1(uint32_t (&r)[1], const T* row) {
+    emulator::load_matrices(r, 1, false, row);
+}
+template <class T> void ldmatrix_x2(uint32_t (&r)[2], const T* row) {
+    emulator::load_matrices(r, 2, false, row);
+}
+template <class T> void ldmatrix_x4(uint32_t (&r)[4], const T* row) {
+    emulator::load_matrices(r, 4, false, row);
+}
+template <class T> void ldmatrix_x1_trans(uint32_t (&r)[1], const T* row) {
+    emulator::load_matrices(r, 1, true, row);
+}
+template <class T> void ldmatrix_x2_trans(uint32_t (&r)[2], const T* row) {
+    emulator::load_matrices(r, 2, true, row);
+}
+template <class T> void ldmatrix_x4_trans(uint32_t (&r)[4], const T* row) {
+    emulator::load_matrices(r, 4, true, row);
+}
+
+// sum += a b: A has 16 rows, B and the sum 8 columns; k is 16, 16, 8, 32 and 32.
+inline void mma_bf16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::BF16, {a, b, sum});
+}
+inline void mma_f16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::F16, {a, b, sum});
+}
+inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::TF32, {a, b, sum});
+}
+inline void mma_e4m3(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::E4M3, {a, b, sum});
+}
+inline void mma_s8(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::S8, {a, b, sum});
+}
+inline void mma_s8_satfinite(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::S8, {a, b, sum}, true);
+}
+
+}
 
 // kernel<<<grid, block, shared, stream>>>(args...): the arguments are copied now.
 template <class... Params, class... Args>
