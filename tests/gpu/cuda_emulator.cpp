@@ -33,7 +33,20 @@
 #include <sys/time.h>
 #include <unistd.h>
 #if !defined(__x86_64__)
+#define EMULATOR_UCONTEXT                  // or where it is asked for, to test it
+#endif
+#if defined(EMULATOR_UCONTEXT)
 #include <ucontext.h>
+#endif
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EMULATOR_ASAN
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define EMULATOR_ASAN
+#endif
+#if defined(EMULATOR_ASAN)
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace emulator {
@@ -42,9 +55,14 @@ namespace emulator {
 //
 // By hand where we know how: swapcontext asks the system to save a signal mask, and takes ten times as long.
 
-constexpr size_t PAGE = 4096, STACK = 32 * PAGE;
+constexpr size_t PAGE = 4096;
+#if defined(EMULATOR_ASAN)
+constexpr size_t STACK = 64 * PAGE;        // its frames are larger
+#else
+constexpr size_t STACK = 32 * PAGE;
+#endif
 
-#if defined(__x86_64__)
+#if !defined(EMULATOR_UCONTEXT)
 using Context = void*;                     // the stack pointer; what a function must keep lies on the stack
 extern "C" void emulator_switch(Context* from, Context to);
 asm(R"(
@@ -85,6 +103,27 @@ static void prepare_context(Context& context, std::byte* stack, void (*entry)())
 }
 #endif
 
+// The address sanitizer wants to know on which stack it is. `fake` keeps what it has of the stack that is
+// left; none: that stack is left for good.
+struct Stack {
+    const void* bottom = nullptr;
+    size_t size = 0;
+};
+#if defined(EMULATOR_ASAN)
+static void before_switch(void** fake, const Stack& to) {
+    __sanitizer_start_switch_fiber(fake, to.bottom, to.size);
+}
+static void after_switch(void* fake, Stack* from) {
+    __sanitizer_finish_switch_fiber(fake, from ? &from->bottom : nullptr, from ? &from->size : nullptr);
+}
+// What a function left there that never returned.
+static void clean_stack(std::byte* stack, size_t size) { __asan_unpoison_memory_region(stack, size); }
+#else
+static void before_switch(void**, const Stack&) {}
+static void after_switch(void*, Stack*) {}
+static void clean_stack(std::byte*, size_t) {}
+#endif
+
 // -- 2  What is under way ------------------------------------------------------------------------
 
 struct Block;
@@ -102,6 +141,7 @@ struct Fiber {
     enum class State : uint8_t { READY, WAITING, DONE };
 
     Context context;
+    void* fake = nullptr;                  // see before_switch
     Index index;                           // of the thread
     Block* block = nullptr;
     std::byte* stack = nullptr;
@@ -225,6 +265,7 @@ struct World {
     std::string failure;                   // why the run has to end
     Fiber* running = nullptr;
     Context host;
+    Stack host_stack;
     bool changed = true;                   // something may start that could not before
     uint64_t spins = 0, switches = 0;
 };
@@ -277,6 +318,7 @@ static std::string place_of(const Block& b) {
 // Whatever stack the processor is on: from this fiber's there is no way back.
 [[noreturn]] static void abandon() {
     Context nowhere;
+    before_switch(nullptr, world.host_stack);
     switch_context(nowhere, world.host);
     std::abort();
 }
@@ -420,10 +462,11 @@ static void on_timer(int) {                // a loop that waits for nothing we k
     before = world.switches;
 }
 
+static std::byte signal_stack[16 * PAGE];
+
 static void catch_signals() {
-    static std::byte stack[16 * PAGE];
     stack_t other{};
-    other.ss_sp = stack, other.ss_size = sizeof stack;
+    other.ss_sp = signal_stack, other.ss_size = sizeof signal_stack;
     sigaltstack(&other, nullptr);
     struct sigaction action {};
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -442,7 +485,11 @@ static void set_timer(int period) {        // seconds of our processor's time
 // -- 5  Collectives, barriers --------------------------------------------------------------------
 
 // To the scheduler, until someone makes this fiber ready.
-static void leave(Fiber& f) { switch_context(f.context, world.host); }
+static void leave(Fiber& f) {
+    before_switch(f.state == Fiber::State::DONE ? nullptr : &f.fake, world.host_stack);
+    switch_context(f.context, world.host);
+    after_switch(f.fake, nullptr);
+}
 
 static void wait_at(const char* what, uint64_t detail) {
     Fiber& f = *world.running;
@@ -990,6 +1037,7 @@ static std::byte* take_stack() {
     if (!free_stacks.empty()) {
         std::byte* stack = free_stacks.back();
         free_stacks.pop_back();
+        clean_stack(stack, STACK);
         return stack;
     }
     void* map = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE,
@@ -1001,6 +1049,7 @@ static std::byte* take_stack() {
 
 // What a fiber does: the kernel, then its end.
 static void fiber_main() {
+    after_switch(nullptr, &world.host_stack);
     Fiber& f = *world.running;
     Block& b = *f.block;
     b.grid->body();
@@ -1133,7 +1182,10 @@ static void run_fiber() {
     open_memory(f->block->grid->device);
     world.running = f, here = &f->index, world.switches++;
     stamp_running();
+    void* fake = nullptr;
+    before_switch(&fake, {f->stack, STACK});
     switch_context(world.host, f->context);
+    after_switch(fake, nullptr);
     world.running = nullptr, here = nullptr;
     if (!world.failure.empty() || world.broken) return;
     Block* b = f->block;
@@ -1168,6 +1220,7 @@ static void forget_work() {
 }
 
 static void give_up() {
+    clean_stack(signal_stack, sizeof signal_stack);              // its function may have stopped a fiber
     std::string failure = std::exchange(world.failure, "");
     forget_work();
     open_memory(CLOSED), set_timer(0);
@@ -1302,6 +1355,10 @@ size_t allocated() {
     for (Device& d : world.devices) sum += d.used;
     return sum;
 }
+
+#if defined(EMULATOR_ASAN)
+extern "C" int __lsan_is_turned_off() { return 1; }              // a fiber that stops keeps what it has
+#endif
 
 // The world exists before main begins, as a program needs it; a test makes its own.
 static const bool begun = [] {

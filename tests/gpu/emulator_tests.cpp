@@ -1363,14 +1363,14 @@ TEST(Failure, OfAProgramIsSaidAndItsExitCodeIsThree) {
     program.throws = false;
     auto fail = [&] {
         emulator::reset(program);
-        run(write_position, 1, 1, nullptr, 0);
+        run(write_at, 1, 1, nullptr, 3);
         try {
             cudaDeviceSynchronize();
         } catch (...) {
             std::exit(1);
         }
     };
-    EXPECT_EXIT(fail(), testing::ExitedWithCode(3), "^emulator: device 0, write_position, .*\n$");
+    EXPECT_EXIT(fail(), testing::ExitedWithCode(3), "^emulator: device 0, write_at, .*\n$");
 }
 TEST(Failure, TheEnvironmentMayAskForIt) {
     setenv("EMU_DEVICES", "0", 1), setenv("EMU_MEMORY", "12345678901", 1), setenv("EMU_FAULT", "4", 1);
