@@ -178,12 +178,12 @@ build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/emulator_tests)
+	$(if $(CUDA),build/gpu/emulator_tests build/gpu/ucontext_tests)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
-asan: build/asan/tests build/asan/deepseek build/golden-double
+asan: build/asan/tests build/asan/deepseek build/golden-double $(if $(CUDA),build/asan/emulator_tests)
 	@tests/run --asan
 
 fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)
