@@ -157,7 +157,7 @@ CUDA     ?= $(patsubst %/include/cuda_runtime_api.h,%,$(firstword \
 EMULATED := -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
 
 build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-run
-	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -c,$<)
+	$(call compile,$(CXX),-O3 -g1 $(EMULATED) -c,$<)
 build/gpu/emulator_tests.o: tests/gpu/emulator_tests.cpp build/flags | build/have-test
 	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -c,$<)
 build/gpu/emulator_tests: build/gpu/emulator_tests.o build/gpu/cuda_emulator.o | build/have-test

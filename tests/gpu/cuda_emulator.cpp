@@ -160,21 +160,28 @@ struct Fiber {
 
 using Together = void (*)(void* const* lanes);
 
-struct Gather {                            // a collective that not all lanes have reached
+struct Collective {
     Kind kind;
     const char* name;
     Together all;
-    uint32_t mask, arrived;
+    uint32_t mask;
+};
+struct Gather : Collective {               // that not all lanes have reached
+    uint32_t arrived = 0;
     std::array<uint64_t, 32> value;
     std::array<int, 32> source;
+
+    explicit Gather(const Collective& c) : Collective(c) {}
 };
 
 struct Warp {
     std::vector<Gather> gathers;
     uint32_t lanes = 0, done = 0;
     uint32_t time = 0;                     // counts __syncwarp and arrivals at named barriers
-    std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
+    uint32_t all_met = 0;                  // when all lanes last met in one
+    std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes did that not all took part in
     std::array<uint32_t, 32> clock{};      // what each warp did before lies behind a named barrier
+    std::array<const void*, 32> rows;      // the addresses that its lanes gave the last ldmatrix
 };
 
 struct Grid {
@@ -266,6 +273,7 @@ struct World {
     Fiber* running = nullptr;
     Context host;
     Stack host_stack;
+    bool from_host = true;                 // the last switch
     bool changed = true;                   // something may start that could not before
     uint64_t spins = 0, switches = 0;
 };
@@ -484,10 +492,38 @@ static void set_timer(int period) {        // seconds of our processor's time
 
 // -- 5  Collectives, barriers --------------------------------------------------------------------
 
-// To the scheduler, until someone makes this fiber ready.
+static void open_memory(int device);
+static Fiber* choose();
+
+// Where the running thread stands, for its accesses to shared memory.
+static void stamp_running() {
+    const Fiber& f = *world.running;
+    uint64_t time = f.block->warps[size_t(f.warp())].time;
+    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
+}
+
+// The next one, which the processor is about to switch to.
+static Fiber& next_fiber(bool from_host) {
+    Fiber& f = *choose();
+    open_memory(f.block->grid->device);
+    world.running = &f, here = &f.index, world.switches++, world.from_host = from_host;
+    stamp_running();
+    return f;
+}
+
+// To another fiber, until someone makes this one ready; by way of the scheduler if it has something to do.
 static void leave(Fiber& f) {
-    before_switch(f.state == Fiber::State::DONE ? nullptr : &f.fake, world.host_stack);
-    switch_context(f.context, world.host);
+    bool done = f.state == Fiber::State::DONE;
+    void** fake = done ? nullptr : &f.fake;
+    if (world.ready.empty() || world.changed || (done && f.block->ended == int(f.block->fibers.size()))) {
+        before_switch(fake, world.host_stack);
+        switch_context(f.context, world.host);
+    } else if (Fiber& next = next_fiber(false); &next != &f) {
+        before_switch(fake, {next.stack, STACK});
+        switch_context(f.context, next.context);
+    } else {
+        return;
+    }
     after_switch(f.fake, nullptr);
 }
 
@@ -507,7 +543,9 @@ static void make_ready(Fiber& f) {
 }
 
 static void wake(Fiber& f) {
-    if (f.state == Fiber::State::WAITING) make_ready(f);
+    if (f.state != Fiber::State::WAITING) return;
+    make_ready(f);
+    world.spins = 0;                       // something happens
 }
 
 int lane() { return world.running->lane(); }
@@ -551,13 +589,6 @@ static uint64_t combined(Kind kind, uint64_t a, uint64_t b) {
     }
 }
 
-// Where the running thread stands, for its accesses to shared memory.
-static void stamp_running() {
-    const Fiber& f = *world.running;
-    uint64_t time = f.block->warps[size_t(f.warp())].time;
-    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
-}
-
 static void tick(Warp& w) {
     if (++w.time >> 21) stop("more __syncwarp and named barriers in one block than can be counted");
 }
@@ -565,6 +596,7 @@ static void tick(Warp& w) {
 // The lanes of mask have met.
 static void meet(Warp& w, uint32_t mask) {
     tick(w);
+    if (mask == w.lanes) return void(w.all_met = w.time);
     for (int l = 0; l < 32; l++)
         for (int m = 0; mask >> l & 1 && m < 32; m++)
             if (mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
@@ -595,7 +627,7 @@ static void complete(Block& b, Warp& w, int warp, const Gather& g) {
 }
 
 // The collective that this lane takes part in; a new one, or one that others wait in.
-static Gather& join(Warp& w, const Gather& mine, int lane) {
+static Gather& join(Warp& w, const Collective& mine, int lane) {
     const char* name = mine.name;
     uint32_t mask = mine.mask;
     if (!(mask >> lane & 1)) stop(text_of("%s: mask %08x leaves out its own lane %d", name, mask, lane));
@@ -608,11 +640,10 @@ static Gather& join(Warp& w, const Gather& mine, int lane) {
         stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask, g.name,
                      g.mask));
     }
-    w.gathers.push_back(mine);
-    return w.gathers.back();
+    return w.gathers.emplace_back(mine);
 }
 
-static uint64_t gather(const Gather& mine, uint64_t value, int source) {
+static uint64_t gather(const Collective& mine, uint64_t value, int source) {
     if (!world.running) stop("a collective outside of a kernel");
     give_way();
     Fiber& f = *world.running;
@@ -634,12 +665,12 @@ static uint64_t gather(const Gather& mine, uint64_t value, int source) {
 uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
     if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
         stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
-    return gather({kind, name_of(kind), nullptr, mask, 0, {}, {}}, value, source);
+    return gather({kind, name_of(kind), nullptr, mask}, value, source);
 }
 
 // What all lanes of a warp do at once: the last one to come calls all(what each of them passed).
 static void together(const char* name, uint32_t mask, void* mine, Together all) {
-    gather({Kind::TOGETHER, name, all, mask, 0, {}, {}}, to_bits(mine), 0);
+    gather({Kind::TOGETHER, name, all, mask}, to_bits(mine), 0);
 }
 
 constexpr const char* BARRIERS[] = {
@@ -744,7 +775,7 @@ static bool ordered(Stamp s, const Fiber& f) {
     const Warp& w = f.block->warps[size_t(f.warp())];
     uint32_t time = uint32_t(s) >> 11;
     if (thread / 32 != f.warp()) return w.clock[size_t(thread / 32)] > time;
-    return w.met[size_t(thread % 32)][size_t(f.lane())] > time;
+    return w.all_met > time || w.met[size_t(thread % 32)][size_t(f.lane())] > time;
 }
 
 SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
@@ -841,7 +872,11 @@ static SharedArray& array_at(const void* p, size_t bytes, const char* what, size
 }
 
 static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
-    for (size_t i = offset / a.size; i <= (offset + bytes - 1) / a.size; i++) touch(&a, int64_t(i), writes);
+    for (size_t i = offset / a.size; i <= (offset + bytes - 1) / a.size; i++) {
+        Cell& c = a.cells[i];
+        if (!writes && c.write >= a.born && settled(c.write)) note_read(c);
+        else touch(&a, int64_t(i), writes);
+    }
 }
 
 static void do_copy(Copy& c) {
@@ -911,16 +946,13 @@ void async_wait(int groups) {
 // the registers as much further on as half of k. Its sums are those of columns 2 t and 2 t + 1 of row g, then
 // of row g + 8.
 
-struct Rows {                              // of ldmatrix: the addresses that the lanes gave
-    const void* mine;
-    const void* all[32];
-};
-
-static void share_rows(void* const* lanes) {
-    for (int l = 0; l < 32; l++)
-        for (int m = 0; m < 32; m++)
-            static_cast<Rows*>(lanes[l])->all[m] = static_cast<Rows*>(lanes[m])->mine;
+static Warp& running_warp() {
+    const Fiber& f = *world.running;
+    return f.block->warps[size_t(f.warp())];
 }
+
+// They stay as they are until all lanes have come to the next ldmatrix, and so are through with this one.
+static void share_rows(void* const* rows) { std::copy(rows, rows + 32, running_warp().rows.begin()); }
 
 template <class T> static uint32_t read_shared(const void* row, int i) {
     size_t offset = 0;
@@ -937,11 +969,10 @@ void load_matrices(uint32_t* parts, int n, bool transposed, const void* row) {
     Fiber& f = *world.running;
     size_t offset = 0;
     if (f.lane() < 8 * n) array_at(row, 16, "ldmatrix", offset);
-    Rows rows{row, {}};
-    together("ldmatrix", ~0u, &rows, share_rows);
+    together("ldmatrix", ~0u, const_cast<void*>(row), share_rows);
     int g = f.lane() / 4, t = f.lane() % 4;
     for (int m = 0; m < n; m++) {
-        const void* const* matrix = rows.all + 8 * m;
+        const void* const* matrix = running_warp().rows.data() + 8 * m;
         if (transposed)
             parts[m] = read_shared<uint16_t>(matrix[2 * t], g) |
                        read_shared<uint16_t>(matrix[2 * t + 1], g) << 16;
@@ -956,15 +987,13 @@ template <Number TYPE> static float decoded(uint32_t bits, int i) {
     if constexpr (TYPE == Number::BF16) return std::bit_cast<float>(bits >> 16 * i << 16);
     if constexpr (TYPE == Number::S8) return int8_t(bits >> 8 * i);
     constexpr int SIZE = TYPE == Number::F16 ? 16 : 8, MANTISSA = TYPE == Number::F16 ? 10 : 3;
-    constexpr int EXPONENTS = 1 << (SIZE - 1 - MANTISSA), BIAS = EXPONENTS / 2 - 1;
-    int exponent = int(bits >> (SIZE * i + MANTISSA)) & (EXPONENTS - 1);
-    int mantissa = int(bits >> SIZE * i) & ((1 << MANTISSA) - 1);
-    bool nan = TYPE == Number::E4M3 && exponent == 15 && mantissa == 7;
-    float x = std::ldexp(float(exponent ? mantissa | 1 << MANTISSA : mantissa),
-                         std::max(exponent, 1) - BIAS - MANTISSA);
-    if (TYPE == Number::F16 && exponent == 31) x = INFINITY, nan = mantissa;
-    if (nan) x = NAN;
-    return bits >> (SIZE * i + SIZE - 1) & 1 ? -x : x;
+    constexpr int BIAS = TYPE == Number::F16 ? 15 : 7;
+    // As an f32 with the same digits its exponent is too small, also where it is subnormal.
+    uint32_t number = bits >> SIZE * i, digits = number & ((1u << (SIZE - 1)) - 1);
+    float x = std::bit_cast<float>(digits << (23 - MANTISSA)) * std::ldexp(1.0f, 127 - BIAS);
+    if (TYPE == Number::F16 && digits >= 0x7C00) x = digits == 0x7C00 ? INFINITY : NAN;
+    if (TYPE == Number::E4M3 && digits == 0x7F) x = NAN;
+    return number >> (SIZE - 1) & 1 ? -x : x;
 }
 
 template <Number TYPE> struct Product {
@@ -1049,7 +1078,9 @@ static std::byte* take_stack() {
 
 // What a fiber does: the kernel, then its end.
 static void fiber_main() {
-    after_switch(nullptr, &world.host_stack);
+    Stack from;
+    after_switch(nullptr, &from);
+    if (world.from_host) world.host_stack = from;
     Fiber& f = *world.running;
     Block& b = *f.block;
     b.grid->body();
@@ -1096,7 +1127,7 @@ static void start_block(Grid& g) {
 static void end_block(Block* b) {
     Grid& g = *b->grid;
     g.done++;
-    world.devices[size_t(g.device)].resident--;
+    world.devices[size_t(g.device)].resident--, world.spins = 0;
     for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
     for (auto& a : b->arrays) a->ended = b->epoch << 32;
     std::move(b->arrays.begin(), b->arrays.end(), std::back_inserter(world.arrays));
@@ -1167,7 +1198,8 @@ static bool start_what_can() {
 
 static Fiber* choose() {
     std::deque<Fiber*>& ready = world.ready;
-    if (world.options.order == Order::RANDOM) std::swap(ready[random_number() % ready.size()], ready.front());
+    if (world.options.order == Order::RANDOM)
+        std::swap(ready[random_number() % ready.size()], ready.front());
     if (world.options.order == Order::PRIORITY) {
         std::pop_heap(ready.begin(), ready.end(), less_urgent);
         Fiber* most_urgent = ready.back();
@@ -1177,19 +1209,18 @@ static Fiber* choose() {
     return ready.pop_front(), first;
 }
 
-static void run_fiber() {
-    Fiber* f = choose();
-    open_memory(f->block->grid->device);
-    world.running = f, here = &f->index, world.switches++;
-    stamp_running();
+// Until a fiber comes back that leaves the scheduler something to do.
+static void run_fibers() {
+    Fiber& f = next_fiber(true);
     void* fake = nullptr;
-    before_switch(&fake, {f->stack, STACK});
-    switch_context(world.host, f->context);
+    before_switch(&fake, {f.stack, STACK});
+    switch_context(world.host, f.context);
     after_switch(fake, nullptr);
-    world.running = nullptr, here = nullptr;
+    Fiber& last = *std::exchange(world.running, nullptr);
+    here = nullptr;
     if (!world.failure.empty() || world.broken) return;
-    Block* b = f->block;
-    if (f->state == Fiber::State::DONE && b->ended == int(b->fibers.size())) end_block(b);
+    if (last.state == Fiber::State::DONE && last.block->ended == int(last.block->fibers.size()))
+        end_block(last.block);
 }
 
 // A line for each warp and each thing that some of its lanes wait for.
@@ -1234,7 +1265,7 @@ static void drain() {
     while (world.failure.empty() && !world.broken) {
         bool happened = world.changed && start_what_can();
         if (!world.ready.empty()) {
-            run_fiber();
+            run_fibers();
             continue;
         }
         if (happened || world.changed) continue;
