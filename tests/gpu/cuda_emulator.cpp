@@ -872,7 +872,7 @@ static SharedArray& array_at(const void* p, size_t bytes, const char* what, size
 }
 
 static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
-    for (size_t i = offset / a.size; i <= (offset + bytes - 1) / a.size; i++) {
+    for (size_t i = uint32_t(offset) / uint32_t(a.size); i * a.size < offset + bytes; i++) {
         Cell& c = a.cells[i];
         if (!writes && c.write >= a.born && settled(c.write)) note_read(c);
         else touch(&a, int64_t(i), writes);
@@ -1001,6 +1001,12 @@ template <Number TYPE> struct Product {
     static constexpr int K = 8 * PER;
     float a[16][K], b[K][8];
 
+    // Adds the products to the sums one by one, in the order of k.
+    void add_to(float (&sums)[16][8]) const {
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < K; k++)
+                for (int column = 0; column < 8; column++) sums[row][column] += a[row][k] * b[k][column];
+    }
     explicit Product(void* const* lanes) {
         for (int l = 0; l < 32; l++) {
             const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
@@ -1022,23 +1028,20 @@ template <class T, class Change> static void each_sum(void* const* lanes, const 
     }
 }
 
-// From the sum so far on, product by product in the order of k, each sum rounded to f32. A GPU adds several
-// at once, and cuts off what a shift moves out.
+// From the sum so far on, each step rounded to f32. A GPU adds several products at once, and cuts off what a
+// shift moves out.
 template <Number TYPE> static void multiply_floats(void* const* lanes) {
-    Product<TYPE> p(lanes);
     float sums[16][8];
     each_sum<float>(lanes, [&](int row, int column, float& sum) { sums[row][column] = sum; });
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < p.K; k++)
-            for (int column = 0; column < 8; column++) sums[row][column] += p.a[row][k] * p.b[k][column];
+    Product<TYPE>(lanes).add_to(sums);
     each_sum<float>(lanes, [&](int row, int column, float& sum) { sum = sums[row][column]; });
 }
 
 template <bool SATURATE> static void multiply_bytes(void* const* lanes) {
-    Product<Number::S8> p(lanes);
+    float sums[16][8] = {};                // exact: below 2^20
+    Product<Number::S8>(lanes).add_to(sums);
     each_sum<int>(lanes, [&](int row, int column, int& sum) {
-        int64_t exact = sum;
-        for (int k = 0; k < p.K; k++) exact += int64_t(p.a[row][k] * p.b[k][column]);
+        int64_t exact = int64_t(sum) + int(sums[row][column]);
         sum = SATURATE ? int(std::clamp<int64_t>(exact, INT32_MIN, INT32_MAX)) : int(uint32_t(exact));
     });
 }
