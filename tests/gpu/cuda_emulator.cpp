@@ -276,6 +276,7 @@ struct World {
     bool from_host = true;                 // the last switch
     bool changed = true;                   // something may start that could not before
     uint64_t spins = 0, switches = 0;
+    size_t drains = 0;                     // how often the host waited
 };
 static World world;
 
@@ -350,7 +351,8 @@ void trap() {
 // An allocation ends where a page ends, less what aligns it, and the next page cannot be touched. So an
 // access beyond it is seen at once; a write to what remains of its first page, and to the few bytes between
 // its end and the page's, after the kernels. While no kernel runs that may touch it, none of it can be
-// touched: the host must copy.
+// touched: the host must copy. All that takes longer than most kernels where allocations are many; then it is
+// not done every time.
 
 constexpr int CLOSED = -1, ALL = -2;       // instead of a device: whose kernels run
 constexpr unsigned char POISON = 0xFF;     // NaN as f32, bf16 and e4m3, -1 as an integer
@@ -423,6 +425,12 @@ static std::string damage() {
             return text_of("an access beyond the end of an allocation of %zu bytes", a.bytes);
     }
     return "";
+}
+
+static bool is_time_to_look() {
+    constexpr size_t FEW = 32, AT_FIRST = 50, OFTEN = 8;
+    return world.drains++ < AT_FIRST || allocations.size() < FEW ||
+           world.drains % (allocations.size() / OFTEN) == 0;
 }
 
 // The allocation that holds `bytes` from p on, whole.
@@ -788,7 +796,6 @@ SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t
 SharedArray::~SharedArray() { std::free(data), std::free(cells); }
 
 constexpr size_t USUAL_SHARED = 48 * 1024; // of a block, unless cudaFuncSetAttribute allows more
-static const char dynamic_tag = 0;
 
 // Stamps are never used again: an array of a block that ended before this one began needs new numbers, but
 // not new cells.
@@ -805,34 +812,70 @@ static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, si
     return taken;
 }
 
-static SharedArray& make_array(const void* tag, size_t count, size_t bytes, const char* name) {
+static SharedArray* find_array(const void* tag) {
+    for (auto& a : world.running->block->arrays)
+        if (a->tag == tag) return a.get();
+    return nullptr;
+}
+
+static SharedArray* make_array(const void* tag, size_t count, size_t bytes, const char* name) {
     Block& b = *world.running->block;
-    for (auto& a : b.arrays)
-        if (a->tag == tag) return *a;
-    if (tag != &dynamic_tag) b.shared += count * bytes;
-    if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
-        stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
-                     b.shared, b.grid->shared));
-    SharedArray& a = *b.arrays.emplace_back(take_array(tag, count, bytes, name));
-    a.name = name, a.born = b.born << 32;
-    std::memset(a.data, POISON, count * bytes);
+    SharedArray* a = b.arrays.emplace_back(take_array(tag, count, bytes, name)).get();
+    a->name = name, a->born = b.born << 32;
+    std::memset(a->data, POISON, count * bytes);
     return a;
 }
 
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name) {
-    return &make_array(tag, count, bytes, name);
+    if (SharedArray* known = find_array(tag)) return known;
+    Block& b = *world.running->block;
+    b.shared += count * bytes;
+    if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
+        stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
+                     b.shared, b.grid->shared));
+    return make_array(tag, count, bytes, name);
 }
-SharedArray* dynamic_array(size_t bytes, const char* name) {
-    SharedArray& a = make_array(&dynamic_tag, world.running->block->grid->shared / bytes, bytes, name);
-    if (a.size != bytes)
-        stop(text_of("DYNAMIC_SHARED %s: in %s its elements had another size", name, a.name));
-    return &a;
+
+SharedArray* dynamic_array(const void* tag, size_t from, size_t count, size_t bytes, const char* name) {
+    if (SharedArray* known = find_array(tag)) return known;
+    Block& b = *world.running->block;
+    size_t all = b.grid->shared;
+    if (from % std::min<size_t>(bytes & -bytes, 16))
+        stop(text_of("DYNAMIC_PART %s: %zu is no multiple of its elements' size", name, from));
+    if (count == WHOLE) count = all / bytes;
+    if (from + count * bytes > all)
+        stop(text_of("DYNAMIC_PART %s ends at byte %zu of %zu", name, from + count * bytes, all));
+    for (auto& a : b.arrays)
+        if (a->from < from + count * bytes && from < a->until)
+            stop(text_of("DYNAMIC_PART %s lies where %s does", name, a->name));
+    SharedArray* a = make_array(tag, count, bytes, name);
+    a->from = from, a->until = from + count * bytes;
+    return a;
 }
 
 void* address(SharedArray* a, int64_t i) {
     if (i < 0 || size_t(i) >= a->count)
         stop(text_of("shared array %s has %zu elements, not %jd", a->name, a->count, intmax_t(i)));
     return a->data + size_t(i) * a->size;
+}
+
+static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
+    for (size_t i = uint32_t(offset) / uint32_t(a.size); i * a.size < offset + bytes; i++) {
+        Cell& c = a.cells[i];
+        if (!writes && c.write >= a.born && settled(c.write)) note_read(c);
+        else touch(&a, int64_t(i), writes);
+    }
+}
+
+void* touch_vector(SharedArray* a, int64_t i, size_t bytes, bool writes) {
+    auto* p = static_cast<std::byte*>(address(a, i));
+    size_t offset = size_t(p - a->data);
+    if (offset % bytes)
+        stop(text_of("shared array %s: element %jd is not aligned to %zu bytes", a->name, intmax_t(i),
+                     bytes));
+    address(a, i + int64_t(bytes / a->size) - 1);
+    touch_bytes(*a, offset, bytes, writes);
+    return p;
 }
 
 void* touch(SharedArray* a, int64_t i, bool writes) {
@@ -869,14 +912,6 @@ static SharedArray& array_at(const void* p, size_t bytes, const char* what, size
         return *a;
     }
     stop(text_of("%s: address %p is no shared memory of this block", what, p));
-}
-
-static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
-    for (size_t i = uint32_t(offset) / uint32_t(a.size); i * a.size < offset + bytes; i++) {
-        Cell& c = a.cells[i];
-        if (!writes && c.write >= a.born && settled(c.write)) note_read(c);
-        else touch(&a, int64_t(i), writes);
-    }
 }
 
 static void do_copy(Copy& c) {
@@ -1278,10 +1313,12 @@ static void drain() {
         world.failure = world.blocks.empty() ? "deadlock: a stream waits for what no stream does"
                                              : "deadlock:" + waiting_list();
     }
+    set_timer(0);
     if (world.broken) forget_work();
-    if (world.failure.empty()) world.failure = damage();
+    bool look = is_time_to_look();
+    if (look && world.failure.empty()) world.failure = damage();
     if (!world.failure.empty()) give_up();
-    open_memory(CLOSED), set_timer(0);
+    if (look) open_memory(CLOSED);
 }
 
 static cudaError_t fails(cudaError_t error) { return world.error = error; }
@@ -1378,6 +1415,7 @@ void reset(const Options& options) {
         world.devices[size_t(d)].legacy.device = d, world.devices[size_t(d)].legacy.is_default = true;
     world.options = options, world.random = options.seed, world.device = 0;
     world.error = world.broken = cudaSuccess, world.launches = 0, world.raised.clear();
+    world.drains = 0;
     catch_signals();
     open_memory(CLOSED);
 }

@@ -130,13 +130,16 @@ struct SharedArray {
     std::byte* data;
     Cell* cells;
     Stamp born = 0, ended = 0;             // epochs of its block; what is older belongs to another one
+    size_t from = 0, until = 0;            // bytes of the dynamic memory; none: it is not dynamic
 
     SharedArray(const void* tag, const char* name, size_t count, size_t size);
     SharedArray(const SharedArray&) = delete;
     ~SharedArray();
 };
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name);
-SharedArray* dynamic_array(size_t bytes, const char* name);
+constexpr size_t WHOLE = ~size_t(0);       // as many elements as there is memory for
+SharedArray* dynamic_array(const void* tag, size_t from, size_t count, size_t bytes, const char* name);
+void* touch_vector(SharedArray* array, int64_t i, size_t bytes, bool writes);
 void* touch(SharedArray* array, int64_t i, bool writes);         // the address of element i
 void* address(SharedArray* array, int64_t i);
 
@@ -173,6 +176,10 @@ public:
         int64_t i_;
     };
     Element operator[](int64_t i) const { return {*this, i}; }
+    template <class V> void* vector_at(int64_t i, bool writes) const {
+        static_assert(sizeof(V) % sizeof(T) == 0 && sizeof(V) <= 16);
+        return touch_vector(array_, i, sizeof(V), writes);
+    }
 
 private:
     T get(int64_t i) const {
@@ -254,7 +261,21 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
 #define SHARED(T, name, count)                                                                             \
     static const char name##_tag = 0;                                                                      \
     const emulator::Shared<T> name(emulator::shared_array(&name##_tag, count, sizeof(T), #name))
-#define DYNAMIC_SHARED(T, name) const emulator::Shared<T> name(emulator::dynamic_array(sizeof(T), #name))
+// The memory that the launch asked for: all of it, or `count` elements from byte `first` on.
+#define DYNAMIC_SHARED(T, name) DYNAMIC_PART(T, name, 0, emulator::WHOLE)
+#define DYNAMIC_PART(T, name, first, count)                                                                \
+    static const char name##_tag = 0;                                                                      \
+    const emulator::Shared<T> name(emulator::dynamic_array(&name##_tag, first, count, sizeof(T), #name))
+
+// Several elements at once, from a[i] on: one access of 4, 8 or 16 bytes, as a GPU likes it best.
+template <class V, class T> V load_vector(const emulator::Shared<T>& a, int64_t i) {
+    V v;
+    std::memcpy(&v, a.template vector_at<V>(i, false), sizeof v);
+    return v;
+}
+template <class V, class T> void store_vector(const emulator::Shared<T>& a, int64_t i, const V& v) {
+    std::memcpy(a.template vector_at<V>(i, true), &v, sizeof v);
+}
 
 #define __syncthreads() emulator::barrier(__LINE__)
 inline void __syncwarp(uint32_t mask = ~0u) { emulator::collective(emulator::Kind::SYNC, mask, 0); }

@@ -286,6 +286,36 @@ TEST(Shared, NoReaderIsForgotten) {
     }
 }
 
+__global__ void parts(int* p, int mistake) {
+    DYNAMIC_PART(float, floats, 0, 8);
+    DYNAMIC_PART(unsigned char, bytes, mistake == 1 ? 28 : 32, mistake == 2 ? 17 : 16);
+    int i = int(threadIdx.x);
+    floats[i] = float(i);
+    if (i < 4) store_vector(bytes, 4 * i, 0x01010101 * i);
+    if (mistake != 3) __syncthreads();
+    float2 two = load_vector<float2>(floats, mistake == 4 ? 1 : mistake == 5 ? 8 : i / 2 * 2);
+    p[i] = int(two.x) * 100 + int(two.y) * 10 + bytes[i];
+}
+TEST(Shared, TheDynamicMemoryHasParts) {
+    in_all_orders([] {
+        Numbers<int> p(8);
+        launch(parts, 1, 8, 48, nullptr, p.data, 0);
+        EXPECT_EQ(p.host(), (std::vector<int>{10, 10, 230, 230, 451, 451, 671, 671}));
+    });
+    const std::vector<std::pair<int, std::string>> says = {
+        {1, "DYNAMIC_PART bytes lies where floats does"}, {2, "DYNAMIC_PART bytes ends at byte 49 of 48"},
+        {3, "["}, {4, "shared array floats: element 1 is not aligned to 8 bytes"},
+        {5, "shared array floats has 8 elements, not 8"}};
+    for (auto& [mistake, text] : says) {
+        SCOPED_TRACE(mistake);
+        reports([mistake = mistake] {
+            Numbers<int> p(8);
+            launch(parts, 1, 8, 48, nullptr, p.data, mistake);
+            cudaDeviceSynchronize();
+        }, {text});
+    }
+}
+
 // -- collectives --------------------------------------------------------------------------------------
 
 __global__ void butterfly(int* p, int) {
@@ -962,6 +992,16 @@ TEST(Memory, TheHostCannotTouchIt) {
     cudaMemset(p.data, 0, 68);
     cudaDeviceSynchronize();
     EXPECT_EXIT(std::exit(p.data[3]), testing::ExitedWithCode(3), "the host accesses memory of device 0");
+}
+TEST(Memory, TheHostCannotTouchItAmongMany) {
+    emulator::reset({});
+    std::vector<int*> many(100);
+    for (int*& p : many) cudaMalloc(&p, 4);
+    cudaDeviceSynchronize();
+    EXPECT_EXIT(*many[50] = 1, testing::ExitedWithCode(3), "the host accesses memory of device 0");
+    for (int i = 0; i < 300; i++) run(write_at, 1, 1, many[7], 0), cudaDeviceSynchronize();
+    run(write_at, 1, 1, many[7], -1);
+    EXPECT_THROW(for (int i = 0; i < 100; i++) cudaDeviceSynchronize(), emulator::Error);
 }
 TEST(Memory, RunsOut) {
     emulator::Options small;
