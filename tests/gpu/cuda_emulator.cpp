@@ -29,6 +29,7 @@
 #include <csignal>
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -212,6 +213,7 @@ struct Block {
     std::vector<std::unique_ptr<SharedArray>> arrays;
     size_t shared = 0;                     // bytes of the arrays that are not dynamic
     int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
+    int votes = 0, counted = 0;            // of those at the barrier; of those at the last one
     uint64_t epoch = 0;                    // changes at each barrier
     uint64_t born = 0;                     // the first of them
 };
@@ -277,6 +279,7 @@ struct World {
     bool changed = true;                   // something may start that could not before
     uint64_t spins = 0, switches = 0;
     size_t drains = 0;                     // how often the host waited
+    pthread_t thread;                      // of the host, on which the fibers run
 };
 static World world;
 
@@ -448,6 +451,8 @@ static bool is_pinned(const void* p, size_t bytes) {
     return at != pinned.begin() && q + bytes <= std::prev(at)->first + std::prev(at)->second;
 }
 
+static bool is_kernel();
+
 static std::string describe_address(const void* p) {
     const auto* q = static_cast<const std::byte*>(p);
     for (auto& [data, a] : allocations) {
@@ -455,25 +460,30 @@ static std::string describe_address(const void* p) {
         if (q >= a.end())
             return text_of("an access %zu bytes beyond an allocation of %zu bytes on device %d",
                            size_t(q - a.data) - a.bytes, a.bytes, a.device);
-        return world.running
-                   ? text_of("an access to memory of device %d without peer access", a.device)
-                   : text_of("the host accesses memory of device %d", a.device);
+        return is_kernel() ? text_of("an access to memory of device %d without peer access", a.device)
+                           : text_of("the host accesses memory of device %d", a.device);
     }
+    const std::byte* stack = is_kernel() ? world.running->stack : nullptr;
+    if (stack && q < stack && q >= stack - PAGE)
+        return text_of("it needs more than %zu bytes of stack", STACK);
     return text_of("an access to address %p, which is no memory of a device", p);
 }
 
+static bool is_kernel() { return world.running && pthread_equal(world.thread, pthread_self()); }
+
 static void on_fault(int signal, siginfo_t* info, void*) {
-    if (!world.running && !holder(info->si_addr, 1)) {           // not a kernel's: none of our business
+    if (is_kernel()) stop(describe_address(info->si_addr));
+    if (!holder(info->si_addr, 1)) {       // none of our business
         std::signal(signal, SIG_DFL);
         return;
     }
-    if (world.running) stop(describe_address(info->si_addr));
     std::string line = "emulator: " + describe_address(info->si_addr) + "\n";
     _exit(write(STDERR_FILENO, line.data(), line.size()) > 0 ? 3 : 4);
 }
 
-static void on_timer(int) {                // a loop that waits for nothing we know
+static void on_timer(int signal) {         // a loop that waits for nothing we know
     static uint64_t before = 0;
+    if (!pthread_equal(world.thread, pthread_self())) return void(pthread_kill(world.thread, signal));
     if (world.running && world.switches == before) stop("it has run for seconds without giving way");
     before = world.switches;
 }
@@ -686,7 +696,7 @@ constexpr const char* BARRIERS[] = {
     "bar_sync<6>", "bar_sync<7>", "bar_sync<8>",  "bar_sync<9>",  "bar_sync<10>", "bar_sync<11>",
     "bar_sync<12>", "bar_sync<13>", "bar_sync<14>", "bar_sync<15>"};
 
-void barrier(int line) {
+int barrier(int line, bool vote) {
     if (!world.running) stop("__syncthreads outside of a kernel");
     give_way();
     Fiber& f = *world.running;
@@ -697,11 +707,15 @@ void barrier(int line) {
                      BARRIERS[0]));
     if (b.arrived && b.line != line)
         stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
-    b.line = line;
-    if (++b.arrived < int(b.fibers.size())) return wait_at("__syncthreads, line", uint64_t(line));
-    b.arrived = 0, b.epoch = ++world.epochs;
+    b.line = line, b.votes += vote;
+    if (++b.arrived < int(b.fibers.size())) {
+        wait_at("__syncthreads, line", uint64_t(line));
+        return b.counted;
+    }
+    b.arrived = 0, b.epoch = ++world.epochs, b.counted = std::exchange(b.votes, 0);
     for (Fiber& other : b.fibers) wake(other);
     stamp_running();
+    return b.counted;
 }
 
 // What a lane brings to a named barrier, and takes from it.
@@ -1299,7 +1313,7 @@ static void give_up() {
 // Does all that streams were asked to do, or ends in the error of a kernel.
 static void drain() {
     set_timer(2);
-    world.spins = 0;
+    world.spins = 0, world.thread = pthread_self();
     while (world.failure.empty() && !world.broken) {
         bool happened = world.changed && start_what_can();
         if (!world.ready.empty()) {
@@ -1384,6 +1398,14 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
     size_t most = usual ? USUAL_SHARED : most_shared();
     auto g = std::make_shared<Grid>(Grid{kernel, std::move(body), grid, block, shared, device, most});
     ask(stream, {std::move(g), {}, {}});
+}
+
+void check_pointer(const void* kernel, const void* p) {
+    const auto* q = static_cast<const std::byte*>(p);
+    auto at = allocations.upper_bound(p);
+    bool ours = at != allocations.begin() && q <= std::prev(at)->second.end();
+    if (!p || ours || is_pinned(p, 1) || state()) return;
+    stop(text_of("launch of %s: address %p is no memory of a device", name_of(kernel).c_str(), p));
 }
 
 Options options_of_environment() {

@@ -80,7 +80,7 @@ enum class Kind : uint8_t {
 
 // What the lanes of `mask` make of their values; a shuffle gives that of lane `source`.
 uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source = 0);
-void barrier(int line);
+int barrier(int line, bool vote = false);  // how many voted for it
 void named_barrier(int id, int threads, bool waits);
 int lane();
 void give_way();                           // maybe: another fiber may run here
@@ -237,11 +237,30 @@ struct Fragments {                         // of a lane
 void load_matrices(uint32_t* parts, int n, bool transposed, const void* row);
 void multiply_matrices(Number type, const Fragments& f, bool saturate = false);
 
+// -- atomics ---------------------------------------------------------------------------------------------
+
+template <class T> using Same = std::type_identity_t<T>;         // is converted to T, and does not tell it
+
+// One thread of the host runs everything: between two chances to give way, anything is atomic.
+template <class T, class Change> T atomically(T* p, const Change& change) {
+    emulator::give_way();
+    T old = *p;
+    *p = T(change(old));
+    return old;
+}
+
 // -- launches --------------------------------------------------------------------------------------------
 
 // `body` is what each thread does; `kernel` is for messages.
 void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
              std::function<void()> body);
+
+// An argument that points to the host's memory, or to none, is an error.
+void check_pointer(const void* kernel, const void* p);
+template <class T> void check_argument(const void* kernel, const T& argument) {
+    if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>)
+        check_pointer(kernel, const_cast<const void*>(static_cast<const volatile void*>(argument)));
+}
 
 }
 
@@ -277,7 +296,10 @@ template <class V, class T> void store_vector(const emulator::Shared<T>& a, int6
     std::memcpy(a.template vector_at<V>(i, true), &v, sizeof v);
 }
 
-#define __syncthreads() emulator::barrier(__LINE__)
+#define __syncthreads() void(emulator::barrier(__LINE__))
+#define __syncthreads_count(predicate) emulator::barrier(__LINE__, (predicate) != 0)
+#define __syncthreads_or(predicate) int(__syncthreads_count(predicate) > 0)
+#define __syncthreads_and(predicate) int(__syncthreads_count((predicate) == 0) == 0)
 inline void __syncwarp(uint32_t mask = ~0u) { emulator::collective(emulator::Kind::SYNC, mask, 0); }
 
 template <class T> T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
@@ -321,21 +343,32 @@ inline unsigned __reduce_xor_sync(uint32_t mask, unsigned value) {
     return unsigned(emulator::collective(emulator::Kind::XOR, mask, value));
 }
 
-// One thread of the host runs everything: between two chances to give way, anything is atomic.
-template <class T, class Change> T atomically(T* p, const Change& change) {
-    emulator::give_way();
-    T old = *p;
-    *p = T(change(old));
-    return old;
+template <class T> T atomicAdd(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old + v; });
 }
-template <class T> T atomicAdd(T* p, T v) { return atomically(p, [v](T old) { return old + v; }); }
-template <class T> T atomicMin(T* p, T v) { return atomically(p, [v](T old) { return v < old ? v : old; }); }
-template <class T> T atomicMax(T* p, T v) { return atomically(p, [v](T old) { return old < v ? v : old; }); }
-template <class T> T atomicAnd(T* p, T v) { return atomically(p, [v](T old) { return old & v; }); }
-template <class T> T atomicOr(T* p, T v) { return atomically(p, [v](T old) { return old | v; }); }
-template <class T> T atomicExch(T* p, T v) { return atomically(p, [v](T) { return v; }); }
-template <class T> T atomicCAS(T* p, T expected, T v) {
-    return atomically(p, [=](T old) { return old == expected ? v : old; });
+template <class T> T atomicSub(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old - v; });
+}
+template <class T> T atomicMin(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return v < old ? v : old; });
+}
+template <class T> T atomicMax(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old < v ? v : old; });
+}
+template <class T> T atomicAnd(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old & v; });
+}
+template <class T> T atomicOr(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old | v; });
+}
+template <class T> T atomicXor(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old ^ v; });
+}
+template <class T> T atomicExch(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T) { return v; });
+}
+template <class T> T atomicCAS(T* p, emulator::Same<T> expected, emulator::Same<T> v) {
+    return emulator::atomically(p, [=](T old) { return old == expected ? v : old; });
 }
 
 inline void __threadfence_block() { emulator::give_way(); }
@@ -351,10 +384,10 @@ template <class T> T __ldca(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcv(const T* p) { return *p; }
-template <class T> void __stcg(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stcs(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stwb(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stwt(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stcg(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stcs(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stwb(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stwt(T* p, emulator::Same<T> value) { *p = value; }
 
 // Bits.
 inline int __popc(unsigned x) { return std::popcount(x); }
@@ -530,8 +563,9 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             Args... args) {
     std::tuple<std::decay_t<Params>...> copies{static_cast<Params>(args)...};
-    emulator::enqueue(reinterpret_cast<const void*>(kernel), grid, block, shared, stream,
-                      [kernel, copies] { std::apply(kernel, copies); });
+    const auto* any = reinterpret_cast<const void*>(kernel);
+    std::apply([any](const auto&... copy) { (emulator::check_argument(any, copy), ...); }, copies);
+    emulator::enqueue(any, grid, block, shared, stream, [kernel, copies] { std::apply(kernel, copies); });
 }
 
 // What nvcc's cuda_runtime.h adds to the functions of C.

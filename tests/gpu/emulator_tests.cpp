@@ -102,6 +102,27 @@ TEST(Launch, RefusesWhatNoDeviceTakes) {
     launch(write_position, 1, 1, 1 << 20, nullptr, static_cast<int*>(nullptr), 0);
     EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
 }
+TEST(Launch, RefusesPointersToTheHost) {
+    emulator::reset({});
+    Numbers<int> p(4);
+    int here = 0, *pinned = nullptr, *gone = nullptr;
+    auto says = [](int* pointer) {
+        try {
+            run(write_position, 1, 1, pointer, 0);
+        } catch (const emulator::Error& error) {
+            return std::string(error.what());
+        }
+        return std::string("nothing");
+    };
+    cudaMalloc(&gone, 4), cudaFree(gone), cudaMallocHost(&pinned, 4);
+    EXPECT_EQ(says(&here).find("launch of write_position: address 0x"), 0u);
+    EXPECT_EQ(says(gone).find("launch of write_position: address 0x"), 0u);
+    EXPECT_EQ(says(p.data + 3), "nothing");
+    EXPECT_EQ(says(pinned), "nothing");
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_EQ(*pinned, 0);
+    cudaFreeHost(pinned);
+}
 struct Large {
     int numbers[100];
 };
@@ -215,6 +236,24 @@ TEST(Barrier, TwoPlacesAreNotOne) {
         run(barriers_in_two_branches, 1, 64, p.data, 0);
         cudaDeviceSynchronize();
     }, {"where others wait at that of line"});
+}
+
+__global__ void vote(int* p, int n) {
+    int i = int(threadIdx.x), sum = 0;
+    for (int round = 0; round < 3; round++) {
+        sum += __syncthreads_count(i < n + round) + 1000 * __syncthreads_or(i == n);
+        sum += 10000 * __syncthreads_and(i != n);
+    }
+    p[i] = sum;
+}
+TEST(Barrier, CountsVotes) {
+    in_all_orders([] {
+        Numbers<int> p(50);
+        run(vote, 1, 50, p.data, 7);
+        EXPECT_EQ(p.host(), std::vector<int>(50, 3024));
+        run(vote, 1, 50, p.data, 50);
+        EXPECT_EQ(p.host(), std::vector<int>(50, 30150));
+    });
 }
 
 __global__ void shared_bounds(int* p, int n) {
@@ -979,6 +1018,19 @@ TEST(Memory, NoAddressIsReported) {
         run(write_at, 1, 1, nullptr, 3);
         cudaDeviceSynchronize();
     }, {"which is no memory of a device"});
+}
+__global__ void recurse(int* p, int n) {
+    volatile int page[1024];
+    page[n % 1024] = n;
+    if (n) recurse(p, n - 1);
+    *p = page[n % 1024];
+}
+TEST(Memory, AFullStackIsReported) {
+    reports([] {
+        Numbers<int> p(1);
+        run(recurse, 1, 1, p.data, 1000);
+        cudaDeviceSynchronize();
+    }, {"bytes of stack"});
 }
 TEST(Memory, IsNotANumberAtFirst) {
     emulator::reset({});
