@@ -176,14 +176,23 @@ $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | bui
 # CUDA's sources without a GPU and without nvcc: its headers, and tests/gpu in place of its run time.
 CUDA     ?= $(patsubst %/include/cuda_runtime_api.h,%,$(firstword \
 	$(wildcard $(addsuffix /include/cuda_runtime_api.h,/usr/local/cuda /opt/cuda))))
-EMULATED := -O1 -g1 -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
+EMULATED := -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
 
 build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-run
-	$(call compile,$(CXX),$(EMULATED) -c,$<)
+	$(call compile,$(CXX),-O3 -g1 $(EMULATED) -c,$<)
 build/gpu/deepseek: deepseek.cu build/gpu/cuda_emulator.o build/flags | build/have-run
-	$(call compile,$(CXX),$(EMULATED) -x c++,$<,-x none $(word 2,$^))
-build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o | build/have-test
-	$(call compile,$(CXX),$(EMULATED),$<,$(word 2,$^) $(GTEST))
+	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -x c++,$<,-x none $(word 2,$^))
+build/gpu/emulator_tests.o: tests/gpu/emulator_tests.cpp build/flags | build/have-test
+	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -c,$<)
+build/gpu/emulator_tests: build/gpu/emulator_tests.o build/gpu/cuda_emulator.o | build/have-test
+	$(call compile,$(CXX),$(EMULATED),$(filter %.o,$^),$(GTEST))
+# Fibers as other processors than x86-64 have them.
+build/gpu/ucontext_tests: tests/gpu/cuda_emulator.cpp build/gpu/emulator_tests.o | build/have-test
+	$(call compile,$(CXX),-O1 -g1 -DEMULATOR_UCONTEXT $(EMULATED),$(filter %.cpp %.o,$^),$(GTEST))
+build/asan/%.o: tests/gpu/%.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE) $(EMULATED) -c,$<)
+build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.o | build/have-test
+	$(call compile,$(CXX),$(SANITIZE) $(EMULATED),$(filter %.o,$^),$(GTEST))
 
 -include $(wildcard build/deps/*.d)
 
@@ -193,12 +202,12 @@ build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/emulator_tests $(if $(wildcard deepseek.cu),build/gpu/deepseek))
+	$(if $(CUDA),build/gpu/emulator_tests build/gpu/ucontext_tests build/gpu/deepseek)
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
-asan: build/asan/tests build/asan/deepseek build/golden-double
+asan: build/asan/tests build/asan/deepseek build/golden-double $(if $(CUDA),build/asan/emulator_tests)
 	@tests/run --asan
 
 fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)

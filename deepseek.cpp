@@ -102,6 +102,13 @@
 #include <sys/auxv.h>
 #endif
 
+// Functions of single numbers are what kernels call, too: nvcc compiles them for both sides.
+#ifdef __CUDACC__
+#define EVERYWHERE __host__ __device__
+#else
+#define EVERYWHERE
+#endif
+
 // =================================================================================================
 // Chapter 1. Ground rules
 // =================================================================================================
@@ -123,13 +130,6 @@
 #define DEEPSEEK_FLOAT 1
 #endif
 using real = DEEPSEEK_REAL;
-
-// Functions of single numbers are what kernels call, too: nvcc compiles them for both sides.
-#ifdef __CUDACC__
-#define EVERYWHERE __host__ __device__
-#else
-#define EVERYWHERE
-#endif
 
 namespace fs = std::filesystem;
 
