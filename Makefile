@@ -122,7 +122,7 @@ build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
 # nvcc fails in simdjson's own SIMD, what it writes for the host compiler is not pedantic, and warning 1675 is
-# of pragmas that it hands on to that unread. A fused multiply-add on a GPU would give other bits than the CPU.
+# of pragmas that it hands on to that unread. Fused multiply-adds on a GPU would give other bits than the CPU.
 GPUS  := $(patsubst %,-gencode arch=%,compute_80$(comma)code=sm_80 compute_90a$(comma)code=sm_90a \
 	compute_90$(comma)code=compute_90)
 HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
