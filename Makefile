@@ -3,6 +3,8 @@
 # make test        builds and runs every test
 # make help        the other targets
 #
+# Where nvcc is found (NVCC names another one, NVCC= none), ./deepseek can use a GPU, too.
+#
 # Missing Debian packages are installed on the way, with a line that says which and why. Everything else
 # happens in this folder: ./deepseek, build/ and weights/. V=1 shows the commands.
 
@@ -114,12 +116,32 @@ endif
 compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,-,$@).d $(3) -o $@
 compile += $(LIBS) $(4)
 
-FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT)
+NVCC  := $(or $(NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC)
 build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
+# nvcc fails in simdjson's own SIMD, what it writes for the host compiler is not pedantic, and warning 1675 is
+# of pragmas that it hands on to that unread. Fused multiply-adds on a GPU would give other bits than the CPU.
+GPUS  := $(patsubst %,-gencode arch=%,compute_80$(comma)code=sm_80 compute_90a$(comma)code=sm_90a \
+	compute_90$(comma)code=compute_90)
+HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
+TO_CXX = $(subst $(eval ) ,$(comma),$(strip $(HOST)))
+
+ifeq ($(wildcard deepseek.cu),)
 deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
+else ifeq ($(NVCC),)
+deepseek: deepseek.cpp build/flags | build/have-run
+	@echo "no nvcc: building for the CPU only"
+	$(call compile,$(CXX),$(CXXFLAGS),$<)
+else
+deepseek: deepseek.cu build/flags | build/have-run
+	@$(if $(V),,echo "compiling $@";) mkdir -p build/deps
+	$(if $(V),,@)$(NVCC) -x cu -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr $(GPUS) \
+		$(addprefix -DSIMDJSON_IMPLEMENTATION_,HASWELL=0 ICELAKE=0 WESTMERE=0) -Werror all-warnings \
+		-diag-suppress 1675 -ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
+endif
 
 TEST_FLAGS     := $(CXXFLAGS) -I.
 SANITIZE       := -O1 -g1 -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -154,19 +176,30 @@ $(FUZZ_TARGETS:%=build/fuzz/%): build/fuzz/%: tests/fuzz/%.cpp build/flags | bui
 # CUDA's sources without a GPU and without nvcc: its headers, and tests/gpu in place of its run time.
 CUDA     ?= $(patsubst %/include/cuda_runtime_api.h,%,$(firstword \
 	$(wildcard $(addsuffix /include/cuda_runtime_api.h,/usr/local/cuda /opt/cuda))))
-EMULATED := -O1 -g1 -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
+EMULATED := -fno-strict-aliasing -rdynamic -isystem $(CUDA)/include -Itests/gpu
 
 build/gpu/cuda_emulator.o: tests/gpu/cuda_emulator.cpp build/flags | build/have-run
-	$(call compile,$(CXX),$(EMULATED) -c,$<)
-build/gpu/emulator_tests: tests/gpu/emulator_tests.cpp build/gpu/cuda_emulator.o | build/have-test
-	$(call compile,$(CXX),$(EMULATED),$<,$(word 2,$^) $(GTEST))
+	$(call compile,$(CXX),-O3 -g1 $(EMULATED) -c,$<)
+build/gpu/deepseek: deepseek.cu build/gpu/cuda_emulator.o build/flags | build/have-run
+	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -x c++,$<,-x none $(word 2,$^))
+build/gpu/emulator_tests.o: tests/gpu/emulator_tests.cpp build/flags | build/have-test
+	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -c,$<)
+build/gpu/emulator_tests: build/gpu/emulator_tests.o build/gpu/cuda_emulator.o | build/have-test
+	$(call compile,$(CXX),$(EMULATED),$(filter %.o,$^),$(GTEST))
+# Fibers as other processors than x86-64 have them.
+build/gpu/ucontext_tests: tests/gpu/cuda_emulator.cpp build/gpu/emulator_tests.o | build/have-test
+	$(call compile,$(CXX),-O1 -g1 -DEMULATOR_UCONTEXT $(EMULATED),$(filter %.cpp %.o,$^),$(GTEST))
+build/asan/%.o: tests/gpu/%.cpp build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE) $(EMULATED) -c,$<)
+build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.o | build/have-test
+	$(call compile,$(CXX),$(SANITIZE) $(EMULATED),$(filter %.o,$^),$(GTEST))
 
 # deepseek.cu with mistakes in it, one of which an environment variable chooses.
 build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting.py | build/have-test
 	@mkdir -p $(@D)
 	@tests/gpu/mistakes.py --plant $@
 build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.o build/flags | build/have-run
-	$(call compile,$(CXX),$(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
+	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
 
 -include $(wildcard build/deps/*.d)
 
@@ -176,12 +209,12 @@ build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/twin-mistakes build/gpu/emulator_tests)
+	$(if $(CUDA),$(addprefix build/gpu/,twin-mistakes deepseek emulator_tests ucontext_tests))
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
-asan: build/asan/tests build/asan/deepseek build/golden-double
+asan: build/asan/tests build/asan/deepseek build/golden-double $(if $(CUDA),build/asan/emulator_tests)
 	@tests/run --asan
 
 fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)

@@ -102,6 +102,13 @@
 #include <sys/auxv.h>
 #endif
 
+// Functions of single numbers are what kernels call, too: nvcc compiles them for both sides.
+#ifdef __CUDACC__
+#define EVERYWHERE __host__ __device__
+#else
+#define EVERYWHERE
+#endif
+
 // =================================================================================================
 // Chapter 1. Ground rules
 // =================================================================================================
@@ -123,13 +130,6 @@
 #define DEEPSEEK_FLOAT 1
 #endif
 using real = DEEPSEEK_REAL;
-
-// Functions of single numbers are what kernels call, too: nvcc compiles them for both sides.
-#ifdef __CUDACC__
-#define EVERYWHERE __host__ __device__
-#else
-#define EVERYWHERE
-#endif
 
 namespace fs = std::filesystem;
 
@@ -384,7 +384,7 @@ inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every lon
 // widening is exact.
 
 enum class Dtype : uint8_t {
-    F64, F32, BF16, F16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+    F64, F32, BF16, F16, F8_E4M3, F8_LATENT, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 };
 constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
 
@@ -395,10 +395,12 @@ struct Format {
     bool minimums;                       // blocks have a minimum beside the scale
 };
 constexpr Format FORMATS[] = {
-    {"F64", 1, 8, false},     {"F32", 1, 4, false},     {"BF16", 1, 2, false},    {"F16", 1, 2, false},
-    {"F8_E4M3", 1, 1, false}, {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},   {"Q5_0", 32, 22, false},
-    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},  {"Q2_K", 256, 84, true},  {"Q3_K", 256, 110, false},
-    {"Q4_K", 256, 144, true}, {"Q5_K", 256, 176, true}, {"Q6_K", 256, 210, false}};
+    {"F64", 1, 8, false},     {"F32", 1, 4, false},           {"BF16", 1, 2, false},
+    {"F16", 1, 2, false},     {"F8_E4M3", 1, 1, false},       {"F8_LATENT", 576, 656, false},
+    {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},         {"Q5_0", 32, 22, false},
+    {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},        {"Q2_K", 256, 84, true},
+    {"Q3_K", 256, 110, false}, {"Q4_K", 256, 144, true},      {"Q5_K", 256, 176, true},
+    {"Q6_K", 256, 210, false}};
 constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
 constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
 inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
@@ -488,6 +490,16 @@ struct F16Row {
 struct E4m3Row {
     const std::byte* p;
     real operator()(int i) const { return E4M3[size_t(p[i])]; }
+};
+
+// A token of V3's latent cache in 656 bytes, as FlashMLA reads it: 512 e4m3 with four f32 scales, 64 bf16.
+constexpr int LATENT_SCALED = 512;
+struct LatentRow {
+    const std::byte* p;
+    real operator()(int i) const {
+        if (i >= LATENT_SCALED) return Bf16Row{p + LATENT_SCALED + 16}(i - LATENT_SCALED);
+        return E4M3[size_t(p[i])] * load<float>(p + LATENT_SCALED + i / 128 * 4);
+    }
 };
 
 template <class Row> void widen_into(real* out, Row w, int n) {
@@ -1109,6 +1121,19 @@ inline std::vector<int> parse_id_array(Json json) {
     return ids;
 }
 
+inline std::vector<int> parse_id_list(const std::string& text, int V) {
+    std::vector<int> ids;
+    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
+    for (std::string item; std::getline(in, item, ',');) {
+        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
+        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
+        int id = std::stoi(item);
+        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
+        ids.push_back(id);
+    }
+    return ids;
+}
+
 inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
     std::vector<int> ids = t.encode(text);
     if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
@@ -1281,6 +1306,15 @@ inline Checkpoint open_checkpoint(const fs::path& model) {
         if (!weight_map.count(name))
             refuse(tensor.file, "tensor '%s' is not in the index", Fields::printable(name).c_str());
     return checkpoint;
+}
+
+// The model in weights/, beside the program or above it.
+inline fs::path shipped_model() {
+    std::error_code error;
+    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
+    for (const fs::path& folder : {here, here.parent_path()})
+        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
+    fail("no model: -m is missing, and there is no weights/tiny beside the program");
 }
 
 // -- 4.5  Binder: every tensor in its place ------------------------------------------------------
@@ -1719,6 +1753,7 @@ inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, doubl
 // -- 5.7  top_k: the one place that decides ties -------------------------------------------------
 
 // idx: the k indices of the largest v, in descending order of v; of equal values the lower index comes first.
+// v: (n), no NaN, which is neither larger nor smaller than any number
 inline void top_k(int* idx, const real* v, int n, int k) {
     for (int i = 0, filled = 0; i < n; i++) {
         if (filled == k && !(v[i] > v[idx[k - 1]])) continue;
@@ -1873,6 +1908,7 @@ inline void rope_half(const Heads& x, const real* cos_sin, int dim) {
 
 inline void attend_plain(const Attention& a, Rows scratch) {
     int64_t dk = a.k.cols, dv = a.v.cols, T = int64_t(a.n.size());
+    if (T == 0) return;
     parallel_for(T * a.heads, [&](int64_t i) {
         int64_t t = i / a.heads, h = i % a.heads;
         const int n = a.n[size_t(t)];                  // causal: later keys are masked by not being visited
@@ -2049,7 +2085,7 @@ inline int latent_expansion(int Rkv, int Dn, int Dr, int Dv) { return Rkv + Dr +
 // definition.                                                                              V2 eq. 9-11, 17-18
 inline void mla_naive(const LatentAttention& a) {
     int H = int(a.wk_b.size()), Dn = a.wk_b[0].rows, Rkv = a.wk_b[0].cols, Dv = a.wv_b[0].rows;
-    int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.n.back();
+    int latent = Rkv + a.Dr, dk = Dn + a.Dr, width = dk + Dv, n = a.n.empty() ? 0 : a.n.back();
     parallel_for(H, [&](int64_t h) {
         real* memory = a.expanded[thread_index()];
         Rows c{memory, latent}, k{memory + int64_t(n) * latent, width}, v{k[0] + dk, width};
@@ -2082,6 +2118,50 @@ inline void mla_absorbed(const LatentAttention& a) {
     parallel_for(H, [&](int64_t h) {                                                    // W^UV z
         matmul({a.out + h * Dv, int64_t(H) * Dv}, {a.z + h * Rkv, int64_t(H) * Rkv}, a.wv_b[size_t(h)], T);
     }, int64_t(T) * Dv * Rkv);
+}
+
+// -- 8.2  a cache in pages -----------------------------------------------------------------------
+//
+// A server's conversations begin and end at any time. So that their caches need no room for what may never be
+// said, all rows lie in one pool of pages of 64, and a table says which pages are whose, in order.
+
+constexpr int PAGE = 64;
+
+// B conversations with a new token each. What lies behind a conversation's last position is not looked at,
+// neither in its last page nor in its row of the table.
+struct PagedAttention {
+    real *out, *lse;                       // (B, H, dv); (B, H): ln of the sum of e^score
+    const real* q;                         // (B, H, width): [q_absorbed | q_rope]
+    Matrix pool;                           // (pages * PAGE, width): [c_kv | k_rope]
+    const int* table;                      // (B, table_width): numbers of pages
+    int table_width;
+    std::span<const int> n;                // (B): positions, its own the last; 0: out = 0, lse = infinity
+    int H, dv;
+    real scale;
+};
+
+// scratch: (threads, table_width * PAGE + pool.cols)         FlashMLA flash_mla_with_kvcache, one token each
+inline void mla_paged(const PagedAttention& a, Rows scratch) {
+    const int width = a.pool.cols;
+    auto row = [&](int64_t b, int j) { return a.table[b * a.table_width + j / PAGE] * PAGE + j % PAGE; };
+    parallel_for(int64_t(a.n.size()) * a.H, [&](int64_t i) {
+        const int64_t b = i / a.H;
+        const int n = a.n[size_t(b)];
+        real *out = a.out + i * a.dv, *p = scratch[thread_index()], *c = p + a.table_width * PAGE;
+        for (int j = 0; j < n; j++) {
+            widen_plain(c, a.pool, row(b, j));
+            p[j] = dot_real_plain(c, a.q + i * width, width);
+        }
+        const int best = int(std::max_element(p, p + n) - p);
+        const real top = n ? p[best] * a.scale : std::numeric_limits<real>::infinity();
+        softmax_plain(p, a.scale, n);                        // the best's is 1 / sum of e^(score - top)
+        a.lse[i] = n ? real(double(top) - std::log(double(p[best]))) : top;
+        std::fill_n(out, a.dv, real(0));
+        for (int j = 0; j < n; j++) {
+            widen_plain(c, a.pool, row(b, j));
+            weigh_plain({out, 0}, {p + j, 0}, real_matrix(c, 1, a.dv), 1, 1);
+        }
+    }, int64_t(a.table_width) * PAGE * width);
 }
 
 constexpr double LATENT_EPS = 1e-6;   // q_a_layernorm, kv_a_layernorm: their own eps, not the config's
@@ -3485,6 +3565,21 @@ inline void quantise_fp8(uint8_t* q, float* scale, ConstRows x, int rows, int n,
     }, 16 * int64_t(f.tile) * SCALE_BLOCK);
 }
 
+// As `store` (7.2), into rows of 656 bytes: c_kv in four tiles of 128, scales rounded up to powers of two,
+// and k_rope in bf16, as it is the more sensitive.                            FlashMLA's FP8 cache of V3.2
+inline void store_latent(const Matrix& cache, std::span<const int> n, ConstRows x) {
+    CHECK(cache.dtype == Dtype::F8_LATENT, "%s", format_of(cache.dtype).name);
+    parallel_for(int64_t(n.size()), [&](int64_t t) {
+        std::byte* row = const_cast<std::byte*>(cache.row(n[size_t(t)] - 1));
+        float scale[LATENT_SCALED / SCALE_BLOCK];
+        quantise_fp8(reinterpret_cast<uint8_t*>(row), scale, {x[t], 0}, 1, LATENT_SCALED,
+                     {Fp8Formula::FLASHMLA, true});
+        std::memcpy(row + LATENT_SCALED, scale, sizeof scale);
+        store_row(row + LATENT_SCALED + sizeof scale, x[t] + LATENT_SCALED, cache.cols - LATENT_SCALED,
+                  Dtype::BF16);
+    }, 16 * cache.cols);
+}
+
 // -- 14.3  the sum of one number, in three arithmetics -------------------------------------------
 //
 //      exact       f64: blocks without an error, scaled and added in order by fma, rounded once in the end
@@ -3922,12 +4017,26 @@ inline int processors() {
     return std::max(n, 1);
 }
 
+// How long a thread that waits for the next loop stays awake: ten microseconds. The default of OpenMP's run
+// times, which read it before main, is a thousand times that and takes the time of other programs. Not where
+// the user has a say in it, nor where threads are bound: the first one's processor would be passed on.
+inline void set_patience(char** argv) {
+    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND",
+                               "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
+        if (std::getenv(chosen)) return;
+    setenv("GOMP_SPINCOUNT", "2000", 1), setenv("KMP_BLOCKTIME", "0", 1);
+    std::error_code error;                               // by its name, which ps and killall go by
+    execv(fs::read_symlink("/proc/self/exe", error).c_str(), argv);    // where refused, it works all the same
+}
+
 // -- 19.3  the memory plan -----------------------------------------------------------------------
 
 inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
 
 struct MemoryPlan {
     uint64_t weights, cache, activations, available;   // weights: those that are not in the mapped files
+    const Device* device = &CPU;
+    std::string where() const { return device == &CPU ? "" : text_of(" on %s", device->name); }
     uint64_t needed() const { return weights + cache + activations; }
     bool fits() const { return available == 0 || needed() <= available; }
     // What weights may take that could stay in the files: a tenth is left to other programs.
@@ -3936,29 +4045,35 @@ struct MemoryPlan {
     }
     void require(int context) const {                  // fails where it does not fit
         if (fits()) return;
-        fail("not enough memory for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
-             "the %.2f GB available",
-             context, weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
+        fail("not enough memory%s for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more "
+             "than the %.2f GB available",
+             where().c_str(), context,
+             weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
              gigabytes(cache), gigabytes(activations), gigabytes(needed() - available), gigabytes(available));
     }
 };
 
-inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s) {
-    return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, CPU),
-            available_memory()};
+inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s,
+                              const Device& device) {
+    return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, device), device.available(),
+            &device};
 }
 
 // -- 19.4  loading within the plan ---------------------------------------------------------------
 
-// Bytes of the weights of a model that is quantised while loading, before anything is loaded.
-inline size_t quantised_bytes(const Config& c, const std::string& quant) {
-    if (quant == "none") return 0;
-    Quantiser quantiser{&file_type(quant), &c, {}, {}};
-    Binder binder(nullptr, "", false, &quantiser);
+// Bytes of the weights that need memory of their own, before anything is loaded: those that are quantised
+// while loading, or all, where they are copied to a device. Weights that are not there count as BF16.
+inline uint64_t weight_bytes(const fs::path& folder, const Config& c, const std::string& quant,
+                             const Device& device) {
+    const bool made = quant != "none", look = device.upload && (is_gguf(folder) || has_weights(folder));
+    if (!made && !device.upload) return 0;
+    Checkpoint files = look ? open_checkpoint(folder) : Checkpoint{};
+    Quantiser quantiser{made ? &file_type(quant) : nullptr, &c, {}, {}};
+    Binder binder(look ? &files : nullptr, folder, c.fp8, made ? &quantiser : nullptr);
     Model counted;
     counted.config = c;
     bind_model(binder, counted);
-    return quantiser.arena.used;
+    return device.upload ? binder.bytes : quantiser.arena.used;
 }
 
 struct Loading {
@@ -4019,12 +4134,12 @@ inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t
 
 // A model, ready to run with these options of a session.
 inline Model load_planned(const fs::path& folder, const std::string& quant, const Config& c,
-                          const SessionOptions& s) {
+                          const SessionOptions& s, const Device& device) {
     if (kernels.arith == Arith::FP8 && quant != "fp8" && (quant != "none" || !c.fp8))
         fail("--arith fp8: needs FP8 weights: those of a folder that has them, or --quant fp8");
     const Dtype weights = quant == "none" ? REAL : file_type(quant).dtype;
     if (kernels.arith != Arith::F32 && kernels.integers && quantised(weights)) refuse_integers(weights);
-    MemoryPlan plan = memory_plan(quantised_bytes(c, quant), c, s);
+    MemoryPlan plan = memory_plan(weight_bytes(folder, c, quant, device), c, s, device);
     plan.require(s.context);
     std::unique_ptr<Progress> progress;
     auto shown = [&progress](const std::string& what) {
@@ -4035,7 +4150,8 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
     };
     Model model = load_model(folder, {quant, shown(text_of("quantising to %s, bytes", quant.c_str()))});
     progress.reset();
-    rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
+    if (device.upload) device.upload(model, shown("copying weights, bytes"));
+    else rearrange(model, plan.left_for_weights(), shown("rearranging weights, bytes"));
     set_arith(model, s.mla);
     return model;
 }
@@ -4050,10 +4166,12 @@ inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions
         "{\"architecture\":\"%s\",\"layers\":%d,\"hidden_size\":%d,\"vocab_size\":%d,\"context\":%d,"
         "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
         "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
-        "\"memory\":{\"ctx\":%d,\"cache\":%llu,\"activations\":%llu,\"available\":%llu,\"fits\":%s}}\n",
+        "\"memory\":{\"device\":\"%s\",\"ctx\":%d,\"weights\":%llu,\"cache\":%llu,\"activations\":%llu,"
+        "\"available\":%llu,\"fits\":%s}}\n",
         c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
         (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
-        (unsigned long long)b.full_kv, s.context, (unsigned long long)plan.cache,
+        (unsigned long long)b.full_kv, plan.device->name, s.context, (unsigned long long)plan.weights,
+        (unsigned long long)plan.cache,
         (unsigned long long)plan.activations, (unsigned long long)plan.available,
         plan.fits() ? "true" : "false");
 }
@@ -4072,16 +4190,18 @@ inline void print_memory_plan(const Bill& b, const SessionOptions& s, const Memo
                               const std::string& quant) {
     uint64_t files = 0;
     for (auto& [dtype, n] : b.bytes) files += n;
-    std::string made = plan.weights ? text_of("--quant %s: weights %.3f GB + ", quant.c_str(),
-                                              gigabytes(plan.weights)) : "";
+    std::string made = plan.weights && quant != "none" ? text_of("--quant %s: ", quant.c_str()) : "";
+    if (plan.weights) made += text_of("weights %.3f GB + ", gigabytes(plan.weights));
     std::printf(
-        "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB\n",
+        "memory plan    --ctx %d: %scache %.3f GB + activations %.3f GB = %.3f GB; available %.2f GB%s\n",
         s.context, made.c_str(), gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed()),
-        gigabytes(plan.available));
-    std::printf("               weights are mapped from the files and need no memory of their own%s\n",
-                plan.fits() && plan.needed() + files > plan.available && plan.available
-                    ? ", but they exceed what is available: each token will read from the disk" : "");
-    if (will_rearrange(b))
+        gigabytes(plan.available), plan.where().c_str());
+    if (plan.device->upload) std::printf("               weights are copied there from the files\n");
+    else
+        std::printf("               weights are mapped from the files and need no memory of their own%s\n",
+                    plan.fits() && plan.needed() + files > plan.available && plan.available
+                        ? ", but they exceed what is available: each token will read from the disk" : "");
+    if (!plan.device->upload && will_rearrange(b))
         std::printf("               K formats but for experts are rearranged in memory where that is free\n");
     if (plan.fits()) std::printf("               fits\n");
     else
@@ -4118,7 +4238,7 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 //      echo '["hello"]' | deepseek tokenize --lines
 //      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
 //      deepseek perplexity -f text.txt      deepseek info      deepseek bench
-//      deepseek quantize -m M -o M.gguf --type q4_k_m
+//      deepseek quantize -m M -o M.gguf --type q4_k_m           deepseek check
 //
 // Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
 // check failed.
@@ -4135,7 +4255,7 @@ inline int (*check_twins)(const std::string& section) = nullptr;
 
 struct Options {
     std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
-    std::string prompt, file, dash, system, ids, out, save_kv, load_kv;
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section;
     int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5;
     std::optional<double> temperature, top_p, min_p;
@@ -4147,24 +4267,29 @@ struct Options {
 
 constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
 
-inline fs::path shipped_model() {
-    std::error_code error;
-    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
-    for (const fs::path& folder : {here, here.parent_path()})
-        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
-    fail("no model: -m is missing, and there is no weights/tiny beside the program");
-}
-
 inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_model() : fs::path(o.model); }
 
 // Common checks; sets the number of threads and the kernels.
 inline void prepare(const Options& o) {
-    if (o.device == "cuda") fail("--device cuda: this build has no CUDA");
+    if (o.device == "cuda" && !gpu)
+        fail("--device cuda: this build has no CUDA (nvcc was not found when it was made)");
+    if (o.device == "cuda" && o.arith != "f32") fail("--arith %s: not with --device cuda", o.arith.c_str());
     int unasked = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : processors();
     set_threads(o.threads > 0 ? o.threads : unasked);
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(wish ? wish : "", o.exact);
     use_arith(o.arith == "fp8" ? Arith::FP8 : o.arith == "bf16" ? Arith::BF16 : Arith::F32);
+}
+
+// Where to compute: as asked, or else on a GPU where that can be; then a person at a terminal is told.
+inline const Device& pick_device(const Options& o) {
+    if (!gpu || o.device == "cpu") return CPU;
+    const std::string why = o.arith == "f32" ? gpu->missing() : "--arith " + o.arith;
+    if (o.device == "cuda" && !why.empty()) fail("--device cuda: %s", why.c_str());
+    const Device& device = why.empty() ? *gpu : CPU;
+    if (o.device == "auto" && isatty(STDERR_FILENO))
+        std::fprintf(stderr, "device: %s%s\n", device.name, why.empty() ? "" : (" (" + why + ")").c_str());
+    return device;
 }
 
 inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
@@ -4210,6 +4335,7 @@ struct Talk {
     Tokenizer tokenizer;
     Generation generation;
     SessionOptions options;
+    const Device& device;
     Model model;
     std::unique_ptr<Session> session;
     std::vector<Message> messages;
@@ -4217,12 +4343,12 @@ struct Talk {
     explicit Talk(const Options& o)
         : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
           generation(make_generation(o, folder, config, tokenizer)),
-          options(session_options(o, config, DEFAULT_CONTEXT)) {
+          options(session_options(o, config, DEFAULT_CONTEXT)), device(pick_device(o)) {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
-        model = load_planned(folder, o.quant, config, options);
-        session = std::make_unique<Session>(model, options);
+        model = load_planned(folder, o.quant, config, options, device);
+        session = std::make_unique<Session>(model, options, device);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
         if (!o.system.empty()) messages.push_back({"system", o.system, {}});
     }
@@ -4302,19 +4428,6 @@ inline void command_tokenize(const Options& o) {
     }
 }
 
-inline std::vector<int> parse_id_list(const std::string& text, int V) {
-    std::vector<int> ids;
-    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
-    for (std::string item; std::getline(in, item, ',');) {
-        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
-        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
-        int id = std::stoi(item);
-        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
-        ids.push_back(id);
-    }
-    return ids;
-}
-
 // x as a tensor of a file: rows of `inner` numbers.
 template <class T>
 OutputTensor output_rows(const std::string& name, std::vector<size_t> inner, const std::vector<T>& x) {
@@ -4333,9 +4446,10 @@ inline void command_logits(const Options& o) {
     if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
     SessionOptions options = session_options(o, c, T);
     options.chunk = std::min(o.chunk, T);
-    Model model = load_planned(folder, o.quant, c, options);
+    const Device& device = pick_device(o);
+    Model model = load_planned(folder, o.quant, c, options, device);
     AtomicFile file(o.out);
-    Session s(model, options);
+    Session s(model, options, device);
     Taps taps;
     if (o.taps) s.taps = &taps;
     s.tokens = ids;
@@ -4385,14 +4499,15 @@ inline void command_quantize(const Options& o) {
     write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), at);
 }
 
-// -- 21.4  info, bench ---------------------------------------------------------------------------
+// -- 21.4  info, bench, check --------------------------------------------------------------------
 
 inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
     Bill b = make_bill(c, folder, s.kv);
-    MemoryPlan plan = memory_plan(quantised_bytes(c, o.quant), c, s);
+    const Device& device = pick_device(o);
+    MemoryPlan plan = memory_plan(weight_bytes(folder, c, o.quant, device), c, s, device);
     if (o.json) return print_bill_json(c, b, s, plan);
     print_bill(c, b, folder);
     print_memory_plan(b, s, plan, o.quant);
@@ -4418,8 +4533,9 @@ inline void command_bench(const Options& o) {
     int longest = std::max(o.bench_prompt, o.bench_tokens);
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
     SessionOptions options = session_options(o, c, std::max(longest, 1));
-    Model model = load_planned(folder, o.quant, c, options);
-    Session s(model, options);
+    const Device& device = pick_device(o);
+    Model model = load_planned(folder, o.quant, c, options, device);
+    Session s(model, options, device);
     for (bool decode : {false, true}) {
         int n = decode ? o.bench_tokens : o.bench_prompt;
         if (n == 0) continue;
@@ -4429,11 +4545,16 @@ inline void command_bench(const Options& o) {
             speed += text_of("%s%.2f", r ? ", " : "", n / time_tokens(s, n, decode));
         if (interrupted) return;
         std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
-                    "\"arith\":\"%s\",\"kernels\":\"%s\"}\n",
+                    "\"arith\":\"%s\",\"kernels\":\"%s\",\"device\":\"%s\"}\n",
                     decode ? "decode" : "prefill", n, speed.c_str(), n_threads(), o.quant.c_str(),
-                    o.arith.c_str(), kernels.name);
+                    o.arith.c_str(), kernels.name, device.name);
         std::fflush(stdout);
     }
+}
+
+inline void command_check(const Options& o) {
+    if (!check_twins) fail("check: this build has no CUDA, so there is nothing to compare");
+    if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
 }
 
 // -- 21.5  main ----------------------------------------------------------------------------------
@@ -4551,6 +4672,10 @@ inline void add_commands(CLI::App& app, Options& o) {
     option(c, "-p", o.bench_prompt, COUNT, "tokens to prefill (default: 512)");
     option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
     option(c, "-r", o.repeats, CLI::Range(1, 1000), "runs (default: 5)");
+
+    c = add_command(app, "check", "compare the GPU's operations with the CPU's, a line each",
+                    "deepseek check 10.2", o, command_check);
+    c->add_option("section", o.section, "a chapter or section of deepseek.cpp (default: all)");
 }
 
 // One line on stderr, whatever bytes a file or an argument brought into the message.
@@ -4576,18 +4701,6 @@ inline void set_signals() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
-// How long a thread that waits for the next loop stays awake: ten microseconds. The default of OpenMP's run
-// times, which read it before main, is a thousand times that and takes the time of other programs. Not where
-// the user has a say in it, nor where threads are bound: the first one's processor would be passed on.
-inline void set_patience(char** argv) {
-    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND",
-                               "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
-        if (std::getenv(chosen)) return;
-    setenv("GOMP_SPINCOUNT", "2000", 1), setenv("KMP_BLOCKTIME", "0", 1);
-    std::error_code error;                               // by its name, which ps and killall go by
-    execv(fs::read_symlink("/proc/self/exe", error).c_str(), argv);    // where refused, it works all the same
-}
-
 int main(int argc, char** argv) {
     set_patience(argv);
     set_signals();
@@ -4600,6 +4713,8 @@ int main(int argc, char** argv) {
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& e) {                    // --help
+        return app.exit(e);
+    } catch (const CLI::RuntimeError& e) {               // a check failed
         return app.exit(e);
     } catch (const std::bad_alloc&) {
         return complain("out of memory");

@@ -208,19 +208,29 @@ template <Dtype D> __device__ float block_value(const std::byte* row, int i) {
     return scale * float(int8_t(q - L.zero)) - minimum;
 }
 
+// Number i of a token of 656 bytes.
+__device__ inline float latent_value(const std::byte* row, int i) {
+    const auto* scale = reinterpret_cast<const float*>(row + LATENT_SCALED);
+    const auto* rope = reinterpret_cast<const uint16_t*>(row + LATENT_SCALED + 16);
+    if (i >= LATENT_SCALED) return bf16_to_float(rope[i - LATENT_SCALED]);
+    return cuda::e4m3_to_float(uint8_t(row[i])) * scale[i / SCALE_BLOCK];
+}
+
 // Number i of a row. Of e4m3 without its scale.
 template <Dtype D> __device__ float value(const std::byte* row, int i) {
     if constexpr (D == Dtype::F32) return reinterpret_cast<const float*>(row)[i];
     else if constexpr (D == Dtype::BF16) return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[i]);
     else if constexpr (D == Dtype::F16) return f16_at(row + 2 * int64_t(i));
     else if constexpr (D == Dtype::F8_E4M3) return cuda::e4m3_to_float(uint8_t(row[i]));
+    else if constexpr (D == Dtype::F8_LATENT) return latent_value(row, i);
     else return block_value<D>(row, i);
 }
 
 // body.operator()<D>() for a format that kernels read
 template <class Body> void for_dtype(Dtype dtype, const Body& body) {
     switch (dtype) {
-    case Dtype::F64: fail("--device cuda: F64 weights are not supported");
+    case Dtype::F64:
+    case Dtype::F8_LATENT: fail("--device cuda: %s weights are not supported", format_of(dtype).name);
     case Dtype::F32: return body.template operator()<Dtype::F32>();
     case Dtype::BF16: return body.template operator()<Dtype::BF16>();
     case Dtype::F16: return body.template operator()<Dtype::F16>();
@@ -293,8 +303,8 @@ namespace cuda {
 
 // -- 5.1  softmax, silu: each row, each number ---------------------------------------------------
 
-// Row z (n) of a half-warp; a half-warp without one passes n = 0. Returns through top and sum what was taken
-// out; z is left as e^(scale z - top).
+// Row z (n) of a half-warp; a half-warp without one passes n = 0. z is left as e^(scale z - top), and `sum` is
+// theirs; where all are -inf it is 0, and a quotient by it NaN, as it should be.
 template <class Row> __device__ void exp_row(const Row& z, float scale, int n, float& top, float& sum) {
     top = -std::numeric_limits<float>::infinity(), sum = 0;
     for (int i = half_lane(); i < n; i += HALF) {
@@ -302,7 +312,8 @@ template <class Row> __device__ void exp_row(const Row& z, float scale, int n, f
         top = z[i] > top ? float(z[i]) : top;
     }
     top = max_lanes(top);
-    for (int i = half_lane(); i < n; i += HALF) z[i] = exp_of(z[i] - top), sum += z[i];
+    const float shift = top == -std::numeric_limits<float>::infinity() ? 0 : top;
+    for (int i = half_lane(); i < n; i += HALF) z[i] = exp_of(z[i] - shift), sum += z[i];
     sum = sum_lanes(sum);
 }
 
@@ -608,7 +619,8 @@ namespace cuda {
 
 constexpr int SPLIT = 256, QUERIES = HALVES;
 
-// The key heads of a layer, as the kernels get them.
+// The key heads of a layer, as the kernels get them, one for each blockIdx.z; or the one key head of as many
+// conversations, a token each, whose rows are found through a table of pages (8.2).
 struct KeyHeads {
     Rows out;
     ConstRows q;
@@ -618,9 +630,18 @@ struct KeyHeads {
     const int* n;                          // (T)
     float scale;
     int splits;                            // of the whole context
-    float* partial;                        // of each query and split: top, sum, out (dv); none: put together
+    float* partial = nullptr;              // of each query and split: top, sum, out (dv); none: put together
+    const int* table = nullptr;            // (conversations, table_width); none: rows lie in order
+    int table_width = 0;
+    float* lse = nullptr;                  // (conversations, heads)
 
     __device__ int queries() const { return T * heads; }
+    __device__ int seen(int query) const { return table ? n[blockIdx.z] : n[query / heads]; }
+    __device__ const std::byte* row(const Stack& s, int j) const {
+        if (!table) return s.row(int(blockIdx.z), j);
+        const int page = table[int64_t(blockIdx.z) * table_width + j / PAGE];
+        return s.row(0, int64_t(page) * PAGE + j % PAGE);
+    }
     __device__ float* output(int query) const {
         return out[query / heads] + blockIdx.z * next_out + query % heads * v.cols;
     }
@@ -639,12 +660,22 @@ template <class Array> struct Slice {
 struct Weights {
     float old, now;
 };
-// How much what there was and what comes count; top and sum become those of both.
+// How much what there was and what comes count; top and sum become those of both. A part whose scores are all
+// -inf has the sum 0 and counts nothing.
 __device__ inline Weights put_together(float& top, float& sum, float top2, float sum2) {
+    if (sum2 == 0) return {1, 0};
+    if (sum == 0) {
+        top = top2, sum = sum2;
+        return {0, 1};
+    }
     const float both = top > top2 ? top : top2;
     const float a = sum * exp_of(top - both), b = sum2 * exp_of(top2 - both);
     top = both, sum = a + b;
     return {a / sum, b / sum};
+}
+
+__device__ inline float mixed(float old, float now, Weights w) {
+    return w.now == 0 ? old : w.old == 0 ? now : old * w.old + now * w.now;   // 0 times NaN is no part of it
 }
 
 // p[q * SPLIT + j] = q . k of eight queries from `first` on and n positions from `begin` on.
@@ -657,7 +688,7 @@ __device__ void scores(Array& p, const KeyHeads& a, int first, int begin, int n)
     }
     for (int j0 = 0; j0 < n; j0 += HALVES) {
         const int j = j0 + half_of_block();
-        const std::byte* key = a.k.row(int(blockIdx.z), begin + min(j, n - 1));
+        const std::byte* key = a.row(a.k, begin + min(j, n - 1));
         float sum[QUERIES] = {};
         for (int i = half_lane(); i < a.k.cols; i += HALF) {
             const float v = value<D>(key, i);
@@ -670,6 +701,14 @@ __device__ void scores(Array& p, const KeyHeads& a, int first, int begin, int n)
     }
 }
 
+// The logarithm, where it is asked for, and the answer of a query that sees nothing.
+__device__ inline void finish(const KeyHeads& a, int query, int seen, float top, float sum) {
+    for (int i = 0; seen == 0 && i < a.v.cols; i++) a.output(query)[i] = 0;
+    if (a.lse)
+        a.lse[int64_t(blockIdx.z) * a.queries() + query] =
+            seen ? float(double(top) + log(double(sum))) : std::numeric_limits<float>::infinity();
+}
+
 // A block: eight queries and all splits in turn; or split blockIdx.y alone, left for join_kernel.
 template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
     SHARED(float, p, QUERIES * SPLIT);
@@ -678,7 +717,7 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
     SHARED(float, now, QUERIES);
     const int first = int(blockIdx.x) * QUERIES, last = min(first + QUERIES, a.queries()) - 1;
     const int mine = half_of_block(), query = min(first + mine, last);     // of the softmax
-    const int seen = a.n[query / a.heads], most = a.n[last / a.heads];
+    const int seen = a.seen(query), most = a.seen(last);
     const int from = a.partial ? int(blockIdx.y) : 0, end = a.partial ? from + 1 : a.splits;
     float top = 0, sum = 0;
     for (int split = from; split < end && split * SPLIT < most; split++) {
@@ -690,7 +729,7 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
         for (int j = half_lane(); j < count; j += HALF) p[mine * SPLIT + j] = p[mine * SPLIT + j] / part_sum;
         Weights w{0, 1};
         if (split == from) top = part_top, sum = part_sum;
-        else if (count > 0) w = put_together(top, sum, part_top, part_sum);
+        else w = put_together(top, sum, part_top, part_sum);
         if (half_lane() == 0) visible[mine] = count, old[mine] = w.old, now[mine] = w.now;
         __syncthreads();
         for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
@@ -698,14 +737,14 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
             int counts[QUERIES];
             for (int m = 0; m < QUERIES; m++) counts[m] = visible[m];
             for (int j = 0; j < n; j++) {
-                const float v = value<D>(a.v.row(int(blockIdx.z), begin + j), i);
+                const float v = value<D>(a.row(a.v, begin + j), i);
                 for (int m = 0; m < QUERIES; m++)
                     if (j < counts[m]) o[m] = std::fma(p[m * SPLIT + j], v, o[m]);
             }
-            for (int m = 0; m <= last - first; m++) {
+            for (int m = 0; m < QUERIES; m++) {              // a constant: o and counts stay in registers
+                if (first + m > last) continue;
                 float& out = a.partial ? a.part(first + m, split)[2 + i] : a.output(first + m)[i];
-                if (split == from) out = o[m];
-                else if (counts[m] > 0) out = out * old[m] + o[m] * now[m];
+                out = split == from ? o[m] : mixed(out, o[m], {old[m], now[m]});
             }
         }
         if (a.partial && half_lane() == 0 && first + mine <= last) {
@@ -714,21 +753,24 @@ template <Dtype D> __global__ void attend_kernel(KeyHeads a) {
         }
         __syncthreads();                   // before the scores of the next split are written
     }
+    if (!a.partial && half_lane() == 0 && first + mine <= last) finish(a, query, seen, top, sum);
 }
 
 // A block a query.
 __global__ void join_kernel(KeyHeads a) {
-    const int query = int(blockIdx.x), n = a.n[query / a.heads];
-    for (int i = int(threadIdx.x); i < a.v.cols; i += THREADS) {
+    const int query = int(blockIdx.x), n = a.seen(query);
+    float top = 0, sum = 0;
+    for (int i = int(threadIdx.x); n > 0 && i < a.v.cols; i += THREADS) {
         const float* part = a.part(query, 0);
-        float top = part[0], sum = part[1], out = part[2 + i];
+        float out = part[2 + i];
+        top = part[0], sum = part[1];
         for (int split = 1; split * SPLIT < n; split++) {
             part = a.part(query, split);
-            Weights w = put_together(top, sum, part[0], part[1]);
-            out = out * w.old + part[2 + i] * w.now;
+            out = mixed(out, part[2 + i], put_together(top, sum, part[0], part[1]));
         }
         a.output(query)[i] = out;
     }
+    if (threadIdx.x == 0) finish(a, query, n, top, sum);
 }
 
 // Numbers of `scratch` with which each of T tokens' splits has a block of its own. dv: numbers of a value
@@ -736,26 +778,33 @@ inline int64_t split_scratch(int T, int H, int context, int dv) {
     return int64_t(T) * H * ceil_div(context, SPLIT) * (dv + 2);
 }
 
-// Keys of one format; the heads lie at even distances. K and V may have more rows than any token sees.
-// scratch: one row, of split_scratch numbers; where it has fewer, a block does all splits.
-inline void attend(std::span<const Attention> heads, Rows scratch) {
-    const Attention& one = heads[0];
-    KeyHeads a{one.out, one.q, 0, 0, stack_of(heads.size(), [&](size_t i) { return heads[i].k; }),
-             stack_of(heads.size(), [&](size_t i) { return heads[i].v; }), one.heads, int(one.n.size()),
-             one.n.data(), one.scale, int(ceil_div(one.k.rows, SPLIT)), nullptr};
-    if (heads.size() > 1)
-        a.next_out = heads[1].out.data - one.out.data, a.next_q = heads[1].q.data - one.q.data;
-    const unsigned queries = unsigned(a.T * a.heads), groups = unsigned(heads.size());
-    const int64_t needed = split_scratch(a.T, int(groups) * a.heads, one.k.rows, one.v.cols);
+// The kernels for a cache of `dtype`; positions: the most that a token may see. scratch: one row, of
+// split_scratch numbers; where it has fewer, a block does all splits.
+inline void attend_all(KeyHeads a, Dtype dtype, unsigned groups, int positions, Rows scratch) {
+    const unsigned queries = unsigned(a.T * a.heads);
+    a.splits = int(ceil_div(positions, SPLIT));
+    const int64_t needed = split_scratch(a.T, int(groups) * a.heads, positions, a.v.cols);
     if (a.splits > 1 && needed <= scratch.stride) a.partial = scratch.data;
     const dim3 grid(ceil_div(queries, QUERIES), a.partial ? unsigned(a.splits) : 1, groups);
-    switch (one.k.dtype) {
+    switch (dtype) {
     case Dtype::F32: start(attend_kernel<Dtype::F32>, grid, a); break;
     case Dtype::BF16: start(attend_kernel<Dtype::BF16>, grid, a); break;
     case Dtype::Q8_0: start(attend_kernel<Dtype::Q8_0>, grid, a); break;
-    default: CHECK(false, "keys in %s", format_of(one.k.dtype).name);
+    case Dtype::F8_LATENT: start(attend_kernel<Dtype::F8_LATENT>, grid, a); break;
+    default: CHECK(false, "keys in %s", format_of(dtype).name);
     }
     if (a.partial) start(join_kernel, dim3(queries, 1, groups), a);
+}
+
+// Keys of one format; the heads lie at even distances. K and V may have more rows than any token sees.
+inline void attend(std::span<const Attention> heads, Rows scratch) {
+    const Attention& one = heads[0];
+    KeyHeads a{one.out, one.q, 0, 0, stack_of(heads.size(), [&](size_t i) { return heads[i].k; }),
+               stack_of(heads.size(), [&](size_t i) { return heads[i].v; }), one.heads, int(one.n.size()),
+               one.n.data(), one.scale, 0};
+    if (heads.size() > 1)
+        a.next_out = heads[1].out.data - one.out.data, a.next_q = heads[1].q.data - one.q.data;
+    attend_all(a, one.k.dtype, unsigned(heads.size()), one.k.rows, scratch);
 }
 TWIN(attend);
 
@@ -861,6 +910,20 @@ inline void mla_absorbed(const LatentAttention& a) {
 }
 TWIN(mla_naive);
 TWIN(mla_absorbed);
+
+// -- 8.2  a cache in pages -----------------------------------------------------------------------
+
+// The conversations lie side by side as key heads do elsewhere; only the way to a row is another one. A page
+// number is read once for each key by sixteen threads that need it at the same time.
+inline void mla_paged(const PagedAttention& a, Rows scratch) {
+    const int width = a.pool.cols;
+    const Stack rows = stack_of(a.pool);
+    KeyHeads all{{a.out, int64_t(a.H) * a.dv}, {a.q, int64_t(a.H) * width}, int64_t(a.H) * a.dv,
+                 int64_t(a.H) * width, rows, rows, a.H, 1, a.n.data(), a.scale, 0};
+    all.v.cols = a.dv, all.table = a.table, all.table_width = a.table_width, all.lse = a.lse;
+    attend_all(all, a.pool.dtype, unsigned(a.n.size()), a.table_width * PAGE, scratch);
+}
+TWIN(mla_paged);
 
 }
 
@@ -1379,7 +1442,7 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
     };
     const bool waits = s.taps || (c.mla() && s.options.mla == MlaForm::NAIVE);   // then it is no list
     if (T <= SPLIT_TOKENS && !waits) replay(graphs[T - 1], s, pass);
-    else pass();
+    else pass(), wait();                   // what is shown as read has been read
     s.length = pos + T, s.h_pos = pos, s.h_rows = T;
 }
 TWIN(forward);
@@ -1491,6 +1554,22 @@ namespace cuda {
 
 // -- 14.1  quantise_fp8: a block a tile ----------------------------------------------------------
 
+constexpr uint32_t INFINITE = 0x7F800000;  // magnitude_bits from here on are those of no number
+
+// Of the values of all threads. shared: (HALVES)
+template <class Array> __device__ uint32_t largest_of_block(uint32_t mine, Array& shared) {
+    mine = max_lanes(mine);
+    if (half_lane() == 0) shared[half_of_block()] = mine;
+    __syncthreads();
+    for (int i = 0; i < HALVES; i++) mine = shared[i] > mine ? uint32_t(shared[i]) : mine;
+    return mine;
+}
+
+__device__ inline TileScale scale_of(uint32_t largest, const Fp8Format& f) {
+    if (largest >= INFINITE) return {__uint_as_float(0x7FC00000)};
+    return tile_scale(f.formula, __uint_as_float(largest), f.ue8m0);
+}
+
 // Thread i has column i of the tile.
 __global__ void quantise_fp8_kernel(uint8_t* q, float* scale, ConstRows x, int rows, int n, Fp8Format f) {
     SHARED(uint32_t, largest_of, HALVES);
@@ -1502,14 +1581,9 @@ __global__ void quantise_fp8_kernel(uint8_t* q, float* scale, ConstRows x, int r
         const uint32_t bits = magnitude_bits(x[r][column]);
         largest = bits > largest ? bits : largest;
     }
-    largest = max_lanes(largest);
-    if (half_lane() == 0) largest_of[half_of_block()] = largest;
-    __syncthreads();
-    for (int i = 0; i < HALVES; i++) largest = largest_of[i] > largest ? uint32_t(largest_of[i]) : largest;
-    const float amax = __uint_as_float(largest);
-    const bool finite = largest < 0x7F800000;
-    const TileScale t =
-        finite ? tile_scale(f.formula, amax, f.ue8m0) : TileScale{__uint_as_float(0x7FC00000)};
+    largest = largest_of_block(largest, largest_of);
+    const bool finite = largest < INFINITE;
+    const TileScale t = scale_of(largest, f);
     for (int64_t r = first; r < end && column < n; r++) {
         const float v = x[r][column];
         q[r * n + column] = finite ? float_to_e4m3(t.inverse == 0 ? v / t.s : v * t.inverse) : E4M3_NAN;
@@ -1521,6 +1595,30 @@ inline void quantise_fp8(uint8_t* q, float* scale, ConstRows x, int rows, int n,
     start(quantise_fp8_kernel, dim3(unsigned(tiles)), q, scale, x, rows, n, f);
 }
 TWIN(quantise_fp8);
+
+// A block a tile of c_kv, and one more for k_rope.
+__global__ void store_latent_kernel(Stack cache, const int* n, ConstRows x) {
+    SHARED(uint32_t, largest_of, HALVES);
+    std::byte* row = const_cast<std::byte*>(cache.row(0, n[blockIdx.x] - 1));
+    const int tile = int(blockIdx.y), i = tile * SCALE_BLOCK + int(threadIdx.x);
+    const float v = i < cache.cols ? x[blockIdx.x][i] : 0;
+    const uint32_t largest = largest_of_block(magnitude_bits(v), largest_of);
+    if (i >= LATENT_SCALED) {
+        auto* rope = reinterpret_cast<uint16_t*>(row + LATENT_SCALED + 16);
+        if (i < cache.cols) rope[i - LATENT_SCALED] = float_to_bf16(v);
+        return;
+    }
+    const bool finite = largest < INFINITE;
+    const TileScale t = scale_of(largest, {Fp8Formula::FLASHMLA, true});
+    row[i] = std::byte(finite ? float_to_e4m3(v / t.s) : E4M3_NAN);
+    if (threadIdx.x == 0) reinterpret_cast<float*>(row + LATENT_SCALED)[tile] = t.s;
+}
+inline void store_latent(const Matrix& cache, std::span<const int> n, ConstRows x) {
+    CHECK(cache.dtype == Dtype::F8_LATENT, "%s", format_of(cache.dtype).name);
+    const dim3 grid(unsigned(n.size()), ceil_div(cache.cols, SCALE_BLOCK));
+    start(store_latent_kernel, grid, stack_of(cache), n.data(), x);
+}
+TWIN(store_latent);
 
 // -- 14.2  the sum of one number, in three arithmetics -------------------------------------------
 
@@ -1678,11 +1776,12 @@ constexpr Twin TWINS[] = {
     CHECKED("5.2", matmul), CHECKED("5.2", matmul_transposed), CHECKED("5.3", embed),
     CHECKED("5.3", rmsnorm), CHECKED("5.4", top_k), CHECKED("6.1", rope_interleaved),
     CHECKED("6.1", rope_half), CHECKED("7.1", attend), CHECKED("7.2", store), CHECKED("7.3", gqa_attend),
-    CHECKED("8.1", mla_naive), CHECKED("8.1", mla_absorbed), CHECKED("9.1", swiglu),
-    CHECKED("10.1", gate_greedy), CHECKED("10.1", gate_group_limited_greedy), CHECKED("10.1", gate_noaux_tc),
-    CHECKED("10.2", dispatch), CHECKED("10.3", run_experts), CHECKED("10.3", combine),
-    CHECKED("14.1", quantise_fp8), CHECKED("14.3", gemm_fp8), CHECKED("14.3", gemm_fp8_contiguous),
-    CHECKED("14.3", gemm_fp8_masked), CHECKED("14.3", gemm_fp8_k_grouped)};
+    CHECKED("8.1", mla_naive), CHECKED("8.1", mla_absorbed), CHECKED("8.2", mla_paged),
+    CHECKED("9.1", swiglu), CHECKED("10.1", gate_greedy), CHECKED("10.1", gate_group_limited_greedy),
+    CHECKED("10.1", gate_noaux_tc), CHECKED("10.2", dispatch), CHECKED("10.3", run_experts),
+    CHECKED("10.3", combine), CHECKED("14.1", quantise_fp8), CHECKED("14.1", store_latent),
+    CHECKED("14.3", gemm_fp8), CHECKED("14.3", gemm_fp8_contiguous), CHECKED("14.3", gemm_fp8_masked),
+    CHECKED("14.3", gemm_fp8_k_grouped)};
 
 // Prints a line a twin of section "10.2", of chapter "10", or of all (""), and the counts; how many failed.
 inline int check_twins(const std::string& section) {

@@ -494,6 +494,7 @@ inline void widen_plain(real* out, const Matrix& w, int r) {
     case Dtype::F32: return widen_into(out, F32Row{p}, w.cols);
     case Dtype::BF16: return widen_into(out, Bf16Row{p}, w.cols);
     case Dtype::F16: return widen_into(out, F16Row{p}, w.cols);
+    case Dtype::F8_LATENT: return widen_into(out, LatentRow{p}, w.cols);
     case Dtype::F8_E4M3: widen_into(out, E4m3Row{p}, w.cols); break;
     default: return dequantise_row(out, w, r);
     }

@@ -30,9 +30,7 @@
 
 // Loops over registers: an array whose loops are all unrolled has no address and needs no memory. What takes
 // or gives registers is inlined: they would go through memory too.
-#if defined(__CUDACC__)
-#define UNROLL
-#elif defined(__clang__)
+#if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 16")

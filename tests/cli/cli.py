@@ -25,7 +25,7 @@ import suite
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("DEEPSEEK", str(ROOT / "deepseek"))
 TINY = ROOT / "weights" / "tiny"
-COMMANDS = ("run", "chat", "tokenize", "logits", "perplexity", "info", "bench")
+COMMANDS = ("run", "chat", "tokenize", "logits", "perplexity", "info", "bench", "check")
 
 BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 QUESTION = "Which is larger, 9.11 or 9.9?"
@@ -474,11 +474,13 @@ class Measures(Case):
         self.assertEqual(info["kv_bytes_per_token"], 5 * (32 + 16) * 4)
         self.assertEqual(info["mha_kv_bytes_per_token"], 5 * 4 * (32 + 16 + 32) * 4)
         self.assertEqual((info["architecture"], info["context"]), ("deepseek_v3", 512))
+        self.assertIn(info["memory"]["device"], ("cpu", "cuda"))
+        self.assertEqual(info["memory"]["weights"] > 0, info["memory"]["device"] == "cuda")
         self.assertEqual(info["memory"]["ctx"], 100)
         self.assertTrue(info["memory"]["fits"])
 
     def test_info_text(self):
-        out, error = self.ok("info", "-m", TINY)
+        out, error = self.ok("info", "-m", TINY, "--device", "cpu")
         for fact in ("deepseek_v3", "5 layers", "16 routed", "2.216 M total", "960 bytes a token", "fits"):
             self.assertIn(fact, out)
         self.assertEqual(error, "")
@@ -502,9 +504,27 @@ class Measures(Case):
         prefill, decode = map(json.loads, out.splitlines())
         for line, test, n in ((prefill, "prefill", 16), (decode, "decode", 3)):
             self.assertEqual((line["test"], line["n"], line["threads"], line["quant"]), (test, n, 2, "none"))
+            self.assertIn(line["device"], ("cpu", "cuda"))
             self.assertEqual(len(line["tokens_per_s"]), 2)
             self.assertTrue(all(speed > 0 for speed in line["tokens_per_s"]))
         self.assertEqual(len(self.ok("bench", "-p", "0", "-n", "1", "-r", "1")[0].splitlines()), 1)
+
+    def test_devices(self):
+        """A GPU that is asked for and cannot be used is refused."""
+        if json.loads(self.ok("info", "--json")[0])["memory"]["device"] == "cpu":
+            self.refused("run", "-p", QUESTION, "--device", "cuda", says="--device cuda")
+        self.refused("run", "-p", QUESTION, "--device", "cuda", "--arith", "bf16", says="--device cuda")
+        out, _ = self.ok("bench", "-p", "1", "-n", "0", "-r", "1", "--device", "cpu")
+        self.assertEqual(json.loads(out)["device"], "cpu")
+
+    def test_check(self):
+        """Where CUDA is missing, in the build or on the machine, one line says so."""
+        done = subprocess.run([PROGRAM, "check"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode == 1:
+            self.assertRegex(done.stderr, r"\Adeepseek: check: .*CUDA.*\n\Z")
+        else:
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertRegex(done.stdout, r"(?m)^\d+ passed, 0 failed$")
 
     def test_processes_are_called_by_the_programs_name(self):
         process = subprocess.Popen([PROGRAM, "tokenize", "--lines"], stdin=subprocess.PIPE, text=True,
@@ -544,7 +564,7 @@ class Usage(Case):
 
     def test_examples_run(self):
         """The example at the end of each command's help does what it says."""
-        for command in COMMANDS:
+        for command in COMMANDS[:-1]:     # `check` needs a GPU
             example = self.ok(command, "--help")[0].split("Example:\n")[1].strip()
             example = re.sub(r"\bdeepseek\b", f"'{PROGRAM}'", example)
             shutil.copy(ROOT / "README.md", self.folder)

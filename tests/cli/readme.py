@@ -43,8 +43,8 @@ def anywhere():
 class Readme(unittest.TestCase):
     def setUp(self):
         self.home = pathlib.Path(tempfile.mkdtemp())
-        headers = [path.name for path in ROOT.glob("*.h")]
-        for name in ("Makefile", "README.md", "deepseek.cpp", *headers, "build/flags", "build/have-run"):
+        sources = [path.name for kind in ("*.h", "*.cpp", "*.cu") for path in ROOT.glob(kind)]
+        for name in ("Makefile", "README.md", *sources, "build/flags", "build/have-run"):
             (self.home / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, self.home / name)
         shutil.copy2(published.PROGRAM, self.home / "deepseek")

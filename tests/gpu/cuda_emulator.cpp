@@ -5,9 +5,10 @@
 //   3  Errors                  where they are, and how a run that has one ends
 //   4  Memory                  allocations that end at a guarded page
 //   5  Collectives, barriers   who waits for whom
-//   6  Shared memory           who touched what since the last barrier
-//   7  The scheduler           which fiber is next; deadlock
-//   8  The run time            cudaMalloc and the other functions
+//   6  Shared memory           who touched what since the last barrier; cp.async
+//   7  Matrices                ldmatrix, mma.sync
+//   8  The scheduler           which fiber is next; deadlock
+//   9  The run time            cudaMalloc and the other functions
 #include "cuda_emulator.h"
 
 #include <algorithm>
@@ -28,11 +29,25 @@
 #include <csignal>
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <unistd.h>
 #if !defined(__x86_64__)
+#define EMULATOR_UCONTEXT                  // or where it is asked for, to test it
+#endif
+#if defined(EMULATOR_UCONTEXT)
 #include <ucontext.h>
+#endif
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EMULATOR_ASAN
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define EMULATOR_ASAN
+#endif
+#if defined(EMULATOR_ASAN)
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace emulator {
@@ -41,9 +56,14 @@ namespace emulator {
 //
 // By hand where we know how: swapcontext asks the system to save a signal mask, and takes ten times as long.
 
-constexpr size_t PAGE = 4096, STACK = 32 * PAGE;
+constexpr size_t PAGE = 4096;
+#if defined(EMULATOR_ASAN)
+constexpr size_t STACK = 64 * PAGE;        // its frames are larger
+#else
+constexpr size_t STACK = 32 * PAGE;
+#endif
 
-#if defined(__x86_64__)
+#if !defined(EMULATOR_UCONTEXT)
 using Context = void*;                     // the stack pointer; what a function must keep lies on the stack
 extern "C" void emulator_switch(Context* from, Context to);
 asm(R"(
@@ -84,14 +104,45 @@ static void prepare_context(Context& context, std::byte* stack, void (*entry)())
 }
 #endif
 
+// The address sanitizer wants to know on which stack it is. `fake` keeps what it has of the stack that is
+// left; none: that stack is left for good.
+struct Stack {
+    const void* bottom = nullptr;
+    size_t size = 0;
+};
+#if defined(EMULATOR_ASAN)
+static void before_switch(void** fake, const Stack& to) {
+    __sanitizer_start_switch_fiber(fake, to.bottom, to.size);
+}
+static void after_switch(void* fake, Stack* from) {
+    __sanitizer_finish_switch_fiber(fake, from ? &from->bottom : nullptr, from ? &from->size : nullptr);
+}
+// What a function left there that never returned.
+static void clean_stack(std::byte* stack, size_t size) { __asan_unpoison_memory_region(stack, size); }
+#else
+static void before_switch(void**, const Stack&) {}
+static void after_switch(void*, Stack*) {}
+static void clean_stack(std::byte*, size_t) {}
+#endif
+
 // -- 2  What is under way ------------------------------------------------------------------------
 
 struct Block;
+
+struct Copy {                              // a cp.async that no one waited for
+    SharedArray* array;
+    size_t offset;                         // in bytes
+    const std::byte* from;
+    size_t size, valid;                    // of which the first are copied, the others zero
+    int group;                             // of its thread; -1: not committed
+    bool done;
+};
 
 struct Fiber {
     enum class State : uint8_t { READY, WAITING, DONE };
 
     Context context;
+    void* fake = nullptr;                  // see before_switch
     Index index;                           // of the thread
     Block* block = nullptr;
     std::byte* stack = nullptr;
@@ -101,23 +152,37 @@ struct Fiber {
     uint64_t detail = 0;                   // line of a barrier, mask of a collective
     uint64_t result = 0;                   // of a collective
     uint64_t priority = 0;
+    std::vector<Copy> copies;
+    int groups = 0;                        // of copies, committed
 
     int lane() const { return thread % 32; }
     int warp() const { return thread / 32; }
 };
 
-struct Gather {                            // a collective that not all lanes have reached
+using Together = void (*)(void* const* lanes);
+
+struct Collective {
     Kind kind;
-    uint32_t mask, arrived;
+    const char* name;
+    Together all;
+    uint32_t mask;
+};
+struct Gather : Collective {               // that not all lanes have reached
+    uint32_t arrived = 0;
     std::array<uint64_t, 32> value;
     std::array<int, 32> source;
+
+    explicit Gather(const Collective& c) : Collective(c) {}
 };
 
 struct Warp {
     std::vector<Gather> gathers;
     uint32_t lanes = 0, done = 0;
-    uint32_t time = 0;                     // counts __syncwarp
-    std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes last met in one
+    uint32_t time = 0;                     // counts __syncwarp and arrivals at named barriers
+    uint32_t all_met = 0;                  // when all lanes last met in one
+    std::array<std::array<uint32_t, 32>, 32> met{};      // when two lanes did that not all took part in
+    std::array<uint32_t, 32> clock{};      // what each warp did before lies behind a named barrier
+    std::array<const void*, 32> rows;      // the addresses that its lanes gave the last ldmatrix
 };
 
 struct Grid {
@@ -132,14 +197,23 @@ struct Grid {
     uint64_t blocks() const { return uint64_t(size.x) * size.y * size.z; }
 };
 
+struct NamedBarrier {
+    int threads = 0, arrived = 0;          // expected; there
+    uint32_t warps = 0, waiting = 0;       // that are there, of which these wait
+    uint64_t generation = 0;
+    std::array<uint32_t, 32> clock{};      // what they know together
+};
+
 struct Block {
     Grid* grid;
     uint3 index;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
+    std::array<NamedBarrier, 16> named;
     std::vector<std::unique_ptr<SharedArray>> arrays;
     size_t shared = 0;                     // bytes of the arrays that are not dynamic
     int arrived = 0, ended = 0, line = 0;  // at the barrier; threads that are done; where the barrier stands
+    int votes = 0, counted = 0;            // of those at the barrier; of those at the last one
     uint64_t epoch = 0;                    // changes at each barrier
     uint64_t born = 0;                     // the first of them
 };
@@ -200,8 +274,12 @@ struct World {
     std::string failure;                   // why the run has to end
     Fiber* running = nullptr;
     Context host;
+    Stack host_stack;
+    bool from_host = true;                 // the last switch
     bool changed = true;                   // something may start that could not before
     uint64_t spins = 0, switches = 0;
+    size_t drains = 0;                     // how often the host waited
+    pthread_t thread;                      // of the host, on which the fibers run
 };
 static World world;
 
@@ -252,6 +330,7 @@ static std::string place_of(const Block& b) {
 // Whatever stack the processor is on: from this fiber's there is no way back.
 [[noreturn]] static void abandon() {
     Context nowhere;
+    before_switch(nullptr, world.host_stack);
     switch_context(nowhere, world.host);
     std::abort();
 }
@@ -275,7 +354,8 @@ void trap() {
 // An allocation ends where a page ends, less what aligns it, and the next page cannot be touched. So an
 // access beyond it is seen at once; a write to what remains of its first page, and to the few bytes between
 // its end and the page's, after the kernels. While no kernel runs that may touch it, none of it can be
-// touched: the host must copy.
+// touched: the host must copy. All that takes longer than most kernels where allocations are many; then it is
+// not done every time.
 
 constexpr int CLOSED = -1, ALL = -2;       // instead of a device: whose kernels run
 constexpr unsigned char POISON = 0xFF;     // NaN as f32, bf16 and e4m3, -1 as an integer
@@ -350,6 +430,12 @@ static std::string damage() {
     return "";
 }
 
+static bool is_time_to_look() {
+    constexpr size_t FEW = 32, AT_FIRST = 50, OFTEN = 8;
+    return world.drains++ < AT_FIRST || allocations.size() < FEW ||
+           world.drains % (allocations.size() / OFTEN) == 0;
+}
+
 // The allocation that holds `bytes` from p on, whole.
 static const Allocation* holder(const void* p, size_t bytes) {
     auto at = allocations.upper_bound(p);
@@ -365,6 +451,8 @@ static bool is_pinned(const void* p, size_t bytes) {
     return at != pinned.begin() && q + bytes <= std::prev(at)->first + std::prev(at)->second;
 }
 
+static bool is_kernel();
+
 static std::string describe_address(const void* p) {
     const auto* q = static_cast<const std::byte*>(p);
     for (auto& [data, a] : allocations) {
@@ -372,33 +460,39 @@ static std::string describe_address(const void* p) {
         if (q >= a.end())
             return text_of("an access %zu bytes beyond an allocation of %zu bytes on device %d",
                            size_t(q - a.data) - a.bytes, a.bytes, a.device);
-        return world.running
-                   ? text_of("an access to memory of device %d without peer access", a.device)
-                   : text_of("the host accesses memory of device %d", a.device);
+        return is_kernel() ? text_of("an access to memory of device %d without peer access", a.device)
+                           : text_of("the host accesses memory of device %d", a.device);
     }
+    const std::byte* stack = is_kernel() ? world.running->stack : nullptr;
+    if (stack && q < stack && q >= stack - PAGE)
+        return text_of("it needs more than %zu bytes of stack", STACK);
     return text_of("an access to address %p, which is no memory of a device", p);
 }
 
+static bool is_kernel() { return world.running && pthread_equal(world.thread, pthread_self()); }
+
 static void on_fault(int signal, siginfo_t* info, void*) {
-    if (!world.running && !holder(info->si_addr, 1)) {           // not a kernel's: none of our business
+    if (is_kernel()) stop(describe_address(info->si_addr));
+    if (!holder(info->si_addr, 1)) {       // none of our business
         std::signal(signal, SIG_DFL);
         return;
     }
-    if (world.running) stop(describe_address(info->si_addr));
     std::string line = "emulator: " + describe_address(info->si_addr) + "\n";
     _exit(write(STDERR_FILENO, line.data(), line.size()) > 0 ? 3 : 4);
 }
 
-static void on_timer(int) {                // a loop that waits for nothing we know
+static void on_timer(int signal) {         // a loop that waits for nothing we know
     static uint64_t before = 0;
+    if (!pthread_equal(world.thread, pthread_self())) return void(pthread_kill(world.thread, signal));
     if (world.running && world.switches == before) stop("it has run for seconds without giving way");
     before = world.switches;
 }
 
+static std::byte signal_stack[16 * PAGE];
+
 static void catch_signals() {
-    static std::byte stack[16 * PAGE];
     stack_t other{};
-    other.ss_sp = stack, other.ss_size = sizeof stack;
+    other.ss_sp = signal_stack, other.ss_size = sizeof signal_stack;
     sigaltstack(&other, nullptr);
     struct sigaction action {};
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -416,8 +510,40 @@ static void set_timer(int period) {        // seconds of our processor's time
 
 // -- 5  Collectives, barriers --------------------------------------------------------------------
 
-// To the scheduler, until someone makes this fiber ready.
-static void leave(Fiber& f) { switch_context(f.context, world.host); }
+static void open_memory(int device);
+static Fiber* choose();
+
+// Where the running thread stands, for its accesses to shared memory.
+static void stamp_running() {
+    const Fiber& f = *world.running;
+    uint64_t time = f.block->warps[size_t(f.warp())].time;
+    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
+}
+
+// The next one, which the processor is about to switch to.
+static Fiber& next_fiber(bool from_host) {
+    Fiber& f = *choose();
+    open_memory(f.block->grid->device);
+    world.running = &f, here = &f.index, world.switches++, world.from_host = from_host;
+    stamp_running();
+    return f;
+}
+
+// To another fiber, until someone makes this one ready; by way of the scheduler if it has something to do.
+static void leave(Fiber& f) {
+    bool done = f.state == Fiber::State::DONE;
+    void** fake = done ? nullptr : &f.fake;
+    if (world.ready.empty() || world.changed || (done && f.block->ended == int(f.block->fibers.size()))) {
+        before_switch(fake, world.host_stack);
+        switch_context(f.context, world.host);
+    } else if (Fiber& next = next_fiber(false); &next != &f) {
+        before_switch(fake, {next.stack, STACK});
+        switch_context(f.context, next.context);
+    } else {
+        return;
+    }
+    after_switch(f.fake, nullptr);
+}
 
 static void wait_at(const char* what, uint64_t detail) {
     Fiber& f = *world.running;
@@ -435,12 +561,17 @@ static void make_ready(Fiber& f) {
 }
 
 static void wake(Fiber& f) {
-    if (f.state == Fiber::State::WAITING) make_ready(f);
+    if (f.state != Fiber::State::WAITING) return;
+    make_ready(f);
+    world.spins = 0;                       // something happens
 }
 
 int lane() { return world.running->lane(); }
 
+static void do_some_copies(Fiber& f);
+
 void give_way() {
+    if (world.running) do_some_copies(*world.running);
     if (!world.running || world.options.order == Order::FIFO || random_number() % 4) return;
     make_ready(*world.running);
     leave(*world.running);
@@ -459,7 +590,8 @@ void spin() {
 static const char* name_of(Kind kind) {
     constexpr const char* NAMES[] = {"__syncwarp", "__shfl_sync", "__ballot_sync", "__any_sync", "__all_sync",
                                      "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
-                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync",
+                                     "a collective of the warp"};
     return NAMES[size_t(kind)];
 }
 
@@ -475,26 +607,34 @@ static uint64_t combined(Kind kind, uint64_t a, uint64_t b) {
     }
 }
 
-// Where the running thread stands, for its accesses to shared memory.
-static void stamp_running() {
-    const Fiber& f = *world.running;
-    uint64_t time = f.block->warps[size_t(f.warp())].time;
-    now = {f.block->epoch << 32, f.block->epoch << 32 | time << 11 | 1024u | unsigned(f.thread)};
+static void tick(Warp& w) {
+    if (++w.time >> 21) stop("more __syncwarp and named barriers in one block than can be counted");
+}
+
+// The lanes of mask have met.
+static void meet(Warp& w, uint32_t mask) {
+    tick(w);
+    if (mask == w.lanes) return void(w.all_met = w.time);
+    for (int l = 0; l < 32; l++)
+        for (int m = 0; mask >> l & 1 && m < 32; m++)
+            if (mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
 }
 
 // All have arrived: each gets its result.
 static void complete(Block& b, Warp& w, int warp, const Gather& g) {
     uint64_t all = 0;
     bool first = true;
-    w.time += g.kind == Kind::SYNC;
-    if (w.time >> 21) stop("more __syncwarp between two barriers than can be counted");
+    if (g.kind == Kind::SYNC) meet(w, g.mask);
+    if (g.kind == Kind::TOGETHER) {
+        void* lanes[32];
+        for (size_t l = 0; l < 32; l++) lanes[l] = from_bits<void*>(g.value[l]);
+        g.all(lanes);
+    }
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
         uint64_t mine = g.kind == Kind::BALLOT ? g.value[size_t(l)] << l : g.value[size_t(l)];
         all = first ? mine : combined(g.kind, all, mine);
         first = false;
-        for (int m = 0; g.kind == Kind::SYNC && m < 32; m++)
-            if (g.mask >> m & 1) w.met[size_t(l)][size_t(m)] = w.time;
     }
     for (int l = 0; l < 32; l++) {
         if (!(g.mask >> l & 1)) continue;
@@ -505,34 +645,32 @@ static void complete(Block& b, Warp& w, int warp, const Gather& g) {
 }
 
 // The collective that this lane takes part in; a new one, or one that others wait in.
-static Gather& join(Warp& w, Kind kind, uint32_t mask, int lane) {
-    const char* name = name_of(kind);
+static Gather& join(Warp& w, const Collective& mine, int lane) {
+    const char* name = mine.name;
+    uint32_t mask = mine.mask;
     if (!(mask >> lane & 1)) stop(text_of("%s: mask %08x leaves out its own lane %d", name, mask, lane));
     if (mask & ~w.lanes) stop(text_of("%s: mask %08x names lanes that the block has not", name, mask));
     if (mask & w.done) stop(text_of("%s: mask %08x names lanes that have ended", name, mask));
     for (Gather& g : w.gathers) {
-        if (g.mask == mask && g.kind == kind) return g;
+        if (g.mask == mask && g.kind == mine.kind && g.all == mine.all) return g;
         // Lanes that wait there wait for this one, which would wait for them.
         if (!(g.arrived & mask) || !(g.mask >> lane & 1)) continue;
-        stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask,
-                     name_of(g.kind), g.mask));
+        stop(text_of("%s with mask %08x, where others wait in %s with mask %08x", name, mask, g.name,
+                     g.mask));
     }
-    w.gathers.push_back({kind, mask, 0, {}, {}});
-    return w.gathers.back();
+    return w.gathers.emplace_back(mine);
 }
 
-uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
+static uint64_t gather(const Collective& mine, uint64_t value, int source) {
     if (!world.running) stop("a collective outside of a kernel");
     give_way();
     Fiber& f = *world.running;
     Warp& w = f.block->warps[size_t(f.warp())];
-    Gather& g = join(w, kind, mask, f.lane());
-    if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
-        stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
+    Gather& g = join(w, mine, f.lane());
     g.value[size_t(f.lane())] = value, g.source[size_t(f.lane())] = source;
     g.arrived |= 1u << f.lane();
-    if (g.arrived != mask) {
-        wait_at(name_of(kind), mask);
+    if (g.arrived != g.mask) {
+        wait_at(g.name, g.mask);
         return f.result;
     }
     Gather whole = g;
@@ -542,32 +680,124 @@ uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
     return f.result;
 }
 
-void barrier(int line) {
+uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source) {
+    if (kind == Kind::SHUFFLE && (source < 0 || source > 31 || !(mask >> source & 1)))
+        stop(text_of("__shfl_sync: lane %d is not in mask %08x", source, mask));
+    return gather({kind, name_of(kind), nullptr, mask}, value, source);
+}
+
+// What all lanes of a warp do at once: the last one to come calls all(what each of them passed).
+static void together(const char* name, uint32_t mask, void* mine, Together all) {
+    gather({Kind::TOGETHER, name, all, mask}, to_bits(mine), 0);
+}
+
+constexpr const char* BARRIERS[] = {
+    "bar_sync<0>", "bar_sync<1>", "bar_sync<2>",  "bar_sync<3>",  "bar_sync<4>",  "bar_sync<5>",
+    "bar_sync<6>", "bar_sync<7>", "bar_sync<8>",  "bar_sync<9>",  "bar_sync<10>", "bar_sync<11>",
+    "bar_sync<12>", "bar_sync<13>", "bar_sync<14>", "bar_sync<15>"};
+
+int barrier(int line, bool vote) {
     if (!world.running) stop("__syncthreads outside of a kernel");
     give_way();
     Fiber& f = *world.running;
     Block& b = *f.block;
     if (b.ended) stop(text_of("__syncthreads (line %d), where threads of the block have ended", line));
+    if (b.named[0].arrived)
+        stop(text_of("__syncthreads (line %d), where others wait at %s, which is the same", line,
+                     BARRIERS[0]));
     if (b.arrived && b.line != line)
         stop(text_of("__syncthreads (line %d), where others wait at that of line %d", line, b.line));
-    b.line = line;
-    if (++b.arrived < int(b.fibers.size())) return wait_at("__syncthreads, line", uint64_t(line));
-    b.arrived = 0, b.epoch = ++world.epochs;
+    b.line = line, b.votes += vote;
+    if (++b.arrived < int(b.fibers.size())) {
+        wait_at("__syncthreads, line", uint64_t(line));
+        return b.counted;
+    }
+    b.arrived = 0, b.epoch = ++world.epochs, b.counted = std::exchange(b.votes, 0);
     for (Fiber& other : b.fibers) wake(other);
     stamp_running();
+    return b.counted;
+}
+
+// What a lane brings to a named barrier, and takes from it.
+struct Arrival {
+    int id, threads;
+    bool waits;
+    uint64_t generation = 0;               // of the barrier; when it has changed, this one is over
+};
+
+static void release(Block& b, NamedBarrier& named, int id) {
+    for (size_t w = 0; w < b.warps.size(); w++) {
+        Warp& warp = b.warps[w];
+        if (named.waiting >> w & 1)
+            for (size_t i = 0; i < 32; i++) warp.clock[i] = std::max(warp.clock[i], named.clock[i]);
+    }
+    for (Fiber& f : b.fibers)
+        if (f.waits == BARRIERS[id]) wake(f);
+    named = {0, 0, 0, 0, named.generation + 1, {}};
+}
+
+// A warp arrives. All its lanes are here: the instruction is the warp's.
+static void arrive(void* const* lanes) {
+    Fiber& f = *world.running;
+    Block& b = *f.block;
+    const size_t warp = size_t(f.warp());
+    Warp& w = b.warps[warp];
+    auto arrival = [&](int l) { return static_cast<Arrival*>(lanes[l]); };
+    const Arrival mine = *arrival(f.lane());
+    NamedBarrier& named = b.named[size_t(mine.id)];
+    const char* name = BARRIERS[mine.id];
+    for (int l = 0; l < 32; l++) {
+        if (!(w.lanes >> l & 1)) continue;
+        if (arrival(l)->id != mine.id || arrival(l)->threads != mine.threads)
+            stop(text_of("%s, %d threads: another lane of its warp is at %s, %d threads", name, mine.threads,
+                         BARRIERS[arrival(l)->id], arrival(l)->threads));
+        arrival(l)->generation = named.generation;
+    }
+    if (mine.id == 0 && b.arrived)
+        stop(text_of("%s, where others wait at __syncthreads (line %d), which is the same", name, b.line));
+    if (named.arrived && named.threads != mine.threads)
+        stop(text_of("%s, %d threads: others are there for %d threads", name, mine.threads, named.threads));
+    if (named.warps >> warp & 1) stop(text_of("%s: its warp has arrived already", name));
+    if (mine.waits) meet(w, w.lanes);
+    else tick(w);
+    for (size_t i = 0; i < 32; i++) named.clock[i] = std::max(named.clock[i], w.clock[i]);
+    named.clock[warp] = w.time;
+    named.threads = mine.threads, named.arrived += 32, named.warps |= 1u << warp;
+    named.waiting |= uint32_t(mine.waits) << warp;
+    if (named.arrived == named.threads) release(b, named, mine.id);
+}
+
+static void arrive_and_wait(void* const* lanes) { arrive(lanes); }
+
+void named_barrier(int id, int threads, bool waits) {
+    if (!world.running) stop("a named barrier outside of a kernel");
+    Fiber& f = *world.running;
+    int most = int(f.block->warps.size()) * 32;
+    if (threads <= 0 || threads % 32 || threads > most)
+        stop(text_of("%s: %d threads are no multiple of 32 up to the block's %d", BARRIERS[id], threads,
+                     most));
+    Arrival mine{id, threads, waits};
+    uint32_t warp = f.block->warps[size_t(f.warp())].lanes;
+    together(waits ? "bar_sync" : "bar_arrive", warp, &mine, waits ? arrive_and_wait : arrive);
+    if (waits && f.block->named[size_t(id)].generation == mine.generation)
+        wait_at(BARRIERS[id], uint64_t(threads));
 }
 
 // -- 6  Shared memory ----------------------------------------------------------------------------
 //
-// Two accesses of which one writes need something between them that orders them: a barrier, or, in a warp, a
-// __syncwarp that both lanes take part in. Shuffles do not order memory.
+// Two accesses of which one writes need something between them that orders them: a barrier, a named one at
+// which both threads' warps arrive and the second one's waits, or, in a warp, a __syncwarp that both lanes
+// take part in. Shuffles do not order memory. A cp.async is a write of the thread that waits for it, when it
+// does.
 
 static bool ordered(Stamp s, const Fiber& f) {
     if (settled(s)) return true;
     int thread = int(s & 1023);
-    if (s >= IN_FLIGHT || thread / 32 != f.warp()) return false;
+    if (s >= IN_FLIGHT) return false;
     const Warp& w = f.block->warps[size_t(f.warp())];
-    return w.met[size_t(thread % 32)][size_t(f.lane())] > uint32_t(s) >> 11;
+    uint32_t time = uint32_t(s) >> 11;
+    if (thread / 32 != f.warp()) return w.clock[size_t(thread / 32)] > time;
+    return w.all_met > time || w.met[size_t(thread % 32)][size_t(f.lane())] > time;
 }
 
 SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
@@ -580,11 +810,11 @@ SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t
 SharedArray::~SharedArray() { std::free(data), std::free(cells); }
 
 constexpr size_t USUAL_SHARED = 48 * 1024; // of a block, unless cudaFuncSetAttribute allows more
-static const char dynamic_tag = 0;
 
 // Stamps are never used again: an array of a block that ended before this one began needs new numbers, but
 // not new cells.
-static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes, const char* name) {
+static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, size_t bytes,
+                                               const char* name) {
     const Stamp born = world.running->block->born << 32;
     auto fits = [&](auto& a) {
         return a->tag == tag && a->count == count && a->size == bytes && a->ended < born;
@@ -596,28 +826,45 @@ static std::unique_ptr<SharedArray> take_array(const void* tag, size_t count, si
     return taken;
 }
 
-static SharedArray& make_array(const void* tag, size_t count, size_t bytes, const char* name) {
+static SharedArray* find_array(const void* tag) {
+    for (auto& a : world.running->block->arrays)
+        if (a->tag == tag) return a.get();
+    return nullptr;
+}
+
+static SharedArray* make_array(const void* tag, size_t count, size_t bytes, const char* name) {
     Block& b = *world.running->block;
-    for (auto& a : b.arrays)
-        if (a->tag == tag) return *a;
-    if (tag != &dynamic_tag) b.shared += count * bytes;
-    if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
-        stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
-                     b.shared, b.grid->shared));
-    SharedArray& a = *b.arrays.emplace_back(take_array(tag, count, bytes, name));
-    a.name = name, a.born = b.born << 32;
-    std::memset(a.data, POISON, count * bytes);
+    SharedArray* a = b.arrays.emplace_back(take_array(tag, count, bytes, name)).get();
+    a->name = name, a->born = b.born << 32;
+    std::memset(a->data, POISON, count * bytes);
     return a;
 }
 
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name) {
-    return &make_array(tag, count, bytes, name);
+    if (SharedArray* known = find_array(tag)) return known;
+    Block& b = *world.running->block;
+    b.shared += count * bytes;
+    if (b.shared > USUAL_SHARED || b.shared + b.grid->shared > b.grid->most)
+        stop(text_of("with %s the block has %zu bytes in SHARED, and %zu in DYNAMIC_SHARED: too many", name,
+                     b.shared, b.grid->shared));
+    return make_array(tag, count, bytes, name);
 }
-SharedArray* dynamic_array(size_t bytes, const char* name) {
-    SharedArray& a = make_array(&dynamic_tag, world.running->block->grid->shared / bytes, bytes, name);
-    if (a.size != bytes)
-        stop(text_of("DYNAMIC_SHARED %s: in %s its elements had another size", name, a.name));
-    return &a;
+
+SharedArray* dynamic_array(const void* tag, size_t from, size_t count, size_t bytes, const char* name) {
+    if (SharedArray* known = find_array(tag)) return known;
+    Block& b = *world.running->block;
+    size_t all = b.grid->shared;
+    if (from % std::min<size_t>(bytes & -bytes, 16))
+        stop(text_of("DYNAMIC_PART %s: %zu is no multiple of its elements' size", name, from));
+    if (count == WHOLE) count = all / bytes;
+    if (from + count * bytes > all)
+        stop(text_of("DYNAMIC_PART %s ends at byte %zu of %zu", name, from + count * bytes, all));
+    for (auto& a : b.arrays)
+        if (a->from < from + count * bytes && from < a->until)
+            stop(text_of("DYNAMIC_PART %s lies where %s does", name, a->name));
+    SharedArray* a = make_array(tag, count, bytes, name);
+    a->from = from, a->until = from + count * bytes;
+    return a;
 }
 
 void* address(SharedArray* a, int64_t i) {
@@ -626,11 +873,33 @@ void* address(SharedArray* a, int64_t i) {
     return a->data + size_t(i) * a->size;
 }
 
+static void touch_bytes(SharedArray& a, size_t offset, size_t bytes, bool writes) {
+    for (size_t i = uint32_t(offset) / uint32_t(a.size); i * a.size < offset + bytes; i++) {
+        Cell& c = a.cells[i];
+        if (!writes && c.write >= a.born && settled(c.write)) note_read(c);
+        else touch(&a, int64_t(i), writes);
+    }
+}
+
+void* touch_vector(SharedArray* a, int64_t i, size_t bytes, bool writes) {
+    auto* p = static_cast<std::byte*>(address(a, i));
+    size_t offset = size_t(p - a->data);
+    if (offset % bytes)
+        stop(text_of("shared array %s: element %jd is not aligned to %zu bytes", a->name, intmax_t(i),
+                     bytes));
+    address(a, i + int64_t(bytes / a->size) - 1);
+    touch_bytes(*a, offset, bytes, writes);
+    return p;
+}
+
 void* touch(SharedArray* a, int64_t i, bool writes) {
     void* p = address(a, i);
     Fiber& f = *world.running;
     Cell& cell = a->cells[i];
     auto accuse = [&](Stamp other, const char* what) {
+        if (other >= IN_FLIGHT)
+            stop(text_of("%s[%jd] is %s, and a cp_async of thread %d writes it, which no one waited for",
+                         a->name, intmax_t(i), writes ? "written" : "read", int(other & 1023)));
         stop(text_of("race: %s[%jd] is %s thread %d %s, with no barrier in between", a->name, intmax_t(i),
                      writes ? "written, and" : "read, and", int(other & 1023), what));
     };
@@ -644,7 +913,204 @@ void* touch(SharedArray* a, int64_t i, bool writes) {
     return p;
 }
 
-// -- 7  The scheduler ----------------------------------------------------------------------------
+// The array that holds `bytes` from p on; where in it.
+static SharedArray& array_at(const void* p, size_t bytes, const char* what, size_t& offset) {
+    const auto* q = static_cast<const std::byte*>(p);
+    for (auto& a : world.running->block->arrays) {
+        if (q < a->data || q >= a->data + a->count * a->size) continue;
+        offset = size_t(q - a->data);
+        if (offset % bytes)
+            stop(text_of("%s: %s + %zu bytes is not aligned to %zu", what, a->name, offset, bytes));
+        if (offset + bytes > a->count * a->size)
+            stop(text_of("%s: %zu bytes reach beyond the end of %s", what, bytes, a->name));
+        return *a;
+    }
+    stop(text_of("%s: address %p is no shared memory of this block", what, p));
+}
+
+static void do_copy(Copy& c) {
+    if (std::exchange(c.done, true)) return;
+    if (c.valid) std::memcpy(c.array->data + c.offset, c.from, c.valid);
+    std::memset(c.array->data + c.offset + c.valid, 0, c.size - c.valid);
+}
+
+static void do_some_copies(Fiber& f) {
+    if (f.copies.empty() || world.options.async != Async::RANDOM) return;
+    for (Copy& c : f.copies)
+        if (random_number() % 4 == 0) do_copy(c);
+}
+
+static void needs(int capability, const char* what) {
+    if (!world.running) stop(text_of("%s outside of a kernel", what));
+    if (world.options.capability < capability)
+        stop(text_of("%s needs compute capability %d.%d", what, capability / 10, capability % 10));
+}
+
+void async_copy(void* shared, const void* global, int size, int valid) {
+    constexpr const char* NAME = "cp_async";
+    needs(80, NAME);
+    Fiber& f = *world.running;
+    if (valid < 0 || valid > size) stop(text_of("cp_async: %d valid bytes of %d", valid, size));
+    Copy c{nullptr, 0, static_cast<const std::byte*>(global), size_t(size), size_t(valid), -1, false};
+    c.array = &array_at(shared, c.size, NAME, c.offset);
+    if (reinterpret_cast<uintptr_t>(global) % c.size)
+        stop(text_of("cp_async: address %p in global memory is not aligned to %zu", global, c.size));
+    if (valid && !holder(global, c.valid)) stop(text_of("cp_async: %s", describe_address(global).c_str()));
+    touch_bytes(*c.array, c.offset, c.size, true);
+    for (size_t i = c.offset / c.array->size; i <= (c.offset + c.size - 1) / c.array->size; i++)
+        c.array->cells[i].write = IN_FLIGHT | unsigned(f.thread);
+    std::memset(c.array->data + c.offset, POISON, c.size);
+    if (world.options.async == Async::EAGER) do_copy(c);
+    f.copies.push_back(c);
+    give_way();
+}
+
+void async_commit() {
+    needs(80, "cp_async_commit");
+    Fiber& f = *world.running;
+    for (Copy& c : f.copies)
+        if (c.group < 0) c.group = f.groups;
+    f.groups++;
+    give_way();
+}
+
+void async_wait(int groups) {
+    needs(80, "cp_async_wait");
+    Fiber& f = *world.running;
+    give_way();
+    auto over = [&](Copy& c) {
+        if (groups >= 0 && (c.group < 0 || c.group >= f.groups - groups)) return false;
+        do_copy(c);
+        for (size_t i = c.offset / c.array->size; i <= (c.offset + c.size - 1) / c.array->size; i++)
+            note_write(c.array->cells[i]);
+        return true;
+    };
+    std::erase_if(f.copies, over);
+}
+
+// -- 7  Matrices ---------------------------------------------------------------------------------
+//
+// A warp holds a matrix in parts. A register has n = 1, 2 or 4 numbers. Those of lane 4 g + t are columns n t
+// and following of row g (or g + 8) of A, and rows n t and following of column g of B; in the second half of
+// the registers as much further on as half of k. Its sums are those of columns 2 t and 2 t + 1 of row g, then
+// of row g + 8.
+
+static Warp& running_warp() {
+    const Fiber& f = *world.running;
+    return f.block->warps[size_t(f.warp())];
+}
+
+// They stay as they are until all lanes have come to the next ldmatrix, and so are through with this one.
+static void share_rows(void* const* rows) { std::copy(rows, rows + 32, running_warp().rows.begin()); }
+
+template <class T> static uint32_t read_shared(const void* row, int i) {
+    size_t offset = 0;
+    const void* p = static_cast<const T*>(row) + i;
+    SharedArray& a = array_at(p, sizeof(T), "ldmatrix", offset);
+    touch_bytes(a, offset, sizeof(T), false);
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+void load_matrices(uint32_t* parts, int n, bool transposed, const void* row) {
+    needs(75, "ldmatrix");
+    Fiber& f = *world.running;
+    size_t offset = 0;
+    if (f.lane() < 8 * n) array_at(row, 16, "ldmatrix", offset);
+    together("ldmatrix", ~0u, const_cast<void*>(row), share_rows);
+    int g = f.lane() / 4, t = f.lane() % 4;
+    for (int m = 0; m < n; m++) {
+        const void* const* matrix = running_warp().rows.data() + 8 * m;
+        if (transposed)
+            parts[m] = read_shared<uint16_t>(matrix[2 * t], g) |
+                       read_shared<uint16_t>(matrix[2 * t + 1], g) << 16;
+        else
+            parts[m] = read_shared<uint32_t>(matrix[g], t);
+    }
+}
+
+// Number i of a register.
+template <Number TYPE> static float decoded(uint32_t bits, int i) {
+    if constexpr (TYPE == Number::TF32) return std::bit_cast<float>(bits & ~0x1FFFu);
+    if constexpr (TYPE == Number::BF16) return std::bit_cast<float>(bits >> 16 * i << 16);
+    if constexpr (TYPE == Number::S8) return int8_t(bits >> 8 * i);
+    constexpr int SIZE = TYPE == Number::F16 ? 16 : 8, MANTISSA = TYPE == Number::F16 ? 10 : 3;
+    constexpr int BIAS = TYPE == Number::F16 ? 15 : 7;
+    // As an f32 with the same digits its exponent is too small, also where it is subnormal.
+    uint32_t number = bits >> SIZE * i, digits = number & ((1u << (SIZE - 1)) - 1);
+    float x = std::bit_cast<float>(digits << (23 - MANTISSA)) * std::ldexp(1.0f, 127 - BIAS);
+    if (TYPE == Number::F16 && digits >= 0x7C00) x = digits == 0x7C00 ? INFINITY : NAN;
+    if (TYPE == Number::E4M3 && digits == 0x7F) x = NAN;
+    return number >> (SIZE - 1) & 1 ? -x : x;
+}
+
+template <Number TYPE> struct Product {
+    static constexpr int PER = TYPE == Number::TF32 ? 1 : TYPE == Number::E4M3 || TYPE == Number::S8 ? 4 : 2;
+    static constexpr int K = 8 * PER;
+    float a[16][K], b[K][8];
+
+    // Adds the products to the sums one by one, in the order of k.
+    void add_to(float (&sums)[16][8]) const {
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < K; k++)
+                for (int column = 0; column < 8; column++) sums[row][column] += a[row][k] * b[k][column];
+    }
+    explicit Product(void* const* lanes) {
+        for (int l = 0; l < 32; l++) {
+            const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
+            int g = l / 4, t = l % 4 * PER;
+            for (int i = 0; i < 4 * PER; i++) {
+                int r = i / PER;
+                a[g + 8 * (r % 2)][t + i % PER + K / 2 * (r / 2)] = decoded<TYPE>(f.a[r], i % PER);
+                if (r < 2) b[t + i % PER + K / 2 * r][g] = decoded<TYPE>(f.b[r], i % PER);
+            }
+        }
+    }
+};
+
+// Calls change(row, column, number of the sum) for each.
+template <class T, class Change> static void each_sum(void* const* lanes, const Change& change) {
+    for (int l = 0; l < 32; l++) {
+        T* sum = static_cast<T*>(static_cast<const Fragments*>(lanes[l])->sum);
+        for (int i = 0; i < 4; i++) change(l / 4 + i / 2 * 8, l % 4 * 2 + i % 2, sum[i]);
+    }
+}
+
+// From the sum so far on, each step rounded to f32. A GPU adds several products at once, and cuts off what a
+// shift moves out.
+template <Number TYPE> static void multiply_floats(void* const* lanes) {
+    float sums[16][8];
+    each_sum<float>(lanes, [&](int row, int column, float& sum) { sums[row][column] = sum; });
+    Product<TYPE>(lanes).add_to(sums);
+    each_sum<float>(lanes, [&](int row, int column, float& sum) { sum = sums[row][column]; });
+}
+
+template <bool SATURATE> static void multiply_bytes(void* const* lanes) {
+    float sums[16][8] = {};                // exact: below 2^20
+    Product<Number::S8>(lanes).add_to(sums);
+    each_sum<int>(lanes, [&](int row, int column, int& sum) {
+        int64_t exact = int64_t(sum) + int(sums[row][column]);
+        sum = SATURATE ? int(std::clamp<int64_t>(exact, INT32_MIN, INT32_MAX)) : int(uint32_t(exact));
+    });
+}
+
+void multiply_matrices(Number type, const Fragments& f, bool saturate) {
+    const char* name = "mma";
+    needs(type == Number::E4M3 ? 89 : 80, type == Number::E4M3 ? "mma_e4m3" : name);
+    Together all = nullptr;
+    switch (type) {
+    case Number::F16: name = "mma_f16", all = multiply_floats<Number::F16>; break;
+    case Number::BF16: name = "mma_bf16", all = multiply_floats<Number::BF16>; break;
+    case Number::TF32: name = "mma_tf32", all = multiply_floats<Number::TF32>; break;
+    case Number::E4M3: name = "mma_e4m3", all = multiply_floats<Number::E4M3>; break;
+    case Number::S8: name = "mma_s8", all = saturate ? multiply_bytes<true> : multiply_bytes<false>; break;
+    }
+    Fragments mine = f;
+    together(name, ~0u, &mine, all);
+}
+
+// -- 8  The scheduler ----------------------------------------------------------------------------
 
 static std::vector<std::byte*> free_stacks;
 
@@ -652,6 +1118,7 @@ static std::byte* take_stack() {
     if (!free_stacks.empty()) {
         std::byte* stack = free_stacks.back();
         free_stacks.pop_back();
+        clean_stack(stack, STACK);
         return stack;
     }
     void* map = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE,
@@ -663,6 +1130,9 @@ static std::byte* take_stack() {
 
 // What a fiber does: the kernel, then its end.
 static void fiber_main() {
+    Stack from;
+    after_switch(nullptr, &from);
+    if (world.from_host) world.host_stack = from;
     Fiber& f = *world.running;
     Block& b = *f.block;
     b.grid->body();
@@ -671,7 +1141,8 @@ static void fiber_main() {
     for (const Gather& g : w.gathers)
         if (g.mask >> f.lane() & 1)
             stop(text_of("it ends, while others wait for its lane %d in %s with mask %08x", f.lane(),
-                         name_of(g.kind), g.mask));
+                         g.name, g.mask));
+    if (!f.copies.empty()) stop("it ends, and there is a cp_async that it did not wait for");
     if (b.arrived)
         stop(text_of("it ends, while others wait for it at __syncthreads (line %d)", b.line));
     b.ended++;
@@ -708,7 +1179,7 @@ static void start_block(Grid& g) {
 static void end_block(Block* b) {
     Grid& g = *b->grid;
     g.done++;
-    world.devices[size_t(g.device)].resident--;
+    world.devices[size_t(g.device)].resident--, world.spins = 0;
     for (Fiber& f : b->fibers) free_stacks.push_back(f.stack);
     for (auto& a : b->arrays) a->ended = b->epoch << 32;
     std::move(b->arrays.begin(), b->arrays.end(), std::back_inserter(world.arrays));
@@ -779,7 +1250,8 @@ static bool start_what_can() {
 
 static Fiber* choose() {
     std::deque<Fiber*>& ready = world.ready;
-    if (world.options.order == Order::RANDOM) std::swap(ready[random_number() % ready.size()], ready.front());
+    if (world.options.order == Order::RANDOM)
+        std::swap(ready[random_number() % ready.size()], ready.front());
     if (world.options.order == Order::PRIORITY) {
         std::pop_heap(ready.begin(), ready.end(), less_urgent);
         Fiber* most_urgent = ready.back();
@@ -789,16 +1261,18 @@ static Fiber* choose() {
     return ready.pop_front(), first;
 }
 
-static void run_fiber() {
-    Fiber* f = choose();
-    open_memory(f->block->grid->device);
-    world.running = f, here = &f->index, world.switches++;
-    stamp_running();
-    switch_context(world.host, f->context);
-    world.running = nullptr, here = nullptr;
+// Until a fiber comes back that leaves the scheduler something to do.
+static void run_fibers() {
+    Fiber& f = next_fiber(true);
+    void* fake = nullptr;
+    before_switch(&fake, {f.stack, STACK});
+    switch_context(world.host, f.context);
+    after_switch(fake, nullptr);
+    Fiber& last = *std::exchange(world.running, nullptr);
+    here = nullptr;
     if (!world.failure.empty() || world.broken) return;
-    Block* b = f->block;
-    if (f->state == Fiber::State::DONE && b->ended == int(b->fibers.size())) end_block(b);
+    if (last.state == Fiber::State::DONE && last.block->ended == int(last.block->fibers.size()))
+        end_block(last.block);
 }
 
 // A line for each warp and each thing that some of its lanes wait for.
@@ -810,7 +1284,9 @@ static std::string waiting_list() {
             if (f.state == Fiber::State::WAITING) lanes[{f.warp(), f.waits, f.detail}]++;
         for (auto& [key, n] : lanes) {
             auto& [warp, waits, detail] = key;
-            const char* form = waits.starts_with("__syncthreads") ? "%s %ju" : "%s, mask %08jx";
+            const char* form = waits.starts_with("__syncthreads") ? "%s %ju"
+                               : waits.starts_with("bar_sync<")   ? "%s, %ju threads"
+                                                                  : "%s, mask %08jx";
             text += "\n  " + place_of(*b) + text_of(", warp %d: %d lanes at ", warp, n);
             text += text_of(form, waits.c_str(), uintmax_t(detail));
         }
@@ -827,6 +1303,7 @@ static void forget_work() {
 }
 
 static void give_up() {
+    clean_stack(signal_stack, sizeof signal_stack);              // its function may have stopped a fiber
     std::string failure = std::exchange(world.failure, "");
     forget_work();
     open_memory(CLOSED), set_timer(0);
@@ -836,11 +1313,11 @@ static void give_up() {
 // Does all that streams were asked to do, or ends in the error of a kernel.
 static void drain() {
     set_timer(2);
-    world.spins = 0;
+    world.spins = 0, world.thread = pthread_self();
     while (world.failure.empty() && !world.broken) {
         bool happened = world.changed && start_what_can();
         if (!world.ready.empty()) {
-            run_fiber();
+            run_fibers();
             continue;
         }
         if (happened || world.changed) continue;
@@ -850,10 +1327,12 @@ static void drain() {
         world.failure = world.blocks.empty() ? "deadlock: a stream waits for what no stream does"
                                              : "deadlock:" + waiting_list();
     }
+    set_timer(0);
     if (world.broken) forget_work();
-    if (world.failure.empty()) world.failure = damage();
+    bool look = is_time_to_look();
+    if (look && world.failure.empty()) world.failure = damage();
     if (!world.failure.empty()) give_up();
-    open_memory(CLOSED), set_timer(0);
+    if (look) open_memory(CLOSED);
 }
 
 static cudaError_t fails(cudaError_t error) { return world.error = error; }
@@ -921,6 +1400,14 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
     ask(stream, {std::move(g), {}, {}});
 }
 
+void check_pointer(const void* kernel, const void* p) {
+    const auto* q = static_cast<const std::byte*>(p);
+    auto at = allocations.upper_bound(p);
+    bool ours = at != allocations.begin() && q <= std::prev(at)->second.end();
+    if (!p || ours || is_pinned(p, 1) || state()) return;
+    stop(text_of("launch of %s: address %p is no memory of a device", name_of(kernel).c_str(), p));
+}
+
 Options options_of_environment() {
     Options o;
     auto value = [](const char* name) {
@@ -950,6 +1437,7 @@ void reset(const Options& options) {
         world.devices[size_t(d)].legacy.device = d, world.devices[size_t(d)].legacy.is_default = true;
     world.options = options, world.random = options.seed, world.device = 0;
     world.error = world.broken = cudaSuccess, world.launches = 0, world.raised.clear();
+    world.drains = 0;
     catch_signals();
     open_memory(CLOSED);
 }
@@ -961,6 +1449,10 @@ size_t allocated() {
     for (Device& d : world.devices) sum += d.used;
     return sum;
 }
+
+#if defined(EMULATOR_ASAN)
+extern "C" int __lsan_is_turned_off() { return 1; }              // a fiber that stops keeps what it has
+#endif
 
 // The world exists before main begins, as a program needs it; a test makes its own.
 static const bool begun = [] {
@@ -1022,7 +1514,7 @@ static cudaError_t capture_free(std::byte* data, size_t bytes, cudaStream_t stre
 
 }
 
-// -- 8  The run time -----------------------------------------------------------------------------
+// -- 9  The run time -----------------------------------------------------------------------------
 
 using namespace emulator;
 

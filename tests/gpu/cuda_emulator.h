@@ -15,7 +15,8 @@
 // What it cannot tell: speed, the weakness of a real memory model, what nvcc makes of the source, and races
 // between threads in global memory (random orders alone look for those).
 //
-// Not in here, as no kernel uses it yet: named barriers, cp.async, mma.sync, ldmatrix, clusters.
+// Namespace ptx has a function for each instruction that CUDA C++ has no word for: named barriers, cp.async,
+// ldmatrix, mma.sync. Not in here, as no kernel uses them yet: clusters, TMA, mbarriers, wgmma.
 #pragma once
 
 #include <bit>
@@ -73,11 +74,14 @@ inline const Index* here = nullptr;        // of the running fiber; none: the ho
 
 // -- collectives, barriers -------------------------------------------------------------------------------
 
-enum class Kind : uint8_t { SYNC, SHUFFLE, BALLOT, ANY, ALL, ADD, LEAST, LARGEST, AND, OR, XOR };
+enum class Kind : uint8_t {
+    SYNC, SHUFFLE, BALLOT, ANY, ALL, ADD, LEAST, LARGEST, AND, OR, XOR, TOGETHER
+};
 
 // What the lanes of `mask` make of their values; a shuffle gives that of lane `source`.
 uint64_t collective(Kind kind, uint32_t mask, uint64_t value, int source = 0);
-void barrier(int line);
+int barrier(int line, bool vote = false);  // how many voted for it
+void named_barrier(int id, int threads, bool waits);
 int lane();
 void give_way();                           // maybe: another fiber may run here
 void spin();                               // nothing changed yet: others must run
@@ -115,8 +119,8 @@ struct Now {
 inline Now now{};
 
 struct Cell {
-    // Who wrote it last. Who read it since: the last; the last other one of a warp of one that came after; the
-    // last one of another warp.
+    // Who wrote it last. Who read it since: the last; before that, the last other lane of a reader's warp;
+    // the last reader of another warp.
     Stamp write, read[3];
 };
 struct SharedArray {
@@ -126,13 +130,16 @@ struct SharedArray {
     std::byte* data;
     Cell* cells;
     Stamp born = 0, ended = 0;             // epochs of its block; what is older belongs to another one
+    size_t from = 0, until = 0;            // bytes of the dynamic memory; none: it is not dynamic
 
     SharedArray(const void* tag, const char* name, size_t count, size_t size);
     SharedArray(const SharedArray&) = delete;
     ~SharedArray();
 };
 SharedArray* shared_array(const void* tag, size_t count, size_t bytes, const char* name);
-SharedArray* dynamic_array(size_t bytes, const char* name);
+constexpr size_t WHOLE = ~size_t(0);       // as many elements as there is memory for
+SharedArray* dynamic_array(const void* tag, size_t from, size_t count, size_t bytes, const char* name);
+void* touch_vector(SharedArray* array, int64_t i, size_t bytes, bool writes);
 void* touch(SharedArray* array, int64_t i, bool writes);         // the address of element i
 void* address(SharedArray* array, int64_t i);
 
@@ -169,6 +176,10 @@ public:
         int64_t i_;
     };
     Element operator[](int64_t i) const { return {*this, i}; }
+    template <class V> void* vector_at(int64_t i, bool writes) const {
+        static_assert(sizeof(V) % sizeof(T) == 0 && sizeof(V) <= 16);
+        return touch_vector(array_, i, sizeof(V), writes);
+    }
 
 private:
     T get(int64_t i) const {
@@ -210,11 +221,46 @@ template <class T, class Sum> Sum dot4(uint32_t a, uint32_t b, Sum sum) {
     return Sum(bits);
 }
 
+// -- instructions that CUDA C++ has no word for -----------------------------------------------------------
+
+// cp.async: until the thread waits for it, its target is poison or the copy, as Async says, and no one may
+// touch it; afterwards it is as if this thread had written it.
+void async_copy(void* shared, const void* global, int size, int valid);
+void async_commit();
+void async_wait(int groups);               // for all but the last `groups`; -1: for all, committed or not
+
+enum class Number : uint8_t { F16, BF16, TF32, E4M3, S8 };
+struct Fragments {                         // of a lane
+    const uint32_t *a, *b;
+    void* sum;
+};
+void load_matrices(uint32_t* parts, int n, bool transposed, const void* row);
+void multiply_matrices(Number type, const Fragments& f, bool saturate = false);
+
+// -- atomics ---------------------------------------------------------------------------------------------
+
+template <class T> using Same = std::type_identity_t<T>;         // is converted to T, and does not tell it
+
+// One thread of the host runs everything: between two chances to give way, anything is atomic.
+template <class T, class Change> T atomically(T* p, const Change& change) {
+    emulator::give_way();
+    T old = *p;
+    *p = T(change(old));
+    return old;
+}
+
 // -- launches --------------------------------------------------------------------------------------------
 
 // `body` is what each thread does; `kernel` is for messages.
 void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
              std::function<void()> body);
+
+// An argument that points to the host's memory, or to none, is an error.
+void check_pointer(const void* kernel, const void* p);
+template <class T> void check_argument(const void* kernel, const T& argument) {
+    if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>)
+        check_pointer(kernel, const_cast<const void*>(static_cast<const volatile void*>(argument)));
+}
 
 }
 
@@ -234,9 +280,26 @@ void enqueue(const void* kernel, dim3 grid, dim3 block, size_t shared, cudaStrea
 #define SHARED(T, name, count)                                                                             \
     static const char name##_tag = 0;                                                                      \
     const emulator::Shared<T> name(emulator::shared_array(&name##_tag, count, sizeof(T), #name))
-#define DYNAMIC_SHARED(T, name) const emulator::Shared<T> name(emulator::dynamic_array(sizeof(T), #name))
+// The memory that the launch asked for: all of it, or `count` elements from byte `first` on.
+#define DYNAMIC_SHARED(T, name) DYNAMIC_PART(T, name, 0, emulator::WHOLE)
+#define DYNAMIC_PART(T, name, first, count)                                                                \
+    static const char name##_tag = 0;                                                                      \
+    const emulator::Shared<T> name(emulator::dynamic_array(&name##_tag, first, count, sizeof(T), #name))
 
-#define __syncthreads() emulator::barrier(__LINE__)
+// Several elements at once, from a[i] on: one access of 4, 8 or 16 bytes, as a GPU likes it best.
+template <class V, class T> V load_vector(const emulator::Shared<T>& a, int64_t i) {
+    V v;
+    std::memcpy(&v, a.template vector_at<V>(i, false), sizeof v);
+    return v;
+}
+template <class V, class T> void store_vector(const emulator::Shared<T>& a, int64_t i, const V& v) {
+    std::memcpy(a.template vector_at<V>(i, true), &v, sizeof v);
+}
+
+#define __syncthreads() void(emulator::barrier(__LINE__))
+#define __syncthreads_count(predicate) emulator::barrier(__LINE__, (predicate) != 0)
+#define __syncthreads_or(predicate) int(__syncthreads_count(predicate) > 0)
+#define __syncthreads_and(predicate) int(__syncthreads_count((predicate) == 0) == 0)
 inline void __syncwarp(uint32_t mask = ~0u) { emulator::collective(emulator::Kind::SYNC, mask, 0); }
 
 template <class T> T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
@@ -280,21 +343,32 @@ inline unsigned __reduce_xor_sync(uint32_t mask, unsigned value) {
     return unsigned(emulator::collective(emulator::Kind::XOR, mask, value));
 }
 
-// One thread of the host runs everything: between two chances to give way, anything is atomic.
-template <class T, class Change> T atomically(T* p, const Change& change) {
-    emulator::give_way();
-    T old = *p;
-    *p = T(change(old));
-    return old;
+template <class T> T atomicAdd(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old + v; });
 }
-template <class T> T atomicAdd(T* p, T v) { return atomically(p, [v](T old) { return old + v; }); }
-template <class T> T atomicMin(T* p, T v) { return atomically(p, [v](T old) { return v < old ? v : old; }); }
-template <class T> T atomicMax(T* p, T v) { return atomically(p, [v](T old) { return old < v ? v : old; }); }
-template <class T> T atomicAnd(T* p, T v) { return atomically(p, [v](T old) { return old & v; }); }
-template <class T> T atomicOr(T* p, T v) { return atomically(p, [v](T old) { return old | v; }); }
-template <class T> T atomicExch(T* p, T v) { return atomically(p, [v](T) { return v; }); }
-template <class T> T atomicCAS(T* p, T expected, T v) {
-    return atomically(p, [=](T old) { return old == expected ? v : old; });
+template <class T> T atomicSub(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old - v; });
+}
+template <class T> T atomicMin(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return v < old ? v : old; });
+}
+template <class T> T atomicMax(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old < v ? v : old; });
+}
+template <class T> T atomicAnd(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old & v; });
+}
+template <class T> T atomicOr(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old | v; });
+}
+template <class T> T atomicXor(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T old) { return old ^ v; });
+}
+template <class T> T atomicExch(T* p, emulator::Same<T> v) {
+    return emulator::atomically(p, [v](T) { return v; });
+}
+template <class T> T atomicCAS(T* p, emulator::Same<T> expected, emulator::Same<T> v) {
+    return emulator::atomically(p, [=](T old) { return old == expected ? v : old; });
 }
 
 inline void __threadfence_block() { emulator::give_way(); }
@@ -310,10 +384,10 @@ template <class T> T __ldca(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcv(const T* p) { return *p; }
-template <class T> void __stcg(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stcs(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stwb(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> void __stwt(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stcg(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stcs(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stwb(T* p, emulator::Same<T> value) { *p = value; }
+template <class T> void __stwt(T* p, emulator::Same<T> value) { *p = value; }
 
 // Bits.
 inline int __popc(unsigned x) { return std::popcount(x); }
@@ -418,13 +492,80 @@ inline unsigned long max(unsigned long a, unsigned long b) { return a < b ? b : 
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
+namespace ptx {
+
+// BYTES from global to shared memory, of which the first `valid` are copied and the others zero.
+template <int BYTES, class T, class From> void cp_async(T* shared, const From* global, int valid = BYTES) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+    emulator::async_copy(shared, global, BYTES, valid);
+}
+inline void cp_async_commit() { emulator::async_commit(); }
+template <int GROUPS> void cp_async_wait() {
+    static_assert(GROUPS >= 0);
+    emulator::async_wait(GROUPS);
+}
+inline void cp_async_wait_all() { emulator::async_wait(-1); }
+
+// All threads of a warp arrive together. bar_sync waits for `threads`, bar_arrive only counts for others.
+template <int ID> void bar_sync(int threads) {
+    static_assert(ID >= 0 && ID < 16);
+    emulator::named_barrier(ID, threads, true);
+}
+template <int ID> void bar_arrive(int threads) {
+    static_assert(ID >= 0 && ID < 16);
+    emulator::named_barrier(ID, threads, false);
+}
+
+// 8 x 8 matrices of 16-bit numbers in shared memory. Lane l gives the address of row l % 8 of matrix l / 8.
+template <class T> void ldmatrix_x1(uint32_t (&r)[1], const T* row) {
+    emulator::load_matrices(r, 1, false, row);
+}
+template <class T> void ldmatrix_x2(uint32_t (&r)[2], const T* row) {
+    emulator::load_matrices(r, 2, false, row);
+}
+template <class T> void ldmatrix_x4(uint32_t (&r)[4], const T* row) {
+    emulator::load_matrices(r, 4, false, row);
+}
+template <class T> void ldmatrix_x1_trans(uint32_t (&r)[1], const T* row) {
+    emulator::load_matrices(r, 1, true, row);
+}
+template <class T> void ldmatrix_x2_trans(uint32_t (&r)[2], const T* row) {
+    emulator::load_matrices(r, 2, true, row);
+}
+template <class T> void ldmatrix_x4_trans(uint32_t (&r)[4], const T* row) {
+    emulator::load_matrices(r, 4, true, row);
+}
+
+// sum += a b: A has 16 rows, B and the sum 8 columns; k is 16, 16, 8, 32 and 32.
+inline void mma_bf16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::BF16, {a, b, sum});
+}
+inline void mma_f16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::F16, {a, b, sum});
+}
+inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::TF32, {a, b, sum});
+}
+inline void mma_e4m3(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::E4M3, {a, b, sum});
+}
+inline void mma_s8(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::S8, {a, b, sum});
+}
+inline void mma_s8_satfinite(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply_matrices(emulator::Number::S8, {a, b, sum}, true);
+}
+
+}
+
 // kernel<<<grid, block, shared, stream>>>(args...): the arguments are copied now.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             Args... args) {
     std::tuple<std::decay_t<Params>...> copies{static_cast<Params>(args)...};
-    emulator::enqueue(reinterpret_cast<const void*>(kernel), grid, block, shared, stream,
-                      [kernel, copies] { std::apply(kernel, copies); });
+    const auto* any = reinterpret_cast<const void*>(kernel);
+    std::apply([any](const auto&... copy) { (emulator::check_argument(any, copy), ...); }, copies);
+    emulator::enqueue(any, grid, block, shared, stream, [kernel, copies] { std::apply(kernel, copies); });
 }
 
 // What nvcc's cuda_runtime.h adds to the functions of C.

@@ -3,6 +3,9 @@
 //   build/gpu/emulator_tests       from anywhere
 #include "cuda_emulator.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -98,6 +101,27 @@ TEST(Launch, RefusesWhatNoDeviceTakes) {
     }
     launch(write_position, 1, 1, 1 << 20, nullptr, static_cast<int*>(nullptr), 0);
     EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
+}
+TEST(Launch, RefusesPointersToTheHost) {
+    emulator::reset({});
+    Numbers<int> p(4);
+    int here = 0, *pinned = nullptr, *gone = nullptr;
+    auto says = [](int* pointer) {
+        try {
+            run(write_position, 1, 1, pointer, 0);
+        } catch (const emulator::Error& error) {
+            return std::string(error.what());
+        }
+        return std::string("nothing");
+    };
+    cudaMalloc(&gone, 4), cudaFree(gone), cudaMallocHost(&pinned, 4);
+    EXPECT_EQ(says(&here).find("launch of write_position: address 0x"), 0u);
+    EXPECT_EQ(says(gone).find("launch of write_position: address 0x"), 0u);
+    EXPECT_EQ(says(p.data + 3), "nothing");
+    EXPECT_EQ(says(pinned), "nothing");
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_EQ(*pinned, 0);
+    cudaFreeHost(pinned);
 }
 struct Large {
     int numbers[100];
@@ -214,6 +238,24 @@ TEST(Barrier, TwoPlacesAreNotOne) {
     }, {"where others wait at that of line"});
 }
 
+__global__ void vote(int* p, int n) {
+    int i = int(threadIdx.x), sum = 0;
+    for (int round = 0; round < 3; round++) {
+        sum += __syncthreads_count(i < n + round) + 1000 * __syncthreads_or(i == n);
+        sum += 10000 * __syncthreads_and(i != n);
+    }
+    p[i] = sum;
+}
+TEST(Barrier, CountsVotes) {
+    in_all_orders([] {
+        Numbers<int> p(50);
+        run(vote, 1, 50, p.data, 7);
+        EXPECT_EQ(p.host(), std::vector<int>(50, 3024));
+        run(vote, 1, 50, p.data, 50);
+        EXPECT_EQ(p.host(), std::vector<int>(50, 30150));
+    });
+}
+
 __global__ void shared_bounds(int* p, int n) {
     SHARED(int, few, 8);
     few[int(threadIdx.x) + n] = 1;
@@ -280,6 +322,36 @@ TEST(Shared, NoReaderIsForgotten) {
             run(many_readers, 1, 64, p.data, writer);
             cudaDeviceSynchronize();
         }, {"race: one[0] is"});
+    }
+}
+
+__global__ void parts(int* p, int mistake) {
+    DYNAMIC_PART(float, floats, 0, 8);
+    DYNAMIC_PART(unsigned char, bytes, mistake == 1 ? 28 : 32, mistake == 2 ? 17 : 16);
+    int i = int(threadIdx.x);
+    floats[i] = float(i);
+    if (i < 4) store_vector(bytes, 4 * i, 0x01010101 * i);
+    if (mistake != 3) __syncthreads();
+    float2 two = load_vector<float2>(floats, mistake == 4 ? 1 : mistake == 5 ? 8 : i / 2 * 2);
+    p[i] = int(two.x) * 100 + int(two.y) * 10 + bytes[i];
+}
+TEST(Shared, TheDynamicMemoryHasParts) {
+    in_all_orders([] {
+        Numbers<int> p(8);
+        launch(parts, 1, 8, 48, nullptr, p.data, 0);
+        EXPECT_EQ(p.host(), (std::vector<int>{10, 10, 230, 230, 451, 451, 671, 671}));
+    });
+    const std::vector<std::pair<int, std::string>> says = {
+        {1, "DYNAMIC_PART bytes lies where floats does"}, {2, "DYNAMIC_PART bytes ends at byte 49 of 48"},
+        {3, "["}, {4, "shared array floats: element 1 is not aligned to 8 bytes"},
+        {5, "shared array floats has 8 elements, not 8"}};
+    for (auto& [mistake, text] : says) {
+        SCOPED_TRACE(mistake);
+        reports([mistake = mistake] {
+            Numbers<int> p(8);
+            launch(parts, 1, 8, 48, nullptr, p.data, mistake);
+            cudaDeviceSynchronize();
+        }, {text});
     }
 }
 
@@ -427,6 +499,488 @@ TEST(Warp, TwoKindsAreNotOne) {
     }, {"where others wait in"});
 }
 
+// -- cp.async -----------------------------------------------------------------------------------------
+
+// Two buffers in turns: while one is read, the other one is filled.
+__global__ void add_up_tiles(int* p, int tiles) {
+    SHARED(int, ring, 2 * 256);
+    int i = int(threadIdx.x), sum = 0;
+    auto fetch = [&](int tile) {
+        if (tile < tiles) ptx::cp_async<16>(&ring[tile % 2 * 256 + 4 * i], p + 256 * tile + 4 * i);
+        ptx::cp_async_commit();
+    };
+    fetch(0);
+    for (int tile = 0; tile < tiles; tile++) {
+        fetch(tile + 1);
+        ptx::cp_async_wait<1>();
+        __syncthreads();
+        for (int k = 0; k < 4; k++) sum += ring[tile % 2 * 256 + (4 * i + k + 100) % 256];
+        __syncthreads();
+    }
+    p[i] = sum;
+}
+TEST(Async, CopiesAreThereOnceWaitedFor) {
+    in_all_orders([] {
+        std::vector<int> v(256 * 5);
+        std::iota(v.begin(), v.end(), 0);
+        Numbers<int> p(v);
+        run(add_up_tiles, 1, 64, p.data, 5);
+        std::vector<int> host = p.host();
+        for (int i = 0; i < 64; i++) {
+            int sum = 0;
+            for (int k = 0; k < 4; k++) sum += 5 * ((4 * i + k + 100) % 256) + 256 * (1 + 2 + 3 + 4);
+            ASSERT_EQ(host[size_t(i)], sum);
+        }
+    });
+}
+template <int BYTES> __global__ void copy_in_part(int* p, int valid) {
+    SHARED(unsigned char, bytes, 3 * BYTES);
+    ptx::cp_async<BYTES>(&bytes[BYTES], p, valid);
+    ptx::cp_async_wait_all();
+    for (int i = 0; i < BYTES; i++) p[16 + i] = bytes[BYTES + i];
+}
+TEST(Async, TheRestIsZero) {
+    for (int bytes : {4, 8, 16}) {
+        auto kernel = bytes == 4 ? copy_in_part<4> : bytes == 8 ? copy_in_part<8> : copy_in_part<16>;
+        for (int valid = 0; valid <= bytes; valid++) {
+            emulator::reset({});
+            Numbers<int> p(std::vector<int>(32, 0x05050505));
+            run(kernel, 1, 1, p.data, valid);
+            std::vector<int> host = p.host();
+            for (int i = 0; i < bytes; i++) ASSERT_EQ(host[size_t(16 + i)], i < valid ? 5 : 0);
+        }
+    }
+}
+
+enum { NO_WAIT, ONE_LATE, NOT_COMMITTED, NO_BARRIER, WRITE, SHARED_UNALIGNED, GLOBAL_UNALIGNED, BEYOND,
+       NOT_SHARED, GLOBAL_BEYOND, NO_END, TOO_EARLY, NO_MISTAKE };
+__global__ void copy_wrongly(int* p, int mistake) {
+    SHARED(int, tile, 32);
+    int i = int(threadIdx.x);
+    if (mistake == TOO_EARLY) {
+        tile[4 * i] = 1;
+        __syncwarp(0xFF);
+        p[i] = tile[(4 * i + 4) % 32];
+    }
+    int* to = &tile[mistake == BEYOND && i == 7 ? 24 : 4 * i];
+    if (mistake == BEYOND && i == 7) to += 8;
+    if (mistake == SHARED_UNALIGNED && i == 5) to--;
+    if (mistake == NOT_SHARED) to = p;
+    int from = mistake == GLOBAL_UNALIGNED ? 3 : mistake == GLOBAL_BEYOND ? 64 : 4 * i;
+    ptx::cp_async<16>(to, p + from);
+    if (mistake != NOT_COMMITTED) ptx::cp_async_commit();
+    if (mistake == WRITE) tile[4 * i] = 0;
+    if (mistake == ONE_LATE) ptx::cp_async_wait<1>();
+    if (mistake != NO_WAIT && mistake != ONE_LATE && mistake != NO_END) ptx::cp_async_wait<0>();
+    if (mistake == NO_END) return;
+    if (mistake == NO_BARRIER) p[i] = tile[(4 * i + 4) % 32];
+    __syncthreads();
+    p[i] = tile[4 * i + 1];
+}
+TEST(Async, MistakesAreReported) {
+    const std::vector<std::pair<int, std::string>> says = {
+        {NO_WAIT, "is read, and a cp_async of thread"},
+        {ONE_LATE, "is read, and a cp_async of thread"},
+        {NOT_COMMITTED, "is read, and a cp_async of thread"},
+        {NO_BARRIER, "tile["},
+        {WRITE, "is written, and a cp_async of thread"},
+        {TOO_EARLY, "tile["},
+        {SHARED_UNALIGNED, "tile + 76 bytes is not aligned to 16"},
+        {GLOBAL_UNALIGNED, "in global memory is not aligned to 16"},
+        {BEYOND, "is no shared memory of this block"},
+        {NOT_SHARED, "is no shared memory of this block"},
+        {GLOBAL_BEYOND, "cp_async: an access 0 bytes beyond an allocation"},
+        {NO_END, "a cp_async that it did not wait for"}};
+    for (auto& [mistake, text] : says) {
+        SCOPED_TRACE(mistake);
+        reports([mistake = mistake] {
+            Numbers<int> p(std::vector<int>(64));
+            run(copy_wrongly, 1, 8, p.data, mistake);
+            cudaDeviceSynchronize();
+        }, {text});
+    }
+    in_all_orders([] {
+        Numbers<int> p(std::vector<int>(64));
+        run(copy_wrongly, 1, 8, p.data, NO_MISTAKE);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    });
+}
+TEST(Async, AnOlderDeviceHasNone) {
+    emulator::Options older;
+    older.capability = 75;
+    emulator::reset(older);
+    Numbers<int> p(64);
+    run(copy_wrongly, 1, 8, p.data, NO_MISTAKE);
+    EXPECT_THROW(cudaDeviceSynchronize(), emulator::Error);
+    emulator::reset({});
+}
+
+// -- named barriers -----------------------------------------------------------------------------------
+
+enum { FULL = 1, EMPTY = 2 };
+// Warp 0 fills two slots in turns, warps 1 and 2 read them.
+__global__ void produce_and_consume(int* p, int without) {
+    SHARED(int, slot, 32);
+    int i = int(threadIdx.x), sum = 0;
+    for (int round = 0; round < 6; round++) {
+        if (i < 32) {
+            if (round && without != EMPTY) ptx::bar_sync<EMPTY>(96);
+            slot[i] = round * i;
+            if (without != FULL) ptx::bar_arrive<FULL>(96);
+        } else {
+            if (without != FULL) ptx::bar_sync<FULL>(96);
+            sum += slot[(i + 1) % 32];
+            if (round < 5 && without != EMPTY) ptx::bar_arrive<EMPTY>(96);
+        }
+    }
+    p[i] = sum;
+}
+TEST(NamedBarrier, ProducerAndConsumers) {
+    in_all_orders([] {
+        Numbers<int> p(128);
+        run(produce_and_consume, 3, 96, p.data, 0);
+        std::vector<int> host = p.host();
+        for (int i = 32; i < 96; i++) ASSERT_EQ(host[size_t(i)], 15 * ((i + 1) % 32));
+    });
+}
+TEST(NamedBarrier, AMissingOneIsReported) {
+    reports([] {
+        Numbers<int> p(128);
+        run(produce_and_consume, 1, 96, p.data, EMPTY);
+        cudaDeviceSynchronize();
+    }, {"slot["});
+    reports([] {
+        Numbers<int> p(128);
+        run(produce_and_consume, 1, 96, p.data, FULL);
+        cudaDeviceSynchronize();
+    }, {"slot["});
+}
+// What warp 0 tells warp 1, which then tells warp 2, warp 2 knows.
+__global__ void pass_on(int* p, int all) {
+    SHARED(int, one, 1);
+    int warp = int(threadIdx.x) / 32;
+    if (threadIdx.x == 0) one[0] = 7;
+    if (warp < 2) ptx::bar_sync<5>(64);
+    if (warp && all) ptx::bar_sync<6>(64);
+    p[threadIdx.x] = one[0];
+}
+TEST(NamedBarrier, WhatOneWarpKnowsItPassesOn) {
+    in_all_orders([] {
+        Numbers<int> p(96);
+        run(pass_on, 1, 96, p.data, 1);
+        EXPECT_EQ(p.host(), std::vector<int>(96, 7));
+    });
+    reports([] {
+        Numbers<int> p(96);
+        run(pass_on, 1, 96, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"one[0]"});
+}
+// bar_arrive lets others see what came before it, and shows its own warp nothing.
+__global__ void arrive_and_read(int* p, int) {
+    SHARED(int, two, 2);
+    int warp = int(threadIdx.x) / 32;
+    if (threadIdx.x % 32 == 0) two[warp] = 1;
+    if (warp == 0) ptx::bar_arrive<1>(64);
+    if (warp == 1) ptx::bar_sync<1>(64);
+    if (warp == 1) p[threadIdx.x] = two[0];
+    if (threadIdx.x == 0) p[threadIdx.x] = two[1];
+}
+TEST(NamedBarrier, WhoeverOnlyArrivesSeesNothing) {
+    reports([] {
+        Numbers<int> p(64);
+        run(arrive_and_read, 1, 64, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"two[1]", "thread (0, 0, 0)"});
+}
+
+enum { COUNT_OF_33, COUNT_TOO_LARGE, TWO_COUNTS, TWICE, SYNCTHREADS_FIRST, SYNCTHREADS_LAST, LANES_APART,
+       LANES_DIFFER, ONE_MISSING, NOTHING_WRONG };
+__global__ void bar_wrongly(int* p, int mistake) {
+    int i = int(threadIdx.x), warp = i / 32;
+    switch (mistake) {
+    case COUNT_OF_33: ptx::bar_sync<1>(33); break;
+    case COUNT_TOO_LARGE: ptx::bar_sync<1>(128); break;
+    case TWO_COUNTS: if (warp < 2) ptx::bar_sync<1>(warp ? 64 : 96); break;
+    case TWICE: if (warp == 1) ptx::bar_arrive<1>(96), ptx::bar_arrive<1>(96); break;
+    case SYNCTHREADS_FIRST:
+    case SYNCTHREADS_LAST:
+        if ((warp == 0) == (mistake == SYNCTHREADS_FIRST)) __syncthreads();
+        else ptx::bar_sync<0>(96);
+        break;
+    case LANES_APART: if (i != 40) ptx::bar_sync<1>(96); break;
+    case LANES_DIFFER: if (i % 2) ptx::bar_sync<1>(96); else ptx::bar_sync<2>(96); break;
+    case ONE_MISSING: if (warp < 2) ptx::bar_sync<3>(96); break;
+    default: ptx::bar_sync<0>(96), __syncthreads(), ptx::bar_sync<0>(96);
+    }
+    p[i] = 1;
+}
+TEST(NamedBarrier, MistakesAreReported) {
+    const std::vector<std::pair<int, std::string>> says = {
+        {COUNT_OF_33, "33 threads are no multiple of 32"},
+        {COUNT_TOO_LARGE, "128 threads are no multiple of 32 up to the block's 96"},
+        {TWO_COUNTS, "others are there for"},
+        {TWICE, "bar_sync<1>: its warp has arrived already"},
+        {SYNCTHREADS_FIRST, ", which is the same"},
+        {SYNCTHREADS_LAST, ", which is the same"},
+        {LANES_APART, "bar_sync"},
+        {LANES_DIFFER, "another lane of its warp is at bar_sync<"},
+        {ONE_MISSING, "block (0, 0, 0), warp 1: 32 lanes at bar_sync<3>, 96 threads"}};
+    for (auto& [mistake, text] : says) {
+        SCOPED_TRACE(mistake);
+        reports([mistake = mistake] {
+            Numbers<int> p(96);
+            run(bar_wrongly, 1, 96, p.data, mistake);
+            cudaDeviceSynchronize();
+        }, {text});
+    }
+    in_all_orders([] {
+        Numbers<int> p(96);
+        run(bar_wrongly, 1, 96, p.data, NOTHING_WRONG);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    });
+}
+
+// -- matrices -----------------------------------------------------------------------------------------
+
+constexpr int PITCH = 24;                  // of a row in shared memory: 16 numbers of 16 bits, and some more
+
+// Four matrices of 8 x 8: the left half's upper and lower one, then the right half's.
+template <bool TRANSPOSED> __global__ void load_matrices(uint32_t* p, int mistake) {
+    SHARED(uint16_t, tile, 16 * PITCH);
+    int i = int(threadIdx.x);
+    if (!mistake || i)
+        for (int k = i; k < 16 * PITCH; k += 32) tile[k] = uint16_t(k / PITCH * 100 + k % PITCH);
+    if (mistake != 2) __syncwarp();
+    const uint16_t* row = &tile[i % 16 * PITCH + i / 16 * 8 + (mistake == 3 ? i / 31 : 0)];
+    uint32_t four[4], two[2], one[1];
+    if (TRANSPOSED) {
+        ptx::ldmatrix_x4_trans(four, row), ptx::ldmatrix_x2_trans(two, row), ptx::ldmatrix_x1_trans(one, row);
+    } else {
+        ptx::ldmatrix_x4(four, row), ptx::ldmatrix_x2(two, row), ptx::ldmatrix_x1(one, row);
+    }
+    const uint32_t all[7] = {four[0], four[1], four[2], four[3], two[0], two[1], one[0]};
+    for (int k = 0; k < 7; k++) p[7 * i + k] = all[k];
+}
+TEST(Matrices, LoadAsTheManualSays) {
+    for (bool transposed : {false, true}) {
+        in_all_orders([=] {
+            Numbers<uint32_t> p(32 * 7);
+            launch(transposed ? load_matrices<true> : load_matrices<false>, 1, 32, 0, nullptr, p.data, 0);
+            std::vector<uint32_t> host = p.host();
+            constexpr int MATRIX[7] = {0, 1, 2, 3, 0, 1, 0};
+            for (int i = 0; i < 32 * 7; i++) {
+                int lane = i / 7, m = MATRIX[i % 7];
+                for (int half = 0; half < 2; half++) {
+                    int row = lane / 4, column = lane % 4 * 2 + half;
+                    if (transposed) std::swap(row, column);
+                    int value = (m % 2 * 8 + row) * 100 + m / 2 * 8 + column;
+                    ASSERT_EQ(int(host[size_t(i)] >> 16 * half & 0xFFFF), value) << lane << " " << m;
+                }
+            }
+        });
+    }
+}
+TEST(Matrices, MistakesInLoadingAreReported) {
+    for (auto [mistake, text] : {std::pair{1, "tile["}, {2, "tile["}, {3, "bytes is not aligned to 16"}}) {
+        reports([mistake = mistake] {
+            Numbers<uint32_t> p(32 * 7);
+            launch(load_matrices<false>, 1, 32, 0, nullptr, p.data, mistake);
+            cudaDeviceSynchronize();
+        }, {text});
+    }
+}
+
+// A kind of mma.sync: how many numbers a register holds, and k.
+struct Kind {
+    const char* name;
+    int per, k;
+    void (*kernel)(const uint32_t*, uint32_t*);
+};
+template <class Sum, class Mma> void multiply(const uint32_t* in, uint32_t* out, const Mma& mma) {
+    unsigned i = threadIdx.x;
+    uint32_t a[4], b[2];
+    Sum sum[4];
+    for (int r = 0; r < 4; r++) a[r] = in[10 * i + unsigned(r)];
+    for (int r = 0; r < 2; r++) b[r] = in[10 * i + 4 + unsigned(r)];
+    for (int r = 0; r < 4; r++) sum[r] = std::bit_cast<Sum>(in[10 * i + 6 + unsigned(r)]);
+    mma(sum, a, b);
+    for (int r = 0; r < 4; r++) out[4 * i + unsigned(r)] = std::bit_cast<uint32_t>(sum[r]);
+}
+__global__ void run_bf16(const uint32_t* in, uint32_t* out) { multiply<float>(in, out, ptx::mma_bf16); }
+__global__ void run_f16(const uint32_t* in, uint32_t* out) { multiply<float>(in, out, ptx::mma_f16); }
+__global__ void run_tf32(const uint32_t* in, uint32_t* out) { multiply<float>(in, out, ptx::mma_tf32); }
+__global__ void run_e4m3(const uint32_t* in, uint32_t* out) { multiply<float>(in, out, ptx::mma_e4m3); }
+__global__ void run_s8(const uint32_t* in, uint32_t* out) { multiply<int>(in, out, ptx::mma_s8); }
+__global__ void run_s8_satfinite(const uint32_t* in, uint32_t* out) {
+    multiply<int>(in, out, ptx::mma_s8_satfinite);
+}
+static const Kind KINDS[] = {{"bf16", 2, 16, run_bf16}, {"f16", 2, 16, run_f16}, {"tf32", 1, 8, run_tf32},
+                             {"e4m3", 4, 32, run_e4m3}, {"s8", 4, 32, run_s8},
+                             {"s8_satfinite", 4, 32, run_s8_satfinite}};
+
+static uint32_t encoded(const std::string& kind, float x) {
+    if (kind == "bf16") return __nv_bfloat16_raw(__float2bfloat16(x)).x;
+    if (kind == "f16") return __half_raw(__float2half(x)).x;
+    if (kind == "tf32") return std::bit_cast<uint32_t>(x) | 0x1FFF;     // which is to be ignored
+    if (kind == "e4m3") return __nv_fp8_e4m3(x).__x;
+    return uint8_t(int8_t(x));
+}
+// The places of number i of a lane, in the words of PTX's manual.
+static std::pair<int, int> place_in_a(const Kind& kind, int lane, int i) {
+    int group = lane >> 2, in_group = lane % 4;
+    if (kind.k == 8) return {group + (i % 2 ? 8 : 0), in_group + (i >= 2 ? 4 : 0)};
+    if (kind.k == 16)
+        return {group + ((i >= 2 && i < 4) || i >= 6 ? 8 : 0), in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0)};
+    return {group + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0), in_group * 4 + (i & 3) + (i >= 8 ? 16 : 0)};
+}
+static std::pair<int, int> place_in_b(const Kind& kind, int lane, int i) {
+    int group = lane >> 2, in_group = lane % 4;
+    if (kind.k == 8) return {in_group + (i == 1 ? 4 : 0), group};
+    if (kind.k == 16) return {in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0), group};
+    return {in_group * 4 + (i & 3) + (i >= 4 ? 16 : 0), group};
+}
+static std::pair<int, int> place_in_sum(int lane, int i) {
+    return {(lane >> 2) + (i >= 2 ? 8 : 0), lane % 4 * 2 + (i & 1)};
+}
+
+// A (16 x k, in bits), B (k x 8, in bits) and the sum (16 x 8), as one warp does it.
+static std::vector<uint32_t> product(const Kind& kind, const std::vector<uint32_t>& a,
+                                     const std::vector<uint32_t>& b, const std::vector<uint32_t>& sum) {
+    std::vector<uint32_t> in(320), result(128);
+    const int bits = 32 / kind.per;
+    for (int lane = 0; lane < 32; lane++) {
+        uint32_t* mine = in.data() + 10 * lane;
+        for (int i = 0; i < 4 * kind.per; i++) {
+            auto [row, k] = place_in_a(kind, lane, i);
+            mine[i / kind.per] |= a[size_t(row * kind.k + k)] << i % kind.per * bits;
+        }
+        for (int i = 0; i < 2 * kind.per; i++) {
+            auto [k, column] = place_in_b(kind, lane, i);
+            mine[4 + i / kind.per] |= b[size_t(k * 8 + column)] << i % kind.per * bits;
+        }
+        for (int i = 0; i < 4; i++) {
+            auto [row, column] = place_in_sum(lane, i);
+            mine[6 + i] = sum[size_t(row * 8 + column)];
+        }
+    }
+    Numbers<uint32_t> from(in), to(128);
+    launch(kind.kernel, 1, 32, 0, nullptr, from.data, to.data);
+    std::vector<uint32_t> out = to.host();
+    for (int i = 0; i < 128; i++) {
+        auto [row, column] = place_in_sum(i / 4, i % 4);
+        result[size_t(row * 8 + column)] = out[size_t(i)];
+    }
+    return result;
+}
+TEST(Matrices, ProductsAreTheNaiveOnes) {
+    for (const Kind& kind : KINDS) {
+        SCOPED_TRACE(kind.name);
+        const bool integers = kind.name[0] == 's';
+        in_all_orders([&] {
+            std::vector<uint32_t> a, b, sum, expected;
+            auto a_of = [](int row, int k) { return float((row * 7 + k * 5) % 13 - 6); };
+            auto b_of = [](int k, int column) { return float((k * 3 + column * 11) % 9 - 4); };
+            auto bits = [&](int x) { return integers ? uint32_t(x) : std::bit_cast<uint32_t>(float(x)); };
+            for (int i = 0; i < 16 * kind.k; i++)
+                a.push_back(encoded(kind.name, a_of(i / kind.k, i % kind.k)));
+            for (int i = 0; i < 8 * kind.k; i++) b.push_back(encoded(kind.name, b_of(i / 8, i % 8)));
+            for (int i = 0; i < 128; i++) {
+                int naive = i;
+                for (int k = 0; k < kind.k; k++) naive += int(a_of(i / 8, k) * b_of(k, i % 8));
+                sum.push_back(bits(i)), expected.push_back(bits(naive));
+            }
+            ASSERT_EQ(product(kind, a, b, sum), expected);
+        });
+    }
+}
+TEST(Matrices, OnlySatfiniteStopsAtTheLargest) {
+    emulator::reset({});
+    std::vector<uint32_t> a(16 * 32, 0x80), b(32 * 8, 0x80), most(128, 0x7FFFFFF0), least(128, 0x80000010);
+    std::vector<uint32_t> minus(32 * 8, 0x7F);
+    EXPECT_EQ(product(KINDS[4], a, b, most), std::vector<uint32_t>(128, 0x7FFFFFF0u + 32 * 16384));
+    EXPECT_EQ(product(KINDS[5], a, b, most), std::vector<uint32_t>(128, 0x7FFFFFFF));
+    EXPECT_EQ(product(KINDS[5], a, minus, least), std::vector<uint32_t>(128, 0x80000000));
+}
+// All numbers of 8 and of 16 bits, times one, as CUDA's own headers convert them.
+TEST(Matrices, EachNumberIsWhatItsTypeSays) {
+    emulator::reset({});
+    auto value_of = [](const Kind& kind, unsigned bits) {
+        if (kind.per == 4) {
+            __nv_fp8_e4m3 x;
+            x.__x = uint8_t(bits);
+            return float(x);
+        }
+        if (kind.kernel == run_f16) return __half2float(__half(__half_raw{uint16_t(bits)}));
+        return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{uint16_t(bits)}));
+    };
+    for (const Kind* kind : {&KINDS[0], &KINDS[1], &KINDS[3]}) {
+        std::vector<uint32_t> one(size_t(kind->k) * 8);
+        for (size_t i = 0; i < 8; i++) one[9 * i] = encoded(kind->name, 1);
+        const unsigned count = kind->per == 4 ? 256 : 65536;
+        for (unsigned first = 0; first < count; first += 128) {
+            std::vector<uint32_t> a(16 * size_t(kind->k));
+            for (unsigned i = 0; i < 128; i++) a[i / 8 * size_t(kind->k) + i % 8] = first + i;
+            std::vector<uint32_t> sum = product(*kind, a, one, std::vector<uint32_t>(128, 0x80000000));
+            for (unsigned row = 0; row < 16; row++) {
+                bool finite = true;        // a NaN or an infinity makes one of most of its row
+                for (unsigned i = 0; i < 8; i++)
+                    finite &= std::isfinite(value_of(*kind, first + row * 8 + i));
+                for (unsigned i = row * 8; finite && i < row * 8 + 8; i++)
+                    ASSERT_EQ(std::bit_cast<float>(sum[i]), value_of(*kind, first + i)) << first + i;
+            }
+        }
+    }
+}
+TEST(Matrices, NotANumberStaysOne) {
+    emulator::reset({});
+    for (auto [kind, bits] : {std::pair{0, 0x7FC0}, {1, 0x7E00}, {2, 0x7FC00000}, {3, 0x7F}, {3, 0xFF}}) {
+        std::vector<uint32_t> a(16 * size_t(KINDS[kind].k)), b(8 * size_t(KINDS[kind].k)), sum(128);
+        a[0] = uint32_t(bits), b[0] = encoded(KINDS[kind].name, 1);
+        std::vector<uint32_t> out = product(KINDS[kind], a, b, sum);
+        EXPECT_TRUE(std::isnan(std::bit_cast<float>(out[0])));
+        EXPECT_EQ(out[8], 0u);
+    }
+}
+__global__ void half_a_warp(int* p, int) {
+    float sum[4] = {};
+    uint32_t a[4] = {}, b[2] = {};
+    if (threadIdx.x < 16) ptx::mma_bf16(sum, a, b);
+    p[threadIdx.x] = int(sum[0]);
+}
+__global__ void two_kinds_of_mma(int* p, int) {
+    float sum[4] = {};
+    uint32_t a[4] = {}, b[2] = {};
+    if (threadIdx.x < 16) ptx::mma_bf16(sum, a, b);
+    else ptx::mma_f16(sum, a, b);
+    p[threadIdx.x] = int(sum[0]);
+}
+__global__ void one_e4m3(int* p, int) {
+    float sum[4] = {};
+    uint32_t a[4] = {}, b[2] = {};
+    ptx::mma_e4m3(sum, a, b);
+    *p = int(sum[0]);
+}
+TEST(Matrices, MistakesInMultiplyingAreReported) {
+    reports([] {
+        Numbers<int> p(32);
+        run(half_a_warp, 1, 32, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"mma_bf16"});
+    reports([] {
+        Numbers<int> p(32);
+        run(two_kinds_of_mma, 1, 32, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"where others wait in mma_"});
+    emulator::Options older;
+    older.capability = 80;
+    emulator::reset(older);
+    Numbers<int> p(1);
+    run(one_e4m3, 1, 32, p.data, 0);
+    EXPECT_THROW(cudaDeviceSynchronize(), emulator::Error);
+    emulator::reset({});
+}
+
 // -- memory -------------------------------------------------------------------------------------------
 
 __global__ void write_at(int* p, int i) { p[i] = 1; }
@@ -465,6 +1019,19 @@ TEST(Memory, NoAddressIsReported) {
         cudaDeviceSynchronize();
     }, {"which is no memory of a device"});
 }
+__global__ void recurse(int* p, int n) {
+    volatile int page[1024];
+    page[n % 1024] = n;
+    if (n) recurse(p, n - 1);
+    *p = page[n % 1024];
+}
+TEST(Memory, AFullStackIsReported) {
+    reports([] {
+        Numbers<int> p(1);
+        run(recurse, 1, 1, p.data, 1000);
+        cudaDeviceSynchronize();
+    }, {"bytes of stack"});
+}
 TEST(Memory, IsNotANumberAtFirst) {
     emulator::reset({});
     Numbers<float> p(100);
@@ -477,6 +1044,16 @@ TEST(Memory, TheHostCannotTouchIt) {
     cudaMemset(p.data, 0, 68);
     cudaDeviceSynchronize();
     EXPECT_EXIT(std::exit(p.data[3]), testing::ExitedWithCode(3), "the host accesses memory of device 0");
+}
+TEST(Memory, TheHostCannotTouchItAmongMany) {
+    emulator::reset({});
+    std::vector<int*> many(100);
+    for (int*& p : many) cudaMalloc(&p, 4);
+    cudaDeviceSynchronize();
+    EXPECT_EXIT(*many[50] = 1, testing::ExitedWithCode(3), "the host accesses memory of device 0");
+    for (int i = 0; i < 300; i++) run(write_at, 1, 1, many[7], 0), cudaDeviceSynchronize();
+    run(write_at, 1, 1, many[7], -1);
+    EXPECT_THROW(for (int i = 0; i < 100; i++) cudaDeviceSynchronize(), emulator::Error);
 }
 TEST(Memory, RunsOut) {
     emulator::Options small;
@@ -878,14 +1455,14 @@ TEST(Failure, OfAProgramIsSaidAndItsExitCodeIsThree) {
     program.throws = false;
     auto fail = [&] {
         emulator::reset(program);
-        run(write_position, 1, 1, nullptr, 0);
+        run(write_at, 1, 1, nullptr, 3);
         try {
             cudaDeviceSynchronize();
         } catch (...) {
             std::exit(1);
         }
     };
-    EXPECT_EXIT(fail(), testing::ExitedWithCode(3), "^emulator: device 0, write_position, .*\n$");
+    EXPECT_EXIT(fail(), testing::ExitedWithCode(3), "^emulator: device 0, write_at, .*\n$");
 }
 TEST(Failure, TheEnvironmentMayAskForIt) {
     setenv("EMU_DEVICES", "0", 1), setenv("EMU_MEMORY", "12345678901", 1), setenv("EMU_FAULT", "4", 1);

@@ -56,6 +56,10 @@ ONE_BY_ONE = """[&] {
 }()"""
 ROOT_OF = "1 / «std::sqrt(sum_lanes(sum) / float(n) + eps)»"
 SEEN = "count = max(0, min(«seen» - begin, n))"
+FUSED = """[&] {
+    const Weights w = put_together(top, sum, part[0], part[1]);
+    return std::fma(out, w.old, part[2 + i] * w.now);
+}()"""
 HALF_SPLIT = "(a.partial ? SPLIT : SPLIT / 2)"
 TRUNCATED_Q8_0 = """std::byte* block = row + 34 * i;
     quantise_q8_0(block, x[t] + 32 * i);
@@ -106,7 +110,7 @@ MISTAKES = [
 
     # Chapter 5.
     Mistake("softmax", "without the largest taken out", "softmax",
-            [("exp_of(«z[i] - top»), sum", "float(z[i])")]),
+            [("exp_of(«z[i] - shift»), sum", "float(z[i])")]),
     Mistake("softmax", "its scale forgotten", "softmax", [("z[i] = «z[i] * scale»;", "float(z[i])")]),
     Mistake("softmax", "not divided", "softmax", [("row && i < n; i += HALF) «row[i] /= sum;»", ";")]),
     Mistake("tail", "the last row dropped", "softmax", [("float* row = «t < T» ? z[t]", "t + 1 < T")]),
@@ -165,11 +169,18 @@ MISTAKES = [
     Mistake("merge", "without the old sum", "attend",
             [("a = «sum * exp_of(top - both)»", "exp_of(top - both)")]),
     Mistake("merge", "the old output not scaled", "attend",
-            [("out = «out * old[m] + o[m] * now[m]»", "out + o[m] * now[m]")]),
+            [("? now : «old * w.old + now * w.now»;", "old + now * w.now")]),
+    Mistake("merge", "0 times NaN counts", "attend", [("return «w.now == 0» ? old", "false")]),
+    Mistake("merge", "a split that is all -inf counts", "attend",
+            [("if («sum2 == 0») return {1, 0};", "false")]),
+    Mistake("merge", "what there was counts, though it was all -inf", "attend",
+            [("if («sum == 0») { top = top2", "false")]),
+    Mistake("merge", "-inf taken out of -inf", "attend",
+            [("shift = «top == -std::numeric_limits<float>::infinity()» ? 0", "false")]),
     Mistake("merge", "fused in one of the two ways", "attend",
-            [("out = «out * w.old + part[2 + i] * w.now»", "std::fma(out, w.old, part[2 + i] * w.now)")]),
+            [("out = «mixed(out, part[2 + i], put_together(top, sum, part[0], part[1]))»;", FUSED)]),
     Mistake("merge", "in another order where splits have blocks of their own", "attend",
-            [("part = a.part(query, «split»); Weights", "int(ceil_div(n, SPLIT)) - split")]),
+            [("part = a.part(query, «split»); out = mixed", "int(ceil_div(n, SPLIT)) - split")]),
     Mistake("merge", "the last query's largest not kept", "attend",
             [("«first + mine <= last») { float* part", "first + mine < last")]),
     Mistake("split", "half as long where one block does all", "attend",
@@ -179,21 +190,21 @@ MISTAKES = [
     Mistake("mask", "the token itself not seen", "attend", [(SEEN, "seen - 1")]),
     Mistake("mask", "the next token seen", "attend", [(SEEN, "seen + 1")]),
     Mistake("mask", "the first query's for all of a block", "attend",
-            [("seen = «a.n[query / a.heads]»", "a.n[first / a.heads]")]),
+            [("int seen = «a.seen(query)», most", "a.seen(first)")]),
     Mistake("mask", "the last split of one position not joined", "attend",
-            [("query = int(blockIdx.x), n = «a.n[query / a.heads]»;", "a.n[query / a.heads] - 1")]),
+            [("query = int(blockIdx.x), n = «a.seen(query)»;", "a.seen(query) - 1")]),
     Mistake("attend", "scores not scaled", "attend", [("mine * SPLIT}, «a.scale», count", "1")]),
     Mistake("attend", "times the inverse of the sum", "attend",
             [("p[mine * SPLIT + j] = «p[mine * SPLIT + j] / part_sum»;",
               "p[mine * SPLIT + j] * (1 / part_sum)")]),
-    Mistake("attend", "the first key head's keys for all", "attend",
-            [("key = a.k.row(«int(blockIdx.z)», begin", "0")]),
+    Mistake("attend", "the first key head's keys and values for all", "attend",
+            [("if (!table) return s.row(«int(blockIdx.z)», j);", "0")]),
     Mistake("attend", "the first key head's queries for all", "attend",
             [("a.q[query / a.heads] + «blockIdx.z * a.next_q»", "0")]),
     Mistake("tail", "numbers of a value beyond the block's threads dropped", "attend",
             [("i < «a.v.cols»; i += THREADS) { float o[QUERIES]", "min(a.v.cols, THREADS)")]),
     Mistake("tail", "the last query of a block dropped", "attend",
-            [("for (int m = 0; «m <= last - first»; m++)", "m < last - first")]),
+            [("if («first + m > last») continue;", "first + m >= last")]),
     barrier("after the scores", "attend", "scores<D>(p, a, first, begin, n); «__syncthreads();»", "p"),
     barrier("after the softmax", "attend", "now[mine] = w.now; «__syncthreads();»", "(p|visible|old|now)"),
     barrier("before the next split's scores", "attend",
@@ -224,6 +235,21 @@ MISTAKES = [
             [("b.token[row] : row] + «g * b.next_x»;", "0")]),
     Mistake("transposed", "W^UK's not honoured", "mla_absorbed",
             [("(«a.wk_b[0].transposed» ? by_rows", "false")], f"{DIFFERS}|{OUTSIDE}"),
+
+    Mistake("pages", "the first conversation's for all", "mla_paged",
+            [("page = table[«int64_t(blockIdx.z) * table_width» + j / PAGE]", "0")]),
+    Mistake("pages", "all rows from the pages' first", "mla_paged",
+            [("int64_t(page) * PAGE + «j % PAGE»)", "0")]),
+    Mistake("pages", "no answer where nothing is seen", "mla_paged",
+            [("for (int i = 0; «seen == 0» && i < a.v.cols; i++) a.output", "false")]),
+    Mistake("pages", "the logarithm to base 2", "mla_paged",
+            [("+ «log(double(sum))»)", "std::log2(double(sum))")]),
+    Mistake("pages", "the logarithm without the largest score", "mla_paged",
+            [("float(«double(top)» + log", "0.0")]),
+    Mistake("latent", "the first tile's scale for all", "mla_paged",
+            [("* scale[«i / SCALE_BLOCK»]; }", "0")]),
+    Mistake("latent", "the scale no power of two", "store_latent",
+            [("{Fp8Formula::FLASHMLA, «true»}", "false")]),
 
     # Chapters 9 and 10.
     Mistake("swiglu", "silu forgotten", "swiglu", [("«cuda::silu_times(gate, up, F, T);»", ";")]),
@@ -280,13 +306,13 @@ MISTAKES = [
 
     # Chapter 14.
     Mistake("quantise", "a block's last half-warp not asked", "quantise_fp8",
-            [("for (int i = 0; i < «HALVES»; i++) largest", "HALVES - 1")]),
+            [("for (int i = 0; i < «HALVES»; i++) mine", "HALVES - 1")]),
     Mistake("quantise", "times the inverse of the scale where V3 divides", "quantise_fp8",
             [("«v / t.s» : v * t.inverse", "v * (1 / t.s)")]),
     Mistake("quantise", "infinity has a scale", "quantise_fp8",
-            [("finite = «largest < 0x7F800000»;", "true")]),
+            [("if («largest >= INFINITE») return {", "false")]),
     barrier("after the largest of each half-warp", "quantise_fp8",
-            "largest_of[half_of_block()] = largest; «__syncthreads();»", "largest_of"),
+            "shared[half_of_block()] = mine; «__syncthreads();»", "largest_of"),
     Mistake("exact", "scales multiplied in f32", "gemm_fp8",
             [("std::fma(«double(p.a_scale[i]) * double(p.b_scale[i])», cuda::sum_lanes(block)",
               "double(p.a_scale[i] * p.b_scale[i])")]),

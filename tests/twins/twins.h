@@ -1,7 +1,7 @@
 // What `deepseek check` compares: a function for each twin of deepseek.cu, which includes this file.
 //
 // Contents: 1 a case in two memories; 2 chapters 5 and 6; 3 chapters 7 and 8; 4 chapters 9 and 10;
-//           5 chapter 14.
+//           5 chapter 14; 6 the latent cache in pages and in FP8.
 //
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
@@ -17,8 +17,8 @@ namespace cuda {
 enum class Side : uint8_t { HOST, DEVICE };
 constexpr Side SIDES[] = {Side::HOST, Side::DEVICE};
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr float ODD_NUMBERS[] = {NOT_A_NUMBER, INFINITE, -0.0f, 3e38f, 1e-42f, -INFINITE, -3e38f, 0};
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float ODD_NUMBERS[] = {NOT_A_NUMBER, INF, -0.0f, 3e38f, 1e-42f, -INF, -3e38f, 0};
 
 // f(...) on the host's arrays, cuda::f(...) on the device's. Arrays are given as x(at).
 #define BOTH(f, ...) for (Side at : SIDES) at == Side::HOST ? ::f(__VA_ARGS__) : cuda::f(__VA_ARGS__)
@@ -85,7 +85,7 @@ struct Check {
     void within(Reals& a, double limit) {
         const Vector device = a.device.host();
         for (size_t i = 0; i < device.size(); i++) {
-            if (std::isnan(device[i]) && std::isnan(a.host[i])) continue;
+            if (device[i] == a.host[i] || (std::isnan(device[i]) && std::isnan(a.host[i]))) continue;
             const double difference = std::fabs(double(device[i]) - double(a.host[i]));
             worst = std::max(worst, difference);
             if (!(difference <= limit)) differs(i, double(a.host[i]), double(device[i]), limit);
@@ -124,6 +124,10 @@ inline std::vector<uint8_t> random_bytes(Check& c, Dtype dtype, size_t n, float 
     for (size_t i = 0; dtype == Dtype::F32 && i < n; i += 4) set(i, c.number(size));
     for (size_t i = 0; dtype == Dtype::BF16 && i < n; i += 2) set(i, float_to_bf16(c.number(size)));
     for (size_t i = 0; dtype == Dtype::F16 && i < n; i += 2) set(i, float_to_f16(c.number(size)));
+    for (size_t i = LATENT_SCALED; dtype == Dtype::F8_LATENT && i < n; i += row_bytes(dtype, 576)) {
+        for (size_t j = 0; j < 4; j++) set(i + 4 * j, std::ldexp(size, -9 - int(j)));
+        for (size_t j = 0; j < 64; j++) set(i + 16 + 2 * j, float_to_bf16(c.number(size)));
+    }
     if (!quantised(dtype)) return bytes;
     const BlockLayout& layout = layout_of(dtype);
     for (size_t i = 0; i < n; i += size_t(format_of(dtype).bytes))
@@ -151,7 +155,7 @@ inline void check_softmax(Check& c) {
     for (int T : TOKENS) {
         for (int n : {1, 16, 100}) {
             Vector v = c.rows(T, n, n + 3, 9);
-            for (size_t i = 0; n > 1 && i < v.size(); i += size_t(n + 3)) v[i] = -INFINITE;
+            for (size_t i = 0; n > 1 && i < v.size(); i += size_t(n + 3)) v[i] = -INF;
             Reals z(T == 17 ? c.odd(v, 2 * n + 1) : v);
             BOTH(softmax, {z(at), n + 3}, 0.3f, T, n);
             c.same(z);
@@ -345,6 +349,7 @@ struct AttentionCase {
     Dtype kv;
     float size = 2;                        // of a query's numbers: a large one makes scores of thousands
     bool ragged = false, odd = false;
+    int lost = -1;                         // the split of the context whose scores are all -inf
 };
 
 // Key heads lie evenly apart on the device: all keys one behind the other, then all values.
@@ -367,6 +372,10 @@ inline KeysAndValues keys_and_values(Check& c, const AttentionCase& a, int conte
     for (auto [width, size] : {std::pair{a.dk, 2.0f}, {a.dv, 1.0f}}) {
         for (int g = 0; g < a.G; g++) {
             Weight w = cache_rows(c, a.kv, context, width, a.most, size);
+            for (int j = 0; a.lost >= 0 && width == a.dk && j < a.most; j++) {
+                const float v = j / SPLIT == a.lost ? -100 : 0;
+                std::memcpy(w.data.host.data() + size_t(j * width) * sizeof v, &v, sizeof v);
+            }
             all.insert(all.end(), w.data.host.begin(), w.data.host.end());
             if (g == 0) first.push_back(std::move(w));
         }
@@ -376,7 +385,8 @@ inline KeysAndValues keys_and_values(Check& c, const AttentionCase& a, int conte
 
 inline void check_attention(Check& c, const AttentionCase& a) {
     const int context = a.most + 40, H = a.heads * a.G;
-    const Vector numbers = c.numbers(int64_t(a.T) * H * a.dk, a.size);
+    Vector numbers = c.numbers(int64_t(a.T) * H * a.dk, a.size);
+    for (size_t i = 0; a.lost >= 0 && i < numbers.size(); i += size_t(a.dk)) numbers[i] = 3e38f;
     Reals q(a.odd ? c.odd(numbers, 3 * a.dk + 1) : numbers);
     Reals out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER)), again(out.host);
     Ints n(a.ragged ? ragged_positions(c, a.T, a.most) : positions(a.T, a.most));
@@ -413,7 +423,9 @@ inline void check_attend(Check& c) {
                                    {3, 5, 1, 24, 16, 700, Dtype::F32},
                                    {2, 3, 2, 24, 140, 513, Dtype::BF16},
                                    {9, 3, 1, 24, 16, 600, Dtype::F32, 2, true, true},
-                                   {3, 3, 1, 24, 16, 900, Dtype::F32, 2000}})
+                                   {3, 3, 1, 24, 16, 900, Dtype::F32, 2000},
+                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 0},
+                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 1}})
         check_attention(c, a);
 }
 
@@ -542,7 +554,7 @@ template <class Run> void check_gate(Check& c, bool groups, const Run& run) {
                                   sigmoids ? Affinity::SIGMOID : Affinity::SOFTMAX, T > 1, T > 17, 2.5};
             Vector z = ties ? c.few_values(T * E) : c.numbers(T * E, 4);
             if (T > 1) std::fill_n(z.begin(), E, -200.0f);         // sigmoids that are 0, and so their sum
-            if (T > 1 && sigmoids) z[size_t(E) + 3] = INFINITE, z[size_t(E) + 5] = -INFINITE;
+            if (T > 1 && sigmoids) z[size_t(E) + 3] = INF, z[size_t(E) + 5] = -INF;
             Reals logits(z), bias(c.numbers(E, 0.5f));
             Reals affinity(Vector(size_t(T * E))), choice(affinity.host), weights(Vector(size_t(T * K)));
             Ints idx(std::vector<int>(size_t(T * K), -7));
@@ -660,7 +672,7 @@ inline void check_quantise_fp8(Check& c) {
                 Vector v = c.rows(rows, n, n + 3, 3e4f);
                 if (tile == 1) v = c.odd(v, 2 * n + 5);
                 for (int i = 0; rows > 2 && i < n; i++) v[size_t(i)] = 0;      // a tile of zeros
-                if (rows > 2) v[size_t(n + 3)] = INFINITE;                     // and one of NaN
+                if (rows > 2) v[size_t(n + 3)] = INF;                     // and one of NaN
                 Reals x(v);
                 Array<uint8_t> q(std::vector<uint8_t>(size_t(rows * n)));
                 Reals scale(Vector(size_t(scale_blocks(n) * ((rows + tile - 1) / tile)), -1));
@@ -741,6 +753,72 @@ inline void check_gemm_fp8_k_grouped(Check& c) {
         if (at == Side::HOST) ::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
         else cuda::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
     });
+}
+
+// -- 6  the latent cache in pages and in FP8 -----------------------------------------------------
+
+struct PagedCase {
+    std::vector<int> n;                    // of each conversation
+    int H, width, dv;
+    Dtype pool;
+    bool splits;                           // a block each
+};
+
+// Pages in any order, each of one conversation; the others' rows, and those behind its last, are NaN. What
+// the table holds behind a conversation's last page is no page.
+inline void check_pages(Check& c, const PagedCase& a) {
+    const int B = int(a.n.size()), pages = 30, table_width = 12;
+    Weight pool = cache_rows(c, a.pool, pages * PAGE, a.width, 0);
+    std::vector<int> table(size_t(B * table_width), 2147480000);
+    const Weight numbers = weight(c, a.pool, pages * PAGE, a.width);
+    const size_t bytes = row_bytes(a.pool, a.width);
+    for (int b = 0, next = 0; b < B; b++) {
+        for (int j = 0; j < a.n[size_t(b)]; j++) {
+            int& page = table[size_t(b * table_width + j / PAGE)];
+            if (j % PAGE == 0) page = next++ * 7 % pages;
+            const int64_t row = int64_t(page * PAGE + j % PAGE) * int64_t(bytes);
+            std::copy_n(numbers.data.host.begin() + row, bytes, pool.data.host.begin() + row);
+        }
+    }
+    pool.data.device = Buffer(pool.data.host);
+    Ints pages_of(table), n(a.n);
+    Reals q(c.numbers(int64_t(B) * a.H * a.width)), out(Vector(size_t(B * a.H * a.dv), NOT_A_NUMBER));
+    Reals lse(Vector(size_t(B * a.H), NOT_A_NUMBER));
+    const int64_t scratch_size = std::max(int64_t(table_width) * PAGE + a.width,
+                                          split_scratch(1, B * a.H, table_width * PAGE, a.dv));
+    Reals scratch(Vector(size_t(scratch_size * n_threads())));
+    for (Side at : SIDES) {
+        const PagedAttention all{out(at), lse(at), q(at), pool.at(at), pages_of(at), table_width, n.span(at),
+                                 a.H, a.dv, 0.2f};
+        const Rows rows{scratch(at), at == Side::HOST || a.splits ? scratch_size : 0};
+        at == Side::HOST ? ::mla_paged(all, rows) : cuda::mla_paged(all, rows);
+    }
+    const int most = *std::max_element(a.n.begin(), a.n.end());
+    c.within(out, attention_bound(most, 1));
+    // The sum has a rounding for every sixteenth position, a quotient and a product have one each.
+    c.within(lse, (most / 16.0 + 4) * 0x1p-23);
+}
+inline void check_mla_paged(Check& c) {
+    for (const PagedCase& a : {PagedCase{{1, 64, 65}, 3, 20, 12, Dtype::F32, true},
+                               {{0, 256, 40}, 16, 72, 64, Dtype::BF16, true},
+                               {{600, 3}, 1, 24, 16, Dtype::F32, true},
+                               {{600, 3}, 1, 24, 16, Dtype::F32, false},
+                               {{0}, 8, 24, 16, Dtype::F32, false},
+                               {{70, 1}, 9, 576, 512, Dtype::F8_LATENT, true}})
+        check_pages(c, a);
+}
+
+inline void check_store_latent(Check& c) {
+    for (int T : {0, 1, 17}) {
+        Weight cache = weight(c, Dtype::F8_LATENT, 40, 576);
+        Reals x(c.rows(T, 576, 580, 300));
+        for (size_t i = 0; T > 1 && i < 128; i++) x.host[i] = 0;           // a tile of zeros
+        if (T > 1) x.host[700] = NOT_A_NUMBER, x.host[1800] = INF;
+        x.device = Buffer(x.host);
+        Ints n(positions(T, 31));
+        BOTH(store_latent, cache.at(at), n.span(at), {x(at), 580});
+        c.same(cache.data);
+    }
 }
 
 }

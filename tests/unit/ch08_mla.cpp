@@ -298,3 +298,74 @@ TEST(MlaCache, HoldsTheNormedLatentAndTheRotatedKey) {
     widen_plain(row.data(), s.cache.matrix(0, 0), 3);
     EXPECT_TRUE(same_bits(row, kv));
 }
+
+// -- 8.2 a cache in pages ---------------------------------------------------------------------------
+
+// Conversations of n[b] positions whose pages lie in disorder in a pool, and the same rows in order.
+struct Pages64 {
+    int H = 3, width = 20, dv = 12;
+    std::vector<int> n, table;
+    int table_width = 3;
+    Vector pool, q;
+    std::vector<Vector> rows;                            // of each conversation
+
+    explicit Pages64(std::vector<int> lengths) : n(std::move(lengths)) {
+        Noise noise;
+        const int pages = table_width * int(n.size());
+        pool.assign(size_t(pages * PAGE * width), std::numeric_limits<real>::quiet_NaN());
+        table.assign(n.size() * size_t(table_width), 2147480000);
+        for (size_t b = 0, next = 0; b < n.size(); b++) {
+            rows.push_back(noise.vector(size_t(n[b] * width)));
+            for (int j = 0; j < n[b]; j++) {
+                int& page = table[b * size_t(table_width) + size_t(j / PAGE)];
+                if (j % PAGE == 0) page = int(next++ * 7 % size_t(pages));
+                real* to = pool.data() + (page * PAGE + j % PAGE) * width;
+                std::copy_n(rows[b].data() + j * width, width, to);
+            }
+        }
+        q = noise.vector(n.size() * size_t(H * width));
+    }
+    // (B, H, dv), then (B, H)
+    std::pair<Vector, Vector> run(int threads = 1) const {
+        ScopedThreads scoped(threads);
+        Vector out(n.size() * size_t(H * dv)), lse(n.size() * size_t(H));
+        Vector scratch(size_t(threads * (table_width * PAGE + width)));
+        const Matrix all = real_matrix(pool.data(), int(pool.size()) / width, width);
+        mla_paged({out.data(), lse.data(), q.data(), all, table.data(), table_width, n, H, dv, real(0.3)},
+                  {scratch.data(), table_width * PAGE + width});
+        return {out, lse};
+    }
+};
+
+TEST(MlaPaged, HasTheBitsOfRowsInOrder) {
+    Pages64 c({1, 64, 65, 150, 0});
+    for (int threads : {1, 3}) {
+        auto [out, lse] = c.run(threads);
+        for (size_t b = 0; b < c.n.size(); b++) {
+            Vector expected(size_t(c.H * c.dv)), scratch(size_t(attention_scratch(200, c.width, c.dv)));
+            Matrix k = real_matrix(c.rows[b].data(), c.n[b], c.width), v = k;
+            v.cols = c.dv, v.stride = size_t(c.width) * sizeof(real);
+            const real* q = c.q.data() + b * size_t(c.H * c.width);
+            Attention one{{expected.data(), 0}, {q, 0}, c.H, k, v, real(0.3), {&c.n[b], 1}};
+            if (c.n[b]) attend({&one, 1}, {scratch.data(), 0});
+            EXPECT_TRUE(same_bits(out.data() + b * expected.size(), expected.data(), expected.size())) << b;
+        }
+    }
+}
+
+TEST(MlaPaged, GivesTheLogarithmOfTheSum) {
+    Pages64 c({70, 0});
+    Vector lse = c.run().second;
+    for (int h = 0; h < c.H; h++) {
+        double sum = 0;
+        for (int j = 0; j < 70; j++) {
+            double dot = 0;
+            for (int i = 0; i < c.width; i++)
+                dot += double(c.q[size_t(h * c.width + i)]) * double(c.rows[0][size_t(j * c.width + i)]);
+            sum += std::exp(dot * 0.3);
+        }
+        // A logarithm of f32, and the roundings of a dot and of a sum of 70 terms.
+        EXPECT_NEAR(double(lse[size_t(h)]), std::log(sum), 1e-5);
+        EXPECT_EQ(lse[size_t(c.H + h)], std::numeric_limits<real>::infinity());
+    }
+}

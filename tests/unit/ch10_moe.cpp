@@ -311,8 +311,8 @@ static void expect_experts(const Model& model, int T, int threads) {
         s.a.expert_idx[i] = i % c.K == 0 ? noise.below(3) : 2 + 2 * (i % c.K) - noise.below(2);
     const int* first = s.a.first;
     dispatch(s.a.first, s.a.slot, s.a.slot_token, s.a.expert_idx, T, c.K, c.E);
-    run_experts({s.a.u, T, c.K, first, s.a.slot_token, s.a.expert_in, s.a.expert_out, s.a.y, s.a.gate, s.a.up},
-                w);
+    Activations& a = s.a;
+    run_experts({a.u, T, c.K, first, a.slot_token, a.expert_in, a.expert_out, a.y, a.gate, a.up}, w);
     for (size_t e = 0; e < size_t(c.E); e++) {
         for (int slot = first[e]; slot < first[e + 1]; slot++) {
             Vector expected = expert_alone(w.experts[e], u.data() + size_t(s.a.slot_token[slot]) * D);

@@ -1,5 +1,6 @@
-// Chapter 11: every tensor in its place, and one answer however a prompt is cut.
+// Chapter 11: every tensor in its place, one answer however a prompt is cut, and all of it on any device.
 #include "unit.h"
+#include <list>
 
 struct Variant {
     const char* name;
@@ -294,4 +295,151 @@ TEST(Prefill, StopsWhenInterrupted) {
     prefill(s, random_ids(10, 31), 0, [&](int, int) { interrupted = 1; });
     interrupted = 0;
     EXPECT_EQ(s.length, 4);
+}
+
+// -- 11.1 the walk over all weights -----------------------------------------------------------------
+
+TEST(EachMatrix, MeetsEveryNumberOfTheModel) {
+    for (const Variant& v : variants()) {
+        Model model = random_model("walk", v.keys, v.dtype);
+        uint64_t numbers = 0, bytes = 0;
+        std::set<const void*> met;
+        each_matrix(model, [&](Matrix& w, Role role) {
+            if (!w || (role == Role::HEAD && model.config.tied)) return;
+            EXPECT_TRUE(met.insert(w.data).second);
+            numbers += uint64_t(w.rows) * uint64_t(w.cols);
+        });
+        each_vector(model, [&](std::span<const real>& x) {
+            EXPECT_TRUE(x.empty() || met.insert(x.data()).second);
+            numbers += x.size(), bytes += x.size() * sizeof(real);
+        });
+        EXPECT_EQ(numbers, count_parameters(model.config)) << v.name;
+        uint64_t of_vectors = 0;
+        for (const Vector& x : model.vectors) of_vectors += x.size() * sizeof(real);
+        EXPECT_EQ(bytes, of_vectors) << v.name;
+    }
+}
+
+// -- 11.1 a device ----------------------------------------------------------------------------------
+
+// A device whose memory nothing but its own operations may touch: the system would end the program. They are
+// the CPU's, and counted.
+namespace elsewhere {
+struct Block { void* data; size_t bytes; };
+static std::list<Block> blocks;
+static std::map<std::string, int> calls;
+
+static void allow(bool access) {
+    for (const Block& b : blocks) mprotect(b.data, b.bytes, access ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
+template <class Body> static void count(const char* name, const Body& body) {
+    calls[name]++;
+    allow(true), body(), allow(false);
+}
+static std::shared_ptr<std::byte> memory(size_t bytes) {
+    auto pages = std::make_shared<Pages>(bytes);
+    if (bytes == 0) return {};
+    auto at = blocks.insert(blocks.end(), {pages->data(), bytes});
+    allow(false);
+    return {pages->data(), [pages, at](std::byte*) { blocks.erase(at); }};
+}
+static void read(void* to, const void* from, size_t bytes) {
+    count("read", [&] { CPU.read(to, from, bytes); });
+}
+static void write(void* to, const void* from, size_t bytes) {
+    count("write", [&] { CPU.write(to, from, bytes); });
+}
+static void forward(Session& s, std::span<const int> ids, int pos) {
+    count("forward", [&] { CPU.forward(s, ids, pos); });
+}
+static void head(const Session& s, real* logits, const real* h, int T) {
+    count("head", [&] { CPU.head(s, logits, h, T); });
+}
+static void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
+    count("mtp_forward", [&] { CPU.mtp_forward(s, h, next, pos); });
+}
+static void upload(Model&, const std::function<void(size_t, size_t)>&) { calls["upload"]++; }
+
+static Device device() {
+    calls.clear();
+    Device d = CPU;
+    d.name = "elsewhere", d.memory = memory, d.read = read, d.write = write, d.forward = forward;
+    d.head = head, d.mtp_forward = mtp_forward, d.upload = upload;
+    d.available = [] { return uint64_t(100'000'000); };
+    return d;
+}
+}
+
+TEST(Device, ItsMemoryIsNotOurs) {
+    Device device = elsewhere::device();
+    std::shared_ptr<std::byte> p = device.memory(1);
+    EXPECT_DEATH(*p = std::byte{1}, "");
+}
+TEST(Device, GivesWhatTheCpuGives) {
+    Device device = elsewhere::device();
+    for (const Variant& v : variants()) {
+        Model model = random_model("device", v.keys, v.dtype);
+        SessionOptions options{20, 7, MlaForm::ABSORBED, v.kv};
+        std::vector<int> ids = random_ids(20, 31);
+        Answer here = answer(model, ids, options), there = answer(model, ids, options, false, device);
+        EXPECT_TRUE(same_bits(here.logits, there.logits)) << v.name;
+        EXPECT_TRUE(same_bits(here.mtp_logits, there.mtp_logits)) << v.name;
+        EXPECT_GE(std::exchange(elsewhere::calls["forward"], 0), 3) << v.name;
+        EXPECT_GE(std::exchange(elsewhere::calls["head"], 0), 3) << v.name;
+        EXPECT_EQ(std::exchange(elsewhere::calls["mtp_forward"], 0) > 0, model.config.n_mtp > 0) << v.name;
+    }
+}
+TEST(Device, GeneratesWithAndWithoutDrafts) {
+    Device device = elsewhere::device();
+    Model model = random_model("device", tiny_v3());
+    std::vector<int> prompt = random_ids(12, 31), said[2];
+    for (bool mtp : {false, true}) {
+        for (const Device* d : {&CPU, static_cast<const Device*>(&device)}) {
+            Session s(model, {64, 8, MlaForm::ABSORBED}, *d);
+            Generation g;
+            g.sampling.temperature = 0, g.max_tokens = 20, g.drafting = mtp ? &MTP_DRAFTS : nullptr;
+            said[d != &CPU].clear();
+            generate(s, prompt, g, [](int) {}, [&](int id) { said[d != &CPU].push_back(id); });
+        }
+        EXPECT_EQ(said[0].size(), 20u);
+        EXPECT_EQ(said[0], said[1]);
+        EXPECT_EQ(elsewhere::calls["mtp_forward"] > 0, mtp);
+    }
+}
+TEST(Device, MeasuresPerplexity) {
+    Device device = elsewhere::device();
+    Model model = random_model("device", tiny_dense("qwen2"));
+    std::vector<int> ids = random_ids(40, 31);
+    Session here(model, {16, 8, MlaForm::ABSORBED}), there(model, {16, 8, MlaForm::ABSORBED}, device);
+    EXPECT_EQ(perplexity(here, ids, -1, [](size_t) {}).nll, perplexity(there, ids, -1, [](size_t) {}).nll);
+    EXPECT_EQ(elsewhere::calls["head"], 40 - 3);
+}
+// What one device saved the other loads, and both go on in the same way.
+TEST(Device, SavesAndLoadsItsCache) {
+    Device device = elsewhere::device();
+    fs::path folder = scratch("device_cache");
+    for (const Keys& keys : {tiny_v3(), tiny_dense("llama")}) {
+        Model model = random_model("device", keys);
+        std::vector<int> ids = random_ids(9, 31), next = {3};
+        Vector expected;
+        for (const Device* from : {&CPU, static_cast<const Device*>(&device)}) {
+            for (const Device* to : {&CPU, static_cast<const Device*>(&device)}) {
+                elsewhere::calls.clear();
+                SessionOptions options{10, 8, MlaForm::ABSORBED, Dtype::BF16};
+                Session a(model, options, *from), b(model, options, *to);
+                a.tokens = ids;
+                prefill(a, ids, 0, [&](int, int) { if (model.config.n_mtp) mtp_catch_up(a); });
+                save_cache(a, folder / "kv");
+                load_cache(b, folder / "kv");
+                EXPECT_EQ(b.tokens, ids);
+                EXPECT_EQ(b.mtp_length, model.config.n_mtp ? 8 : 0);
+                b.device.forward(b, next, 9);
+                Vector logits = last_logits(b, 1);
+                if (expected.empty()) expected = logits;
+                EXPECT_TRUE(same_bits(logits, expected));
+                EXPECT_EQ(elsewhere::calls["read"] > 0, from != &CPU);
+                EXPECT_EQ(elsewhere::calls["write"] > 0, to != &CPU);
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 // Chapter 13: a draft costs nothing but time. The tokens are distributed as without it.
 #include "unit.h"
 
-// -- 13.2 verify ------------------------------------------------------------------------------------
+// -- 13.3 verify ------------------------------------------------------------------------------------
 
 using Verify = std::function<int(const Distribution&, const Distribution&, int, Rng&)>;
 
@@ -198,7 +198,7 @@ TEST(MtpDeathTest, ALostHiddenStateIsAMistakeOfOurs) {
     EXPECT_DEATH(mtp_catch_up(s), "hidden state of position 0 is gone");
 }
 
-// -- 13.2 generate with drafts ----------------------------------------------------------------------
+// -- 13.3 generate with drafts ----------------------------------------------------------------------
 
 struct Drafted {
     std::vector<int> ids;

@@ -155,6 +155,31 @@ TEST(QuantiseFp8, NumberOfThreadsChangesNothing) {
     EXPECT_EQ(a.s, b.s);
 }
 
+TEST(StoreLatent, Has656BytesAToken) {
+    EXPECT_EQ(row_bytes(Dtype::F8_LATENT, 576), 656u);
+    Noise noise;
+    const int T = 2, n[] = {3, 1};
+    Vector x = noise.vector(size_t(T) * 576);
+    std::vector<std::byte> bytes(size_t(4) * 656, std::byte(7));
+    store_latent({bytes.data(), nullptr, Dtype::F8_LATENT, 4, 576}, n, {x.data(), 576});
+    for (int t = 0; t < T; t++) {
+        const std::byte* row = bytes.data() + (n[t] - 1) * 656;
+        Vector back(576);
+        widen_plain(back.data(), {row, nullptr, Dtype::F8_LATENT, 1, 576}, 0);
+        for (int i = 0; i < 576; i++) {
+            const float v = float(x[size_t(t * 576 + i)]), scale = load<float>(row + 512 + i / 128 * 4);
+            if (i >= 512) {
+                EXPECT_EQ(back[size_t(i)], real(bf16_to_float(float_to_bf16(v)))) << i;
+                continue;
+            }
+            EXPECT_EQ(scale, 0x1p-8f) << i;                // amax / 448 of numbers below 1, rounded up
+            EXPECT_EQ(back[size_t(i)], real(e4m3_to_float(float_to_e4m3(v / scale)) * scale)) << i;
+        }
+    }
+    for (size_t i = 656; i < 1312; i++) EXPECT_EQ(bytes[i], std::byte(7));     // position 2 was no one's
+    EXPECT_EQ(bytes[3 * 656], std::byte(7));
+}
+
 // -- 14.3 sums --------------------------------------------------------------------------------------
 
 static uint8_t code(double x) { return float_to_e4m3(float(x)); }

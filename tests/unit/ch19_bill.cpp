@@ -48,3 +48,43 @@ TEST(Processors, AControlGroupGivesItsQuotaRoundedDown) {
     write_text(v2 / "cpu.max", "max 100000\n");
     EXPECT_EQ(processors_of_group({v2, false}), no_limit);
 }
+
+// -- 19.3, 19.4 a device with memory of its own -----------------------------------------------------
+
+static int uploads = 0;
+static Device far_device(uint64_t (*available)()) {
+    Device d = CPU;
+    d.name = "far", d.available = available;
+    d.upload = [](Model&, const std::function<void(size_t, size_t)>&) { uploads++; };
+    return d;
+}
+
+// All bytes of the file count: each tensor is e4m3 with scales or bf16, but vectors, which are widened.
+TEST(WeightBytes, AreThoseOfTheFileWhereTheyAreCopied) {
+    Device far = far_device([] { return uint64_t(0); });
+    for (auto [keys, dtype] : {std::pair{tiny_fp8(), "F8_E4M3"}, std::pair{tiny_v3(), "BF16"}}) {
+        std::vector<FileTensor> tensors = random_tensors(keys, dtype, 1);
+        uint64_t bytes = 0;
+        for (const FileTensor& t : tensors)
+            bytes += t.shape.size() == 1 ? t.shape[0] * sizeof(real) : t.data.size();
+        fs::path folder = write_model("far", keys, tensors);
+        Config c = config_of(keys);
+        EXPECT_EQ(weight_bytes(folder, c, "none", far), bytes) << dtype;
+        EXPECT_EQ(weight_bytes(folder, c, "none", CPU), 0u);
+        EXPECT_GT(weight_bytes(folder, c, "q8_0", CPU), 0u);
+    }
+}
+TEST(LoadPlanned, FillsADeviceOrSaysWhatIsMissing) {
+    Device large = far_device([] { return uint64_t(1) << 40; });
+    Device small = far_device([] { return uint64_t(1000); });
+    fs::path folder = write_model("far", tiny_v3(), random_tensors(tiny_v3(), "BF16", 1));
+    Config c = config_of(tiny_v3());
+    SessionOptions s{10, 8, MlaForm::ABSORBED};
+    EXPECT_TRUE(refuses([&] { load_planned(folder, "none", c, s, small); },
+                        "not enough memory on far for --ctx 10: weights 0.00 GB, cache"));
+    EXPECT_EQ(uploads, 0);
+    load_planned(folder, "none", c, s, CPU);
+    EXPECT_EQ(uploads, 0);
+    load_planned(folder, "none", c, s, large);
+    EXPECT_EQ(uploads, 1);
+}

@@ -375,11 +375,11 @@ struct Answer {
 };
 
 inline Answer answer(const Model& model, const std::vector<int>& ids, SessionOptions options,
-                     bool taps = false) {
+                     bool taps = false, const Device& device = CPU) {
     const Config& c = model.config;
     size_t V = size_t(c.V), T = ids.size();
     Answer out{Vector(T * V), Vector(c.n_mtp ? (T - 1) * V : 0), {}};
-    Session s(model, options);
+    Session s(model, options, device);
     if (taps) s.taps = &out.taps;
     s.tokens = ids;
     prefill(s, ids, 0, [&](int pos, int n) {
