@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs `deepseek check` on the emulator of a GPU: each twin against its operation, its threads in several orders.
+"""Runs `deepseek check` on the emulator of a GPU: each twin against its operation, in four orders.
 
     tests/gpu/twins.py [PROGRAM]         from anywhere; by default build/gpu/deepseek
     tests/gpu/twins.py --selftest        shows that a broken check is seen
@@ -7,6 +7,7 @@
 Each twin of each run is a test. A run has failed, too, if its counts, its exit code or its list of twins is
 not what its lines say.
 """
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -53,10 +54,12 @@ def selftest():
              ((0, good + "check: 2 passed, 0 failed\n", []), 1),
              ((0, good + "check: 1 passed, 0 failed\n", ["add", "top_k"]), 1),
              ((0, good.replace("5 cases", "0 cases") + "check: 1 passed, 0 failed\n", []), 2),
-             ((3, good + "emulator: race\n", []), 1), ((0, "check: 0 passed, 0 failed\n", []), 1),
+             ((3, good + "emulator: race\n", []), 1),
+             ((0, "check: 0 passed, 0 failed\n", []), 1),
              ((-11, "", []), 1)]
     failed = [(given, expected) for given, expected in cases if len(verdict(*given)[1]) != expected]
-    print(*(f"{given} gave {verdict(*given)[1]}" for given, _ in failed), sep="\n", end="\n" if failed else "")
+    for given, _ in failed:
+        print(f"{given} gave {verdict(*given)[1]}")
     print(f"twins-selftest: {len(cases) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
@@ -70,8 +73,10 @@ def main(arguments):
         return 1
     passed = failed = 0
     first = []
-    for order in RUNS:
-        twins, wrong = verdict(*run(program, *order), first)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+        runs = list(workers.map(lambda order: run(program, *order), RUNS))
+    for order, done in zip(RUNS, runs):
+        twins, wrong = verdict(*done, first)
         first = first or list(twins)
         passed, failed = passed + max(0, len(twins) - len(wrong)), failed + len(wrong)
         for line in wrong:

@@ -337,7 +337,8 @@ inline double largest(Dtype dtype, double size) { return dtype == Dtype::Q8_0 ? 
 //      the two chains of fma          n u each
 //      putting a split to the others  5 u: two products, a sum, and a quotient's two of the weights
 //      the weights p = e^d / l        u of e^d, (n / 16 + 4) u of l, u of the quotient; and |d| u of d, whose
-//                                     mean over p is at most log(n) u: for n > 256 on both sides less than 2 n u
+//                                     mean over p is at most log(n) u: on both sides less than 2 n u, for n
+//                                     is above 256
 //
 // together at most 4 (n + 5 n / 256) u. Within one split both do the same.
 inline double attention_bound(int n, double largest) {
@@ -349,7 +350,7 @@ struct AttentionCase {
     Dtype kv;
     float size = 2;                        // of a query's numbers: a large one makes scores of thousands
     bool ragged = false, odd = false;
-    int lost = -1;                         // the split of the context whose scores are all -inf
+    unsigned lost = 0;                     // bit i: all scores of split i are -inf
 };
 
 // Key heads lie evenly apart on the device: all keys one behind the other, then all values.
@@ -372,8 +373,8 @@ inline KeysAndValues keys_and_values(Check& c, const AttentionCase& a, int conte
     for (auto [width, size] : {std::pair{a.dk, 2.0f}, {a.dv, 1.0f}}) {
         for (int g = 0; g < a.G; g++) {
             Weight w = cache_rows(c, a.kv, context, width, a.most, size);
-            for (int j = 0; a.lost >= 0 && width == a.dk && j < a.most; j++) {
-                const float v = j / SPLIT == a.lost ? -100 : 0;
+            for (int j = 0; a.lost && width == a.dk && j < a.most; j++) {
+                const float v = a.lost >> j / SPLIT & 1 ? -100 : 0;
                 std::memcpy(w.data.host.data() + size_t(j * width) * sizeof v, &v, sizeof v);
             }
             all.insert(all.end(), w.data.host.begin(), w.data.host.end());
@@ -386,7 +387,7 @@ inline KeysAndValues keys_and_values(Check& c, const AttentionCase& a, int conte
 inline void check_attention(Check& c, const AttentionCase& a) {
     const int context = a.most + 40, H = a.heads * a.G;
     Vector numbers = c.numbers(int64_t(a.T) * H * a.dk, a.size);
-    for (size_t i = 0; a.lost >= 0 && i < numbers.size(); i += size_t(a.dk)) numbers[i] = 3e38f;
+    for (size_t i = 0; a.lost && i < numbers.size(); i += size_t(a.dk)) numbers[i] = 3e38f;
     Reals q(a.odd ? c.odd(numbers, 3 * a.dk + 1) : numbers);
     Reals out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER)), again(out.host);
     Ints n(a.ragged ? ragged_positions(c, a.T, a.most) : positions(a.T, a.most));
@@ -424,8 +425,8 @@ inline void check_attend(Check& c) {
                                    {2, 3, 2, 24, 140, 513, Dtype::BF16},
                                    {9, 3, 1, 24, 16, 600, Dtype::F32, 2, true, true},
                                    {3, 3, 1, 24, 16, 900, Dtype::F32, 2000},
-                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 0},
-                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 1}})
+                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 2},
+                                   {2, 3, 1, 24, 16, 600, Dtype::F32, 2, false, false, 3}})
         check_attention(c, a);
 }
 
