@@ -194,6 +194,13 @@ build/asan/%.o: tests/gpu/%.cpp build/flags | build/have-test
 build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.o | build/have-test
 	$(call compile,$(CXX),$(SANITIZE) $(EMULATED),$(filter %.o,$^),$(GTEST))
 
+# deepseek.cu with mistakes in it, one of which an environment variable chooses.
+build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting.py | build/have-test
+	@mkdir -p $(@D)
+	@tests/gpu/mistakes.py --plant $@
+build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.o build/flags | build/have-run
+	$(call compile,$(CXX),$(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
+
 -include $(wildcard build/deps/*.d)
 
 # -- tests -----------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.
 # the other.
 
 TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clang gcc) build/golden-double \
-	$(if $(CUDA),build/gpu/emulator_tests build/gpu/ucontext_tests build/gpu/deepseek)
+	$(if $(CUDA),$(addprefix build/gpu/,twin-mistakes deepseek emulator_tests ucontext_tests))
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run

@@ -21,6 +21,10 @@ import tempfile
 COLUMNS = 110
 FILE_LINES = {"deepseek.cpp": 7000, "deepseek.cu": 4000, "tokenizer.h": 800, "gguf.h": 1700, "simd.h": 2300}
 HEADERS = tuple(name for name in FILE_LINES if name.endswith(".h"))
+TWINS = "tests/twins/twins.h"                           # a part of deepseek.cu
+BOOKS = {"deepseek.cpp": HEADERS, "deepseek.cu": (TWINS,)}       # with the headers whose functions are theirs
+CUDA = [folder for folder in (os.environ.get("CUDA", ""), "/usr/local/cuda", "/opt/cuda")
+        if folder and os.path.exists(f"{folder}/include/cuda_runtime_api.h")][:1]
 CHAPTER_LINES, FIRST_CHAPTER_LINES = 500, 250          # a reader of chapter 1 wants to meet the model
 FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_MAX = 20, 60, 130
 PARAMETERS = 8
@@ -157,6 +161,32 @@ def check_sections(report, name, lines):
             last = int(match[2])
 
 
+# -- rules for CUDA --------------------------------------------------------------------------------------
+
+def inside(lines, begin, end):
+    """Numbers of the lines from one that matches `begin` to the next that matches `end`."""
+    found, open_block = set(), False
+    for number, line in enumerate(lines, 1):
+        open_block = open_block or bool(re.match(begin, line))
+        if open_block:
+            found.add(number)
+            open_block = not re.match(end, line)
+    return found
+
+
+def check_cuda(report, name, lines):
+    """What an emulator of a GPU has to put something else behind stands in one place each."""
+    rules = (("assembly", r"\basm\b", "namespace ptx", inside(lines, r"namespace ptx \{", r"\}")),
+             ("launches", "<<<", "launch", inside(lines, r"void launch\(", r"\}")),
+             ("shared memory", r"\b__shared__\b", "SHARED and DYNAMIC_SHARED",
+              inside(lines, r"#define (DYNAMIC_)?SHARED\(", r".*[^\\]$")))
+    for rule, word, place, allowed in rules:
+        complain = report.rule(rule)
+        for number, line in enumerate(lines, 1):
+            if (match := re.search(word, line.split("//")[0])) and number not in allowed:
+                complain(name, number, f"{match[0]} outside of {place}")
+
+
 # -- rules for the headers -------------------------------------------------------------------------------
 
 def header_contents(lines):
@@ -193,13 +223,15 @@ def check_header_contents(report, name, lines):
 
 def tidy(root, name):
     """clang-tidy's report on each function of a file and of the headers that it includes. simd.h is read once
-    for each instruction set, in other namespaces: a place in it counts once."""
+    for each instruction set, in other namespaces: a place in it counts once. CUDA is read as C++ for the
+    host, as the tests compile it."""
     options = {"LineThreshold": 0, "StatementThreshold": 0, "ParameterThreshold": PARAMETERS,
                "NestingThreshold": NESTING + 1}      # clang-tidy counts the function's body as the first
     config = ", ".join(f"{{key: readability-function-size.{k}, value: {v}}}" for k, v in options.items())
     command = ["clang-tidy", "--quiet", "--checks=-*,readability-function-size",
-               f"--config={{CheckOptions: [{config}]}}", f"--header-filter=({'|'.join(HEADERS)})$",
-               str(root / name), "--", "-std=c++20", "-fopenmp"]
+               f"--config={{CheckOptions: [{config}]}}", f"--header-filter=({'|'.join(BOOKS[name])})$",
+               str(root / name), "--", "-xc++", "-std=c++20", "-fopenmp", f"-I{root}", f"-I{root}/tests/gpu",
+               *(f"-isystem{folder}/include" for folder in CUDA)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout
 
@@ -275,14 +307,17 @@ def check(root):
     report = Report()
     check_lines(report, root)
     check_file_lines(report, root)
-    lines = text_lines(root, "deepseek.cpp")
-    check_contents(report, "deepseek.cpp", lines)
-    check_chapter_lines(report, "deepseek.cpp", lines)
-    check_sections(report, "deepseek.cpp", lines)
-    for name in HEADERS:
+    for name in BOOKS:
+        lines = text_lines(root, name)
+        check_contents(report, name, lines)
+        check_chapter_lines(report, name, lines)
+        check_sections(report, name, lines)
+        if CUDA or not re.search("^#include <cuda", "\n".join(lines), re.MULTILINE):
+            check_functions(report, root, name)
+    check_cuda(report, "deepseek.cu", text_lines(root, "deepseek.cu"))
+    for name in (*HEADERS, TWINS):
         if (root / name).exists():
             check_header_contents(report, name, text_lines(root, name))
-    check_functions(report, root, "deepseek.cpp")
     check_python(report, root)
     return report
 
@@ -370,6 +405,46 @@ namespace avx512 {
 #endif
 """
 
+CUDA_BOOK = """// A twin.
+// =====
+// Chapter 0. How to read
+// =====
+//
+//   0   How to read            contents
+//   2   Numbers                how they lie
+//
+#ifdef __CUDACC__
+#define SHARED(T, name, count) __shared__ T name[count]
+#define DYNAMIC_SHARED(T, name) \\
+    extern __shared__ T name[]
+void launch(int a) {
+    f<<<1, 2>>>(a);            // and there is no other <<<
+}
+#endif
+// =====
+// Chapter 2. Numbers
+// =====
+namespace ptx {
+inline void nothing() { asm("nop"); }
+}
+// -- 2.1  one
+inline int seven(int a) {
+    ptx::nothing();
+    return a;
+}
+#include "tests/twins/twins.h"
+"""
+
+TWIN_CASES = """// What is compared.
+//
+// Contents: 1 a case; 2 chapter 2.
+#pragma once
+// -- 1  a case ---
+inline int eight() { return 8; }
+// -- 2  chapter 2 ---
+inline int nine() { return 9; }
+"""
+
 DEEP = "while (a > 2) { if (a > 3) { if (a > 4) { a--; } } }"
 LONG = "int long_one(int a) {\n" + "    a++;\n" * 130 + "    return a;\n}\n"
 MANY = "".join(f"int many{i}(int a) {{\n" + "    a++;\n" * 60 + "    return a;\n}\n" for i in range(2))
@@ -413,6 +488,22 @@ PLANTED = [
     ("function lines, median and p90", "deepseek.cpp", "// -- 1.2", MEDIUM + "// -- 1.2", 1),
     ("parameters", "deepseek.cpp", "two(int,", "two(int, int,", 24),
     ("nesting", "deepseek.cpp", "while (a > 2) { if (a > 3) { a--; } }", DEEP, 19),
+    ("contents", "deepseek.cu", "//   2   Numbers  ", "//   2   Digits  ", 18),
+    ("contents", "deepseek.cu", "Chapter 2. Numbers", "Chapter 3. Numbers", 18),
+    ("chapter lines", "deepseek.cu", "// -- 2.1", "\n" * 500 + "// -- 2.1", 18),
+    ("sections", "deepseek.cu", "// -- 2.1", "// -- 2.2", 23),
+    ("assembly", "deepseek.cu", "ptx::nothing()", 'asm("nop")', 25),
+    ("assembly", "deepseek.cu", "namespace ptx {\n", "namespace p {\n", 21),
+    ("launches", "deepseek.cu", "#endif", "void g(int a) { f<<<1, 2>>>(a); }\n#endif", 16),
+    ("shared memory", "deepseek.cu", "#endif", "void g() { __shared__ int a[2]; }\n#endif", 16),
+    ("shared memory", "deepseek.cu", "    extern __shared__ T name[]\n",
+     "    1\nextern __shared__ int n[];\n", 13),
+    ("function lines", "deepseek.cu", "// -- 2.1", LONG + "// -- 2.1", 23),
+    ("function lines", TWINS, "inline", LONG.replace("int", "inline int", 1) + "inline", 6),
+    ("nesting", "deepseek.cu", "return a;", "if (a) { " + DEEP + " } return a;", 26),
+    ("parameters", TWINS, "nine(", "nine(int, int, int, int, int, int, int, int, int", 8),
+    ("header contents", TWINS, "; 2 chapter 2", "", 7),
+    ("clang-tidy", "deepseek.cu", "return a;", "return b;", 26),
     ("clang-tidy", "deepseek.cpp", "return 3;", "return 3", 29),
     ("Python function lines", "tests/a.py", "    pass\n", "    pass\n" * 130, 1),
     ("Python parameters", "tests/a.py", "f()", "f(a, b, c, d, e, f, g, h, *, i)", 1),
@@ -423,15 +514,15 @@ PLANTED = [
 def planted(change):
     """The rules that a small tree breaks once `change` (file, before, after) is made in it."""
     files = {"deepseek.cpp": GOOD, "tokenizer.h": TOKENIZER, "gguf.h": GGUF, "simd.h": SIMD,
-             "deepseek.cu": "// twin\n", "README.md": "A readme\n", "tests/run": "#!/bin/sh\necho\n",
-             "tests/a.py": "def f():\n    pass\n"}
+             "deepseek.cu": CUDA_BOOK, TWINS: TWIN_CASES, "README.md": "A readme\n",
+             "tests/run": "#!/bin/sh\necho\n", "tests/a.py": "def f():\n    pass\n"}
     if change:
         name, before, after = change
         assert files[name].count(before) >= 1, change
         files[name] = files[name].replace(before, after, 1)
     root = pathlib.Path(tempfile.mkdtemp())
     for name, text in files.items():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     report = check(root)
     shutil.rmtree(root)

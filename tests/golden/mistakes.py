@@ -6,12 +6,7 @@
 
 Each mistake of the list below is planted in a copy of deepseek.cpp or tokenizer.h, and the golden tests
 (golden.cpp, in double and in float) must fail on the named model, with the named tensor as the first one that
-differs. Without a mistake they must pass. So that one compilation serves all, each place keeps the right text
-and the wrong ones, and the environment variable MISTAKE chooses: `(MISTAKE(3) ? (wrong) : (right))`, or an
-`if` around a statement.
-
-A place is a piece of source text with the part to replace between « and ». It must occur exactly once (blanks
-and line ends count alike), else the suite fails: a reworded line must not silence its mistake.
+differs. Without a mistake they must pass. How a place is written down: tests/planting.py.
 """
 import concurrent.futures
 import os
@@ -23,6 +18,9 @@ import sys
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(ROOT / "tests"))
+from planting import CHOOSE, find_place, plant
 OUT = ROOT / "build" / "mistakes"
 CPP, TOKENIZER = "deepseek.cpp", "tokenizer.h"
 PROGRAMS = DOUBLE, FLOAT = "golden-double", "golden"
@@ -41,15 +39,9 @@ class Mistake:
 
 
 # In the patched copy only: what a port does that keeps numbers in another type.
-PRELUDE = """
+PRELUDE = CHOOSE + """
 #include <cmath>
-#include <cstdlib>
 #include <string>
-inline bool MISTAKE(int n) {
-    static const char* chosen = std::getenv("MISTAKE");
-    static const int number = chosen ? std::atoi(chosen) : -1;
-    return number == n;
-}
 template <class T> T as_f16(T x) {               // 11 significant bits, infinity from 65520 on
     int exponent = 0;
     T fraction = std::frexp(x, &exponent);
@@ -283,35 +275,11 @@ MISTAKES = [
 
 # -- planting ------------------------------------------------------------------------------------------------
 
-def find_place(source, place, file):
-    """(begin, end) of the part between « and » in the source text."""
-    before, part, after = re.split("[«»]", place)
-    words = lambda text: r"\s+".join(map(re.escape, text.split()))
-    edge = lambda text, at: r"\s*" if text and text[at].isspace() else ""
-    pattern = words(before) + edge(before, -1) + "(" + words(part) + ")" + edge(after, 0) + words(after)
-    found = list(re.finditer(pattern, source))
-    if len(found) != 1:
-        raise ValueError(f"{file} has {len(found)} times, not once: {place}")
-    return found[0].span(1)
-
-
 def planted(source, file):
-    """The source text with every mistake in it, each behind its number."""
-    places = {}
-    for number, m in enumerate(MISTAKES):
-        for place, wrong in m.places if m.file == file else []:
-            places.setdefault(find_place(source, place, file), []).append((number, wrong))
-    end = len(source)
-    for (begin, stop), wrongs in sorted(places.items(), reverse=True):
-        if stop > end:
-            raise ValueError(f"{file}: two places overlap: {source[begin:stop]}")
-        right, end = source[begin:stop], begin
-        if right.endswith(";"):
-            text = "".join(f"if (MISTAKE({n})) {{ {wrong} }} else " for n, wrong in wrongs) + f"{{ {right} }}"
-        else:
-            text = "(" + "".join(f"MISTAKE({n}) ? ({wrong}) : " for n, wrong in wrongs) + f"({right}))"
-        source = source[:begin] + text + source[stop:]
-    return source
+    """The source text with every mistake of this file in it."""
+    places = [(number, place, wrong) for number, m in enumerate(MISTAKES) if m.file == file
+              for place, wrong in m.places]
+    return plant(source, places, file)
 
 
 def compile_program(name, options):

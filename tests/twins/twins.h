@@ -6,7 +6,8 @@
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
 // than they are long, and between them lies NaN. Sizes are odd on purpose: rows that no tile divides, no
-// token at all, experts that no one picked, ties, one position more than a split.
+// token at all, experts that no one picked, ties, one position more than a split. Among the numbers are some
+// that a port may treat in its own way: NaN, infinities, -0, the largest and the subnormal ones.
 #pragma once
 
 namespace cuda {
@@ -16,6 +17,8 @@ namespace cuda {
 enum class Side : uint8_t { HOST, DEVICE };
 constexpr Side SIDES[] = {Side::HOST, Side::DEVICE};
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float ODD_NUMBERS[] = {NOT_A_NUMBER, INFINITE, -0.0f, 3e38f, 1e-42f, -INFINITE, -3e38f, 0};
 
 // f(...) on the host's arrays, cuda::f(...) on the device's. Arrays are given as x(at).
 #define BOTH(f, ...) for (Side at : SIDES) at == Side::HOST ? ::f(__VA_ARGS__) : cuda::f(__VA_ARGS__)
@@ -49,6 +52,11 @@ struct Check {
     Vector rows(int64_t n_rows, int n, int stride, float size = 1) {
         Vector v(size_t(n_rows * stride), NOT_A_NUMBER);
         for (int64_t i = 0; i < n_rows * n; i++) v[size_t(i / n * stride + i % n)] = number(size);
+        return v;
+    }
+    // v with an odd number at every so many places
+    static Vector odd(Vector v, int64_t apart) {
+        for (size_t i = 0, k = 0; i < v.size(); i += size_t(apart)) v[i] = ODD_NUMBERS[k++ % 8];
         return v;
     }
     Vector few_values(int64_t n) {         // many are equal
@@ -98,6 +106,14 @@ struct Weight {
         m.scale = scale.host.empty() ? nullptr : reinterpret_cast<const std::byte*>(scale(side));
         return m;
     }
+    // The i-th of matrices of `rows` rows, as a tensor of its own: its scales begin with it.
+    Matrix part(Side side, int i, int rows) {
+        Matrix m = at(side).view(i * rows, rows);
+        if (m.scale) m.scale += scale_blocks(rows) * scale_blocks(m.cols) * 4 * i;
+        m.first_row = 0;
+        return m;
+    }
+    void set(size_t i, uint8_t byte) { data.host[i] = byte, data.device = Buffer(data.host); }
 };
 
 // Random bits, but numbers: what says how large they are is set.
@@ -138,10 +154,9 @@ constexpr int TOKENS[] = {0, 1, 2, 17, 129};
 inline void check_softmax(Check& c) {
     for (int T : TOKENS) {
         for (int n : {1, 16, 100}) {
-            Reals z(c.rows(T, n, n + 3, 9));
-            for (size_t i = 0; n > 1 && i < z.host.size(); i += size_t(n + 3))
-                z.host[i] = -std::numeric_limits<float>::infinity();
-            z.device = Buffer(z.host);
+            Vector v = c.rows(T, n, n + 3, 9);
+            for (size_t i = 0; n > 1 && i < v.size(); i += size_t(n + 3)) v[i] = -INFINITE;
+            Reals z(T == 17 ? c.odd(v, 2 * n + 1) : v);
             BOTH(softmax, {z(at), n + 3}, 0.3f, T, n);
             c.same(z);
         }
@@ -149,21 +164,21 @@ inline void check_softmax(Check& c) {
 }
 inline void check_silu_times(Check& c) {
     for (int T : TOKENS) {
-        Reals gate(c.numbers(T * 37, 20)), up(c.numbers(T * 37));
+        Reals gate(c.odd(c.numbers(T * 37, 20), 9)), up(c.odd(c.numbers(T * 37), 31));
         BOTH(silu_times, gate(at), up(at), 37, T);
         c.same(gate);
     }
 }
 inline void check_add(Check& c) {
     for (int T : TOKENS) {
-        Reals out(c.numbers(T * 37)), x(c.numbers(T * 37));
+        Reals out(c.odd(c.numbers(T * 37), 31)), x(c.odd(c.numbers(T * 37), 9));
         BOTH(add, out(at), x(at), size_t(T) * 37);
         c.same(out);
     }
 }
 inline void check_add_bias(Check& c) {
     for (int T : TOKENS) {
-        Reals out(c.numbers(T * 37)), bias(c.numbers(37));
+        Reals out(c.odd(c.numbers(T * 37), 31)), bias(c.odd(c.numbers(37), 9));
         BOTH(add_bias, out(at), bias.span(at), T);
         c.same(out);
     }
@@ -175,7 +190,8 @@ using Multiply = void (*)(Rows, ConstRows, const Matrix&, int);
 inline void check_product(Check& c, Weight& w, bool stored_transposed, bool transposed, int T) {
     Matrix shape = stored_transposed ? w.shape.transpose() : w.shape;
     const int n = transposed ? shape.rows : shape.cols, n_out = transposed ? shape.cols : shape.rows;
-    Reals x(c.rows(T, n, n + 1)), out(Vector(size_t(T) * size_t(n_out + 2), NOT_A_NUMBER));
+    Vector v = c.rows(T, n, n + 1);
+    Reals x(T == 17 ? c.odd(v, 2 * n + 7) : v), out(Vector(size_t(T) * size_t(n_out + 2), NOT_A_NUMBER));
     for (Side at : SIDES) {
         const Matrix m = stored_transposed ? w.at(at).transpose() : w.at(at);
         const Rows to{out(at), n_out + 2}, from{x(at), n + 1};
@@ -185,9 +201,22 @@ inline void check_product(Check& c, Weight& w, bool stored_transposed, bool tran
     }
     c.same(out);
 }
+// Two products of one call, each with its own sizes.
+inline void check_products(Check& c) {
+    Weight w = weight(c, Dtype::BF16, 37, 64), w2 = weight(c, Dtype::F32, 5, 40);
+    Reals x(c.numbers(3 * 64)), x2(c.numbers(40)), out(Vector(3 * 37)), out2(Vector(5));
+    for (Side at : SIDES) {
+        const Matrix m = w.at(at), m2 = w2.at(at);
+        const Product both[] = {{{out(at), 37}, {x(at), 64}, &m, 3}, {{out2(at), 5}, {x2(at), 40}, &m2, 1}};
+        at == Side::HOST ? ::matmul(both) : cuda::matmul(both);
+    }
+    c.same(out), c.same(out2);
+}
 inline void check_matmul(Check& c) {
+    check_products(c);
     for (Dtype dtype : PLAIN_DTYPES) {
         Weight w = weight(c, dtype, 37, 300, 100);
+        if (dtype == Dtype::F8_E4M3) w.set(5 * 300 + 7, E4M3_NAN);
         for (int T : TOKENS) check_product(c, w, false, false, T), check_product(c, w, true, false, T);
     }
     for (int i = int(Dtype::Q4_0); i < N_DTYPES; i++) {
@@ -208,7 +237,7 @@ inline void check_matmul_transposed(Check& c) {
 }
 
 inline void check_embed(Check& c) {
-    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::Q8_0, Dtype::Q6_K}) {
+    for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8_E4M3, Dtype::Q8_0, Dtype::Q6_K}) {
         Weight w = weight(c, dtype, 50, 256);
         for (int T : TOKENS) {
             std::vector<int> v;
@@ -223,7 +252,8 @@ inline void check_embed(Check& c) {
 inline void check_rmsnorm(Check& c) {
     for (int T : TOKENS) {
         for (int n : {1, 37, 300}) {
-            Reals x(c.rows(T, n, n + 5, 3)), w(c.numbers(n)),
+            Vector v = c.rows(T, n, n + 5, T == 2 ? 1e-4f : 3);        // where eps counts
+            Reals x(T == 17 ? c.odd(v, 2 * n + 3) : v), w(c.numbers(n)),
                 out(Vector(size_t(T) * size_t(n + 2), NOT_A_NUMBER));
             BOTH(rmsnorm, {out(at), n + 2}, {x(at), n + 5}, w.span(at), T, 1e-6);
             c.same(out);
@@ -241,13 +271,22 @@ inline void check_top_k(Check& c) {
             c.same(idx);
         }
     }
+    // Where NaN belongs is not defined. But who reads the indices must find all of them.
+    Reals v(c.odd(c.numbers(37), 3));
+    Ints idx(std::vector<int>(37, -7));
+    cuda::top_k(idx(Side::DEVICE), v(Side::DEVICE), 37, 37);
+    std::vector<int> found = idx.device.host();
+    std::sort(found.begin(), found.end());
+    for (size_t i = 0; i < idx.host.size(); i++) idx.host[i] = int(i);
+    idx.device = Buffer(found);
+    c.same(idx);
 }
 
 inline void check_rope(Check& c, bool interleaved) {
     for (int T : TOKENS) {
-        for (int H : {1, 3, 16}) {
-            const int dim = H == 3 ? 2 : 10, head = dim + 3;
-            Reals x(c.rows(int64_t(T) * H, dim, head)), cos_sin(c.numbers(T * dim));
+        for (int H : {1, 3, 16, 128}) {
+            const int dim = H == 3 || H == 128 ? 2 : 10, head = dim + 3;
+            Reals x(c.odd(c.rows(int64_t(T) * H, dim, head), 5 * head)), cos_sin(c.numbers(T * dim));
             for (Side at : SIDES) {
                 const Heads heads{x(at), int64_t(H) * head, head, T, H};
                 if (interleaved)
@@ -266,10 +305,17 @@ inline void check_rope_half(Check& c) { check_rope(c, false); }
 
 // -- 3  chapters 7 and 8 ----------------------------------------------------------------------
 
-// T tokens that see up to `most` positions, the last one all of them.
+// T tokens that see up to `most` positions, the last one all of them: each one more than the one before, or
+// any number more.
 inline std::vector<int> positions(int T, int most) {
     std::vector<int> n;
     for (int t = 0; t < T; t++) n.push_back(std::max(1, most - T + 1 + t));
+    return n;
+}
+inline std::vector<int> ragged_positions(Check& c, int T, int most) {
+    std::vector<int> n;
+    for (int t = 0; t < T; t++) n.push_back(t + 1 < T ? 1 + c.below(most) : most);
+    std::sort(n.begin(), n.end());
     return n;
 }
 
@@ -282,8 +328,18 @@ inline Weight cache_rows(Check& c, Dtype dtype, int context, int width, int most
     return w;
 }
 
-// Two ways to add up n terms p v: both chains round once a position, each partial sum being at most the
-// largest |v|; putting a split to the others rounds five times more, and the weights p carry as much again.
+// A number of random_bytes is at most this much.
+inline double largest(Dtype dtype, double size) { return dtype == Dtype::Q8_0 ? size * 128 / 64 : size; }
+
+// How far apart are two ways to add up n terms p v, one of which splits them? With u = 2^-24 and |v| at most
+// `largest`, each partial sum is at most that:
+//
+//      the two chains of fma          n u each
+//      putting a split to the others  5 u: two products, a sum, and a quotient's two of the weights
+//      the weights p = e^d / l        u of e^d, (n / 16 + 4) u of l, u of the quotient; and |d| u of d, whose
+//                                     mean over p is at most log(n) u: for n > 256 on both sides less than 2 n u
+//
+// together at most 4 (n + 5 n / 256) u. Within one split both do the same.
 inline double attention_bound(int n, double largest) {
     return n <= SPLIT ? 0 : 4 * (n + 5.0 * n / SPLIT) * 0x1p-24 * largest;
 }
@@ -291,61 +347,77 @@ inline double attention_bound(int n, double largest) {
 struct AttentionCase {
     int T, heads, G, dk, dv, most;
     Dtype kv;
+    float size = 2;                        // of a query's numbers: a large one makes scores of thousands
+    bool ragged = false, odd = false;
 };
+
+// Key heads lie evenly apart on the device: all keys one behind the other, then all values.
+struct KeysAndValues {
+    Weight k, v;                           // the first head's
+    Array<uint8_t> all;
+    int G;
+
+    Matrix matrix(Side at, bool value, int g) {
+        const Weight& w = value ? v : k;
+        const size_t head = w.data.host.size(), before = value ? size_t(G) * k.data.host.size() : 0;
+        Matrix m = w.shape;
+        m.data = reinterpret_cast<const std::byte*>(all(at)) + before + size_t(g) * head;
+        return m;
+    }
+};
+inline KeysAndValues keys_and_values(Check& c, const AttentionCase& a, int context) {
+    std::vector<uint8_t> all;
+    std::vector<Weight> first;
+    for (auto [width, size] : {std::pair{a.dk, 2.0f}, {a.dv, 1.0f}}) {
+        for (int g = 0; g < a.G; g++) {
+            Weight w = cache_rows(c, a.kv, context, width, a.most, size);
+            all.insert(all.end(), w.data.host.begin(), w.data.host.end());
+            if (g == 0) first.push_back(std::move(w));
+        }
+    }
+    return {std::move(first[0]), std::move(first[1]), Array(all), a.G};
+}
+
 inline void check_attention(Check& c, const AttentionCase& a) {
     const int context = a.most + 40, H = a.heads * a.G;
-    Reals q(c.numbers(int64_t(a.T) * H * a.dk, 2)), out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER));
-    Reals again(out.host), none(Vector{});
-    Ints n(positions(a.T, a.most));
-    std::vector<Weight> k, v;
-    for (int g = 0; g < a.G; g++) {
-        k.push_back(cache_rows(c, a.kv, context, a.dk, a.most, 2));
-        v.push_back(cache_rows(c, a.kv, context, a.dv, a.most));
-    }
-    // Heads lie evenly apart on the device: one behind the other.
-    std::vector<uint8_t> all;
-    for (auto* part : {&k, &v})
-        for (Weight& w : *part) all.insert(all.end(), w.data.host.begin(), w.data.host.end());
-    Array<uint8_t> stack(all);
-    const size_t k_bytes = k[0].data.host.size(), v_bytes = v[0].data.host.size();
-    const int64_t numbers = split_scratch(a.T, H, context, a.dv),
-                  most = attention_scratch(context, a.dk, a.dv);
-    Reals scratch(Vector(size_t(std::max(numbers, most * n_threads()))));
+    const Vector numbers = c.numbers(int64_t(a.T) * H * a.dk, a.size);
+    Reals q(a.odd ? c.odd(numbers, 3 * a.dk + 1) : numbers);
+    Reals out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER)), again(out.host);
+    Ints n(a.ragged ? ragged_positions(c, a.T, a.most) : positions(a.T, a.most));
+    KeysAndValues kv = keys_and_values(c, a, context);
+    const int64_t split = split_scratch(a.T, H, context, a.dv),
+                  whole = attention_scratch(context, a.dk, a.dv);
+    Reals scratch(Vector(size_t(std::max(split, whole * n_threads()))));
     auto run = [&](Side at, real* to, int64_t stride) {
         std::vector<Attention> heads;
         for (int g = 0; g < a.G; g++) {
-            Matrix key = k[0].shape, value = v[0].shape;
-            key.data = reinterpret_cast<std::byte*>(stack(at)) + size_t(g) * k_bytes;
-            value.data =
-                reinterpret_cast<std::byte*>(stack(at)) + size_t(a.G) * k_bytes + size_t(g) * v_bytes;
             const int64_t first = int64_t(g) * a.heads;
-            heads.push_back({{to + first * a.dv, int64_t(H) * a.dv},
-                             {q(at) + first * a.dk, int64_t(H) * a.dk},
-                             a.heads,
-                             key,
-                             value,
-                             0.4f,
-                             n.span(at)});
+            const Rows from{q(at) + first * a.dk, int64_t(H) * a.dk};
+            heads.push_back({{to + first * a.dv, int64_t(H) * a.dv}, from, a.heads, kv.matrix(at, false, g),
+                             kv.matrix(at, true, g), 0.4f, n.span(at)});
         }
         at == Side::HOST ? ::attend(heads, {scratch(at), stride})
                          : cuda::attend(heads, {scratch(at), stride});
     };
-    run(Side::HOST, out(Side::HOST), most);
-    run(Side::DEVICE, out(Side::DEVICE), numbers);           // each split its own block
+    if (a.T) run(Side::HOST, out(Side::HOST), whole);        // which is not defined for no token
+    run(Side::DEVICE, out(Side::DEVICE), split);             // each split its own block
     run(Side::DEVICE, again(Side::DEVICE), 0);               // a block all splits
-    c.within(out, attention_bound(a.most, a.kv == Dtype::Q8_0 ? 4 : 1));
+    c.within(out, attention_bound(a.most, largest(a.kv, 1)));
     again.host = out.device.host();
     c.same(again);
 }
 inline void check_attend(Check& c) {
     for (const AttentionCase& a : {AttentionCase{1, 1, 1, 16, 16, 1, Dtype::F32},
-                                   {17, 3, 2, 20, 12, 40, Dtype::F32},
+                                   {0, 3, 2, 16, 16, 10, Dtype::F32},
+                                   {17, 3, 2, 20, 12, 40, Dtype::F32, 2, false, true},
                                    {1, 16, 1, 40, 33, 256, Dtype::BF16},
                                    {2, 12, 2, 32, 32, 300, Dtype::Q8_0},
                                    {129, 1, 1, 8, 130, 129, Dtype::F32},
                                    {1, 128, 1, 24, 16, 90, Dtype::BF16},
                                    {3, 5, 1, 24, 16, 700, Dtype::F32},
-                                   {2, 3, 2, 24, 140, 513, Dtype::BF16}})
+                                   {2, 3, 2, 24, 140, 513, Dtype::BF16},
+                                   {9, 3, 1, 24, 16, 600, Dtype::F32, 2, true, true},
+                                   {3, 3, 1, 24, 16, 900, Dtype::F32, 2000}})
         check_attention(c, a);
 }
 
@@ -353,8 +425,8 @@ inline void check_store(Check& c) {
     for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::Q8_0}) {
         for (int T : {0, 1, 17}) {
             Weight cache = weight(c, dtype, 60, 64);
-            Reals x(c.rows(T, 64, 70, 5));
-            if (T > 1) x.host[3] = NOT_A_NUMBER, x.device = Buffer(x.host);
+            Vector v = c.rows(T, 64, 70, 5);
+            Reals x(T > 1 ? c.odd(v, 97) : v);
             Ints n(positions(T, 31));
             BOTH(store, cache.at(at), n.span(at), {x(at), 70});
             c.same(cache.data);
@@ -363,20 +435,28 @@ inline void check_store(Check& c) {
 }
 
 inline void check_gqa_attend(Check& c) {
-    for (auto [G, H, T] : {std::array{1, 3, 1}, {2, 12, 17}, {4, 4, 2}}) {
-        const int d = 16, context = 64, most = 50;
-        const size_t bytes = Cache::bytes(2, context, 2 * G, d, Dtype::BF16);
-        Array<uint8_t> memory(random_bytes(c, Dtype::BF16, bytes, 1));
+    struct Case {
+        int G, H, T;
+        Dtype kv;
+    };
+    for (auto [G, H, T, kv] : {Case{1, 3, 1, Dtype::BF16},
+                               {2, 12, 17, Dtype::BF16},
+                               {4, 4, 2, Dtype::F32},
+                               {2, 4, 3, Dtype::Q8_0},
+                               {1, 3, 0, Dtype::BF16}}) {
+        const int d = 32, context = 64, most = 50;
+        const size_t bytes = Cache::bytes(2, context, 2 * G, d, kv);
+        Array<uint8_t> memory(random_bytes(c, kv, bytes, 1));
         Reals q(c.numbers(int64_t(T) * H * d)), out(Vector(size_t(T * H * d), NOT_A_NUMBER));
         Reals scratch(Vector(size_t(attention_scratch(context, d, d) * n_threads())));
         Ints n(positions(T, most));
         for (Side at : SIDES) {
             std::shared_ptr<std::byte> bytes_at(std::shared_ptr<void>(),
                                                 reinterpret_cast<std::byte*>(memory(at)));
-            const Cache cache{Dtype::BF16, context, 2 * G, d, bytes_at};
+            const Cache cache{kv, context, 2 * G, d, bytes_at};
             const Rows rows{scratch(at), attention_scratch(context, d, d)};
-            if (at == Side::HOST) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
-            else cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+            if (at == Side::DEVICE) cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+            else if (T) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
         }
         c.same(out);
     }
@@ -388,7 +468,7 @@ struct LatentCase {
     bool transposed = false;               // W^UK apart from W^UV, and its transpose is stored
 };
 inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
-    const int Dn = 24, Dr = 8, Rkv = 64, Dv = 40, latent = Rkv + Dr, dk = Dn + Dr, context = a.most + 20;
+    const int Dn = 24, Dr = 32, Rkv = 64, Dv = 40, latent = Rkv + Dr, dk = Dn + Dr, context = a.most + 20;
     Weight both = weight(c, a.weights, a.H * (Dn + Dv), Rkv, 0, 0.3f),
            k = weight(c, Dtype::F32, a.H * Rkv, Dn, 0, 0.3f);
     Weight cache = cache_rows(c, a.kv, context, latent, a.most);
@@ -419,16 +499,17 @@ inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
                             z(at),
                             {expanded(at), expansion},
                             {scratch(at), numbers}};
-        if (at == Side::HOST) absorbed ? ::mla_absorbed(all) : ::mla_naive(all);
-        else absorbed ? cuda::mla_absorbed(all) : cuda::mla_naive(all);
+        if (at == Side::DEVICE) absorbed ? cuda::mla_absorbed(all) : cuda::mla_naive(all);
+        else if (a.T) absorbed ? ::mla_absorbed(all) : ::mla_naive(all);
     }
-    c.within(out, attention_bound(a.most, Rkv * 0.3));       // W^UV adds up Rkv of them
+    c.within(out, attention_bound(a.most, Rkv * 0.3 * largest(a.kv, 1)));    // W^UV adds up Rkv of them
 }
 constexpr LatentCase LATENT_CASES[] = {
     {1, 1, 1, Dtype::F32, Dtype::F32},        {17, 3, 40, Dtype::F8_E4M3, Dtype::F32},
     {1, 16, 200, Dtype::BF16, Dtype::BF16},   {2, 4, 70, Dtype::Q8_0, Dtype::F32},
     {2, 3, 30, Dtype::F16, Dtype::F32, true}, {1, 128, 20, Dtype::F32, Dtype::BF16},
-    {2, 2, 600, Dtype::F32, Dtype::F32}};
+    {2, 2, 600, Dtype::F32, Dtype::F32},      {2, 3, 40, Dtype::BF16, Dtype::Q8_0},
+    {0, 2, 10, Dtype::F32, Dtype::F32}};
 inline void check_mla_naive(Check& c) {
     for (const LatentCase& a : LATENT_CASES) if (a.H < 100) check_latent(c, a, false);
 }
@@ -462,8 +543,11 @@ template <class Run> void check_gate(Check& c, bool groups, const Run& run) {
         for (int T : {0, 1, 17, 129}) {
             const bool ties = T % 2 == 1 && E < 100, sigmoids = T != 17;
             const GateShape shape{E, K, groups ? n_group : 1, groups ? topk_group : 1,
-                                  sigmoids ? Affinity::SIGMOID : Affinity::SOFTMAX, K > 2, T > 17, 2.5};
-            Reals logits(ties ? c.few_values(T * E) : c.numbers(T * E, 4)), bias(c.numbers(E, 0.5f));
+                                  sigmoids ? Affinity::SIGMOID : Affinity::SOFTMAX, T > 1, T > 17, 2.5};
+            Vector z = ties ? c.few_values(T * E) : c.numbers(T * E, 4);
+            if (T > 1) std::fill_n(z.begin(), E, -200.0f);         // sigmoids that are 0, and so their sum
+            if (T > 1 && sigmoids) z[size_t(E) + 3] = INFINITE, z[size_t(E) + 5] = -INFINITE;
+            Reals logits(z), bias(c.numbers(E, 0.5f));
             Reals affinity(Vector(size_t(T * E))), choice(affinity.host), weights(Vector(size_t(T * K)));
             Ints idx(std::vector<int>(size_t(T * K), -7));
             for (Side at : SIDES) {
@@ -509,10 +593,14 @@ inline void check_dispatch(Check& c) {
     }
 }
 
-inline void check_experts(Check& c, Dtype dtype, int T, bool shared) {
-    const int E = 8, K = 2, D = 64, F = 96, S = 32;
-    Weight gate_w = weight(c, dtype, E * F, D), up_w = weight(c, dtype, E * F, D),
-           down_w = weight(c, dtype, E * D, F);
+// Experts are parts of three tensors, or, `apart`, tensors of their own: then each has its own scales.
+inline void check_experts(Check& c, Dtype dtype, int T, bool shared, bool apart) {
+    const int E = 8, K = 2, D = 64, F = 96, S = 32, rows = E * SCALE_BLOCK;
+    Weight gate_w = weight(c, dtype, rows, D), up_w = weight(c, dtype, rows, D),
+           down_w = weight(c, dtype, rows, F);
+    auto expert = [&](Weight& w, Side at, int e, int n) {
+        return apart ? w.part(at, e, n) : w.at(at).view(e * n, n);
+    };
     Weight sg = weight(c, dtype, S, D), su = weight(c, dtype, S, D), sd = weight(c, dtype, D, S);
     Ints idx(picks(c, T, K, E)), first(std::vector<int>(size_t(E) + 1)),
         slot(std::vector<int>(size_t(T * K))), token(slot.host);
@@ -523,7 +611,7 @@ inline void check_experts(Check& c, Dtype dtype, int T, bool shared) {
         Moe w;
         for (int e = 0; e < E; e++)
             w.experts.push_back(
-                {gate_w.at(at).view(e * F, F), up_w.at(at).view(e * F, F), down_w.at(at).view(e * D, D)});
+                {expert(gate_w, at, e, F), expert(up_w, at, e, F), expert(down_w, at, e, D)});
         if (shared) w.shared = {sg.at(at), su.at(at), sd.at(at)};
         const ExpertWork work{u(at),          T,        K,     first(at), token(at), in(at), out(at),
                               shared_out(at), gate(at), up(at)};
@@ -533,7 +621,7 @@ inline void check_experts(Check& c, Dtype dtype, int T, bool shared) {
 }
 inline void check_run_experts(Check& c) {
     for (Dtype dtype : {Dtype::F32, Dtype::BF16, Dtype::F8_E4M3, Dtype::Q8_0})
-        for (int T : {0, 1, 17, 60}) check_experts(c, dtype, T, T != 17);
+        for (int T : {0, 1, 17, 60}) check_experts(c, dtype, T, T != 17, T == 17);
 }
 inline void check_combine(Check& c) {
     for (auto [T, K, D] : {std::array{0, 2, 8}, {1, 8, 130}, {17, 6, 37}, {129, 1, 64}}) {
@@ -541,7 +629,7 @@ inline void check_combine(Check& c) {
             std::vector<int> order(size_t(T) * size_t(K));
             for (size_t i = 0; i < order.size(); i++) order[i] = int((i * 7) % order.size());
             Ints slot(order);
-            Reals expert_out(c.numbers(int64_t(T) * K * D)), weights(c.numbers(T * K)),
+            Reals expert_out(c.odd(c.numbers(int64_t(T) * K * D), 3 * D + 1)), weights(c.numbers(T * K)),
                 shared(c.numbers(T * D));
             Reals out(Vector(size_t(T * D), NOT_A_NUMBER));
             BOTH(combine, out(at), expert_out(at), slot(at), weights(at), K,
@@ -553,15 +641,31 @@ inline void check_combine(Check& c) {
 
 // -- 5  chapter 14 ----------------------------------------------------------------------------
 
+// x that is halfway between two e4m3 once it is divided by its row's scale, as V3 makes it: a rounding before
+// that decides.
+inline void check_halfway(Check& c) {
+    const int rows = 40;
+    Vector x;
+    for (int r = 0; r < rows; r++) {
+        const float amax = 1500 + c.number(900);
+        x.push_back(amax);
+        for (int i = 1; i < SCALE_BLOCK; i++) x.push_back(amax / E4M3_MOST * float(17 + 2 * (i % 8)));
+    }
+    Reals from(x), scale(Vector(size_t(rows), -1));
+    Array<uint8_t> q(std::vector<uint8_t>(x.size()));
+    BOTH(quantise_fp8, q(at), scale(at), {from(at), SCALE_BLOCK}, rows, SCALE_BLOCK, {});
+    c.same(q), c.same(scale);
+}
 inline void check_quantise_fp8(Check& c) {
+    check_halfway(c);
     for (int formula = 0; formula <= int(Fp8Formula::FLASHMLA); formula++) {
         for (bool ue8m0 : {false, true}) {
             for (auto [rows, n, tile] : {std::array{0, 128, 1}, {1, 100, 1}, {17, 300, 1}, {130, 140, 128}}) {
-                Reals x(c.rows(rows, n, n + 3, 3e4f));
-                for (int i = 0; rows > 2 && i < n; i++) x.host[size_t(i)] = 0; // a tile of zeros
-                if (rows > 2)
-                    x.host[size_t(n + 3)] = std::numeric_limits<float>::infinity(); // and one of NaN
-                x.device = Buffer(x.host);
+                Vector v = c.rows(rows, n, n + 3, 3e4f);
+                if (tile == 1) v = c.odd(v, 2 * n + 5);
+                for (int i = 0; rows > 2 && i < n; i++) v[size_t(i)] = 0;      // a tile of zeros
+                if (rows > 2) v[size_t(n + 3)] = INFINITE;                     // and one of NaN
+                Reals x(v);
                 Array<uint8_t> q(std::vector<uint8_t>(size_t(rows * n)));
                 Reals scale(Vector(size_t(scale_blocks(n) * ((rows + tile - 1) / tile)), -1));
                 BOTH(quantise_fp8, q(at), scale(at), {x(at), n + 3}, rows, n,
@@ -606,6 +710,7 @@ template <class Gemm> void check_gemm(Check& c, int64_t numbers, const Gemm& gem
 inline void check_gemm_fp8(Check& c) {
     for (auto [M, N, K] : {std::array{0, 9, 128}, {1, 40, 100}, {17, 9, 300}, {3, 1, 0}, {2, 130, 256}}) {
         Fp8Case a = fp8_case(c, 1, M, K, 1), b = fp8_case(c, 1, N, K, SCALE_BLOCK, 70);
+        if (M == 17) a.q.host[size_t(9 * K + 5)] = E4M3_NAN, a.q.device = Buffer(a.q.host);
         check_gemm(c, M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
             at == Side::HOST ? ::gemm_fp8(out, a.at(at), b.at(at), s)
                              : cuda::gemm_fp8(out, a.at(at), b.at(at), s);
@@ -634,9 +739,9 @@ inline void check_gemm_fp8_masked(Check& c) {
 }
 inline void check_gemm_fp8_k_grouped(Check& c) {
     const int M = 5, N = 9, all = 512;
-    Ints k({128, 0, 384});
+    Ints k({128, 0, 256, 128});
     Fp8Case a = fp8_case(c, 1, M, all, 1), b = fp8_case(c, 1, N, all, 1);
-    check_gemm(c, 3 * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
+    check_gemm(c, 4 * M * N, [&](Side at, const Fp8Output& out, Fp8Sum s) {
         if (at == Side::HOST) ::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
         else cuda::gemm_fp8_k_grouped(out, a.at(at), b.at(at), k.span(at), s);
     });
