@@ -199,7 +199,7 @@ build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting
 	@mkdir -p $(@D)
 	@tests/gpu/mistakes.py --plant $@
 build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.o build/flags | build/have-run
-	$(call compile,$(CXX),$(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
+	$(call compile,$(CXX),-O1 $(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
 
 -include $(wildcard build/deps/*.d)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs `deepseek check` on the emulator of a GPU: each twin against its operation, its threads in several orders.
+"""Runs `deepseek check` on the emulator of a GPU: each twin against its operation, in several orders.
 
     tests/gpu/twins.py [PROGRAM]         from anywhere; by default build/gpu/deepseek
     tests/gpu/twins.py --selftest        shows that a broken check is seen
@@ -56,7 +56,8 @@ def selftest():
              ((3, good + "emulator: race\n", []), 1), ((0, "check: 0 passed, 0 failed\n", []), 1),
              ((-11, "", []), 1)]
     failed = [(given, expected) for given, expected in cases if len(verdict(*given)[1]) != expected]
-    print(*(f"{given} gave {verdict(*given)[1]}" for given, _ in failed), sep="\n", end="\n" if failed else "")
+    for given, _ in failed:
+        print(f"{given} gave {verdict(*given)[1]}")
     print(f"twins-selftest: {len(cases) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
