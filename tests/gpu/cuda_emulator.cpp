@@ -472,7 +472,11 @@ static std::string describe_address(const void* p) {
     const std::byte* stack = is_kernel() ? world.running->stack : nullptr;
     if (stack && q < stack && q >= stack - PAGE)
         return text_of("it needs more than %zu bytes of stack", STACK);
-    return text_of("an access to address %p, which is no memory of a device", p);
+    std::string text = text_of("an access to address %p, which is no memory of a device", p);
+    auto at = allocations.upper_bound(p);
+    if (at == allocations.begin()) return text;
+    const Allocation& below = std::prev(at)->second;
+    return text + text_of(" (the nearest below it ends %zu bytes before)", size_t(q - below.end()));
 }
 
 static bool is_kernel() { return world.running && pthread_equal(world.thread, pthread_self()); }

@@ -1055,6 +1055,13 @@ TEST(Memory, AWriteBeforeItsBeginIsReported) {
         cudaDeviceSynchronize();
     }, {"before the begin of an allocation of 68 bytes"});
 }
+TEST(Memory, AnIndexFarOffIsReported) {
+    reports([] {
+        Numbers<int> p(4);
+        run(read_at, 1, 1, p.data, 1 << 30);
+        cudaDeviceSynchronize();
+    }, {"no memory of a device (the nearest below it ends 4294967280 bytes before)"});
+}
 TEST(Memory, NoAddressIsReported) {
     reports([] {
         run(write_at, 1, 1, nullptr, 3);
