@@ -26,7 +26,7 @@ SHELL     := /bin/bash
 comma     := ,
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all run test asan fuzz cross style golden bench clean help always
+.PHONY: all run test check asan fuzz cross style golden bench clean help always
 
 all: deepseek
 
@@ -35,6 +35,7 @@ help:
 	@echo "make run             ask the shipped model a question"
 	@echo "make test            every test (a few minutes on two cores)"
 	@echo "make weights/NAME    fetch a published model, for example make weights/DeepSeek-R1-Distill-Qwen-1.5B"
+	@echo "make check           the GPU's operations against the CPU's; without a GPU on an emulated one"
 	@echo "make asan            the tests once more, with the address and undefined-behaviour sanitizers"
 	@echo "make cross           the unit and golden tests for aarch64, under QEMU"
 	@echo "make fuzz            five minutes of libFuzzer for each parser (SECONDS_EACH=300)"
@@ -123,8 +124,7 @@ build/flags: always
 
 # nvcc fails in simdjson's own SIMD, what it writes for the host compiler is not pedantic, and warning 1675 is
 # of pragmas that it hands on to that unread. Fused multiply-adds on a GPU would give other bits than the CPU.
-GPUS  := $(patsubst %,-gencode arch=%,compute_80$(comma)code=sm_80 compute_90a$(comma)code=sm_90a \
-	compute_90$(comma)code=compute_90)
+GPUS  := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a -t 0
 HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
 TO_CXX = $(subst $(eval ) ,$(comma),$(strip $(HOST)))
 
@@ -137,7 +137,7 @@ deepseek: deepseek.cpp build/flags | build/have-run
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
 else
 deepseek: deepseek.cu build/flags | build/have-run
-	@$(if $(V),,echo "compiling $@";) mkdir -p build/deps
+	@$(if $(V),,echo "compiling $@, for GPUs too";) mkdir -p build/deps
 	$(if $(V),,@)$(NVCC) -x cu -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr $(GPUS) \
 		$(addprefix -DSIMDJSON_IMPLEMENTATION_,HASWELL=0 ICELAKE=0 WESTMERE=0) -Werror all-warnings \
 		-diag-suppress 1675 -ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
@@ -199,7 +199,7 @@ build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting
 	@mkdir -p $(@D)
 	@tests/gpu/mistakes.py --plant $@
 build/gpu/twin-mistakes: build/gpu/mistakes/planted.cpp build/gpu/cuda_emulator.o build/flags | build/have-run
-	$(call compile,$(CXX),-O1 -g1 $(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
+	$(call compile,$(CXX),-O1 $(EMULATED) -I. -DDEEPSEEK_NO_MAIN -w,$<,$(word 2,$^))
 
 -include $(wildcard build/deps/*.d)
 
@@ -213,6 +213,11 @@ TEST_PROGRAMS := build/tests deepseek $(addprefix build/compilers/deepseek-,clan
 
 test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
+
+# A real GPU where there is one and nvcc has built for it.
+GPU_PROGRAM := $(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),./deepseek,build/gpu/deepseek)
+check: $(GPU_PROGRAM:./%=%)
+	@$(GPU_PROGRAM) check $(SECTION)
 
 asan: build/asan/tests build/asan/deepseek build/golden-double $(if $(CUDA),build/asan/emulator_tests)
 	@tests/run --asan

@@ -28,7 +28,8 @@
 //
 // Three headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
 // usable) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations again, as fast as the processor
-// can) after chapter 10. The book can be read without them.
+// can) after chapter 10. The book can be read without them. deepseek.cu includes this file and has each
+// operation again, for a GPU, in chapters of the same numbers.
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //

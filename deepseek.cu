@@ -303,8 +303,8 @@ namespace cuda {
 
 // -- 5.1  softmax, silu: each row, each number ---------------------------------------------------
 
-// Row z (n) of a half-warp; a half-warp without one passes n = 0. z is left as e^(scale z - top), and `sum` is
-// theirs; where all are -inf it is 0, and a quotient by it NaN, as it should be.
+// Row z (n) of a half-warp; a half-warp without one passes n = 0. z is left as e^(scale z - top), and `sum`
+// is theirs; where all are -inf it is 0, and a quotient by it NaN, as it should be.
 template <class Row> __device__ void exp_row(const Row& z, float scale, int n, float& top, float& sum) {
     top = -std::numeric_limits<float>::infinity(), sum = 0;
     for (int i = half_lane(); i < n; i += HALF) {
@@ -1554,7 +1554,7 @@ namespace cuda {
 
 // -- 14.1  quantise_fp8: a block a tile ----------------------------------------------------------
 
-constexpr uint32_t INFINITE = 0x7F800000;  // magnitude_bits from here on are those of no number
+constexpr uint32_t NO_NUMBER = 0x7F800000;  // magnitude_bits from here on are those of no number
 
 // Of the values of all threads. shared: (HALVES)
 template <class Array> __device__ uint32_t largest_of_block(uint32_t mine, Array& shared) {
@@ -1566,7 +1566,7 @@ template <class Array> __device__ uint32_t largest_of_block(uint32_t mine, Array
 }
 
 __device__ inline TileScale scale_of(uint32_t largest, const Fp8Format& f) {
-    if (largest >= INFINITE) return {__uint_as_float(0x7FC00000)};
+    if (largest >= NO_NUMBER) return {__uint_as_float(0x7FC00000)};
     return tile_scale(f.formula, __uint_as_float(largest), f.ue8m0);
 }
 
@@ -1582,7 +1582,7 @@ __global__ void quantise_fp8_kernel(uint8_t* q, float* scale, ConstRows x, int r
         largest = bits > largest ? bits : largest;
     }
     largest = largest_of_block(largest, largest_of);
-    const bool finite = largest < INFINITE;
+    const bool finite = largest < NO_NUMBER;
     const TileScale t = scale_of(largest, f);
     for (int64_t r = first; r < end && column < n; r++) {
         const float v = x[r][column];
@@ -1608,7 +1608,7 @@ __global__ void store_latent_kernel(Stack cache, const int* n, ConstRows x) {
         if (i < cache.cols) rope[i - LATENT_SCALED] = float_to_bf16(v);
         return;
     }
-    const bool finite = largest < INFINITE;
+    const bool finite = largest < NO_NUMBER;
     const TileScale t = scale_of(largest, {Fp8Formula::FLASHMLA, true});
     row[i] = std::byte(finite ? float_to_e4m3(v / t.s) : E4M3_NAN);
     if (threadIdx.x == 0) reinterpret_cast<float*>(row + LATENT_SCALED)[tile] = t.s;

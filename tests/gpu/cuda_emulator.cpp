@@ -119,10 +119,16 @@ static void after_switch(void* fake, Stack* from) {
 }
 // What a function left there that never returned.
 static void clean_stack(std::byte* stack, size_t size) { __asan_unpoison_memory_region(stack, size); }
+static void forbid(std::byte* from, std::byte* until) {
+    __asan_poison_memory_region(from, size_t(until - from));
+}
+static void permit(std::byte* from, std::byte* until) { clean_stack(from, size_t(until - from)); }
 #else
 static void before_switch(void**, const Stack&) {}
 static void after_switch(void*, Stack*) {}
 static void clean_stack(std::byte*, size_t) {}
+static void forbid(std::byte*, std::byte*) {}
+static void permit(std::byte*, std::byte*) {}
 #endif
 
 // -- 2  What is under way ------------------------------------------------------------------------
@@ -466,7 +472,11 @@ static std::string describe_address(const void* p) {
     const std::byte* stack = is_kernel() ? world.running->stack : nullptr;
     if (stack && q < stack && q >= stack - PAGE)
         return text_of("it needs more than %zu bytes of stack", STACK);
-    return text_of("an access to address %p, which is no memory of a device", p);
+    std::string text = text_of("an access to address %p, which is no memory of a device", p);
+    auto at = allocations.upper_bound(p);
+    if (at == allocations.begin()) return text;
+    const Allocation& below = std::prev(at)->second;
+    return text + text_of(" (the nearest below it ends %zu bytes before)", size_t(q - below.end()));
 }
 
 static bool is_kernel() { return world.running && pthread_equal(world.thread, pthread_self()); }
@@ -800,14 +810,22 @@ static bool ordered(Stamp s, const Fiber& f) {
     return w.all_met > time || w.met[size_t(thread % 32)][size_t(f.lane())] > time;
 }
 
+constexpr size_t SHARED_ALIGNED = 128;     // as nvcc's SHARED does it
+static std::byte* end_of(const SharedArray& a) {
+    return a.data + (a.count * a.size / SHARED_ALIGNED + 1) * SHARED_ALIGNED;
+}
+
 SharedArray::SharedArray(const void* tag, const char* name, size_t count, size_t size)
-    : tag(tag), name(name), count(count), size(size) {
-    constexpr size_t ALIGNED = 128;        // as nvcc's SHARED does it
-    data = static_cast<std::byte*>(std::aligned_alloc(ALIGNED, (count * size / ALIGNED + 1) * ALIGNED));
+    : tag(tag), name(name), count(count), size(size), data(nullptr) {
+    data = static_cast<std::byte*>(std::aligned_alloc(SHARED_ALIGNED, size_t(end_of(*this) - data)));
     cells = static_cast<Cell*>(std::calloc(count + 1, sizeof(Cell)));
     if (!data || !cells) throw std::bad_alloc();
+    forbid(data + count * size, end_of(*this));
 }
-SharedArray::~SharedArray() { std::free(data), std::free(cells); }
+SharedArray::~SharedArray() {
+    permit(data + count * size, end_of(*this));
+    std::free(data), std::free(cells);
+}
 
 constexpr size_t USUAL_SHARED = 48 * 1024; // of a block, unless cudaFuncSetAttribute allows more
 

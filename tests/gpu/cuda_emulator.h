@@ -8,12 +8,16 @@
 //
 // A fiber gives way at barriers, in collectives of its warp and where it spins. What a GPU leaves undefined
 // and mostly gets right is an error here: a wrong mask, a barrier that not all reach, shared memory read
-// before it was written or without a barrier after it was, an access outside an allocation, a device pointer
-// read by the host, a device's memory without peer access. When nothing can go on, each warp says what it
-// waits for.
+// before it was written, without a barrier after it was, or while a cp.async may still write it, an access
+// outside an allocation, a device pointer read by the host, an argument that points to the host, a device's
+// memory without peer access. When nothing can go on, each warp says what it waits for.
 //
-// What it cannot tell: speed, the weakness of a real memory model, what nvcc makes of the source, and races
-// between threads in global memory (random orders alone look for those).
+// In a test an error is an exception. A program that knows nothing of the emulator ends with the error's line
+// and exit code 3; environment variables choose the order and plan failures, see `options_of_environment`.
+//
+// What it cannot tell: speed, the weakness of a real memory model, what nvcc makes of the source, races
+// between threads in global memory (random orders alone look for those) and those of atomics with other
+// accesses.
 //
 // Namespace ptx has a function for each instruction that CUDA C++ has no word for: named barriers, cp.async,
 // ldmatrix, mma.sync. Not in here, as no kernel uses them yet: clusters, TMA, mbarriers, wgmma.

@@ -325,6 +325,24 @@ TEST(Shared, NoReaderIsForgotten) {
     }
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+__global__ void beyond_by_pointer(int* p, int n) {
+    SHARED(int, few, 9);
+    int* q = &few[0];
+    q[n] = 1;
+    *p = q[n];
+}
+TEST(Shared, ThroughAPointerTheSanitizerSeesIt) {
+    emulator::reset({});
+    Numbers<int> p(1);
+    run(beyond_by_pointer, 1, 1, p.data, 8);
+    EXPECT_EQ(p.host()[0], 1);
+    run(beyond_by_pointer, 1, 1, p.data, 9);
+    EXPECT_DEATH(cudaDeviceSynchronize(), "use-after-poison");
+    emulator::reset({});
+}
+#endif
+
 __global__ void parts(int* p, int mistake) {
     DYNAMIC_PART(float, floats, 0, 8);
     DYNAMIC_PART(unsigned char, bytes, mistake == 1 ? 28 : 32, mistake == 2 ? 17 : 16);
@@ -605,6 +623,24 @@ TEST(Async, MistakesAreReported) {
         EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     });
 }
+// The shuffle makes one order of the two, and orders no memory.
+__global__ void overwrite_what_others_read(int* p, int) {
+    SHARED(int, tile, 4);
+    int i = int(threadIdx.x);
+    if (i < 4) tile[i] = 1;
+    __syncwarp();
+    if (i == 1) p[i] = tile[0];
+    p[i] = __shfl_sync(~0u, 1, 1);
+    if (i == 0) ptx::cp_async<16>(&tile[0], p);
+    ptx::cp_async_wait_all();
+}
+TEST(Async, ACopyIsAWriteFromItsBegin) {
+    reports([] {
+        Numbers<int> p(std::vector<int>(64));
+        run(overwrite_what_others_read, 1, 32, p.data, 0);
+        cudaDeviceSynchronize();
+    }, {"race: tile[0] is written, and thread 1 read it"});
+}
 TEST(Async, AnOlderDeviceHasNone) {
     emulator::Options older;
     older.capability = 75;
@@ -677,21 +713,27 @@ TEST(NamedBarrier, WhatOneWarpKnowsItPassesOn) {
     }, {"one[0]"});
 }
 // bar_arrive lets others see what came before it, and shows its own warp nothing.
-__global__ void arrive_and_read(int* p, int) {
+__global__ void arrive_and_read(int* p, int other_warp) {
     SHARED(int, two, 2);
     int warp = int(threadIdx.x) / 32;
     if (threadIdx.x % 32 == 0) two[warp] = 1;
     if (warp == 0) ptx::bar_arrive<1>(64);
     if (warp == 1) ptx::bar_sync<1>(64);
     if (warp == 1) p[threadIdx.x] = two[0];
-    if (threadIdx.x == 0) p[threadIdx.x] = two[1];
+    if (threadIdx.x == 0) p[threadIdx.x] = two[other_warp];
+    if (threadIdx.x == 1) p[threadIdx.x] = two[0];
 }
 TEST(NamedBarrier, WhoeverOnlyArrivesSeesNothing) {
     reports([] {
         Numbers<int> p(64);
+        run(arrive_and_read, 1, 64, p.data, 1);
+        cudaDeviceSynchronize();
+    }, {"two["});
+    reports([] {
+        Numbers<int> p(64);
         run(arrive_and_read, 1, 64, p.data, 0);
         cudaDeviceSynchronize();
-    }, {"two[1]", "thread (0, 0, 0)"});
+    }, {"two[0]", "thread (1, 0, 0)"});
 }
 
 enum { COUNT_OF_33, COUNT_TOO_LARGE, TWO_COUNTS, TWICE, SYNCTHREADS_FIRST, SYNCTHREADS_LAST, LANES_APART,
@@ -1012,6 +1054,13 @@ TEST(Memory, AWriteBeforeItsBeginIsReported) {
         run(write_at, 1, 1, p.data, -1);
         cudaDeviceSynchronize();
     }, {"before the begin of an allocation of 68 bytes"});
+}
+TEST(Memory, AnIndexFarOffIsReported) {
+    reports([] {
+        Numbers<int> p(4);
+        run(read_at, 1, 1, p.data, 1 << 30);
+        cudaDeviceSynchronize();
+    }, {"no memory of a device (the nearest below it ends 4294967280 bytes before)"});
 }
 TEST(Memory, NoAddressIsReported) {
     reports([] {

@@ -308,7 +308,7 @@ MISTAKES = [
     Mistake("quantise", "times the inverse of the scale where V3 divides", "quantise_fp8",
             [("«v / t.s» : v * t.inverse", "v * (1 / t.s)")]),
     Mistake("quantise", "infinity has a scale", "quantise_fp8",
-            [("if («largest >= INFINITE») return {", "false")]),
+            [("if («largest >= NO_NUMBER») return {", "false")]),
     barrier("after the largest of each half-warp", "quantise_fp8",
             "shared[half_of_block()] = mine; «__syncthreads();»", "largest_of"),
     Mistake("exact", "scales multiplied in f32", "gemm_fp8",

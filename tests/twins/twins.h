@@ -336,9 +336,9 @@ inline double largest(Dtype dtype, double size) { return dtype == Dtype::Q8_0 ? 
 //
 //      the two chains of fma          n u each
 //      putting a split to the others  5 u: two products, a sum, and a quotient's two of the weights
-//      the weights p = e^d / l        u of e^d, (n / 16 + 4) u of l, u of the quotient; and |d| u of d, whose
-//                                     mean over p is at most log(n) u: on both sides less than 2 n u, for n
-//                                     is above 256
+//      the weights p = e^d / l        u of e^d, (n / 16 + 4) u of l, u of the quotient; and |d| u of d,
+//                                     whose mean over p is at most log(n) u: for n > 256 on both sides less
+//                                     than 2 n u
 //
 // together at most 4 (n + 5 n / 256) u. Within one split both do the same.
 inline double attention_bound(int n, double largest) {
