@@ -118,6 +118,8 @@ compile += $(1) $(STRICT) $(TUNE) $(2) -MMD -MP -MT $@ -MF build/deps/$(subst /,
 compile += $(LIBS) $(4)
 
 NVCC  := $(or $(NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+OLD   := $(if $(NVCC),$(shell release=$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\).*/\1/p'); \
+	[ "$$release" -ge 13 ] 2>/dev/null || echo "$(NVCC) is not of CUDA 13 or later"))
 FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC)
 build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
@@ -128,12 +130,9 @@ GPUS  := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_
 HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
 TO_CXX = $(subst $(eval ) ,$(comma),$(strip $(HOST)))
 
-ifeq ($(wildcard deepseek.cu),)
+ifneq ($(and $(NVCC),$(if $(OLD),,yes)),yes)
 deepseek: deepseek.cpp build/flags | build/have-run
-	$(call compile,$(CXX),$(CXXFLAGS),$<)
-else ifeq ($(NVCC),)
-deepseek: deepseek.cpp build/flags | build/have-run
-	@echo "no nvcc: building for the CPU only"
+	@echo "$(or $(OLD),no nvcc): building for the CPU only"
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
 else
 deepseek: deepseek.cu build/flags | build/have-run
@@ -193,6 +192,8 @@ build/asan/%.o: tests/gpu/%.cpp build/flags | build/have-test
 	$(call compile,$(CXX),$(SANITIZE) $(EMULATED) -c,$<)
 build/asan/emulator_tests: build/asan/emulator_tests.o build/asan/cuda_emulator.o | build/have-test
 	$(call compile,$(CXX),$(SANITIZE) $(EMULATED),$(filter %.o,$^),$(GTEST))
+build/asan/gpu-deepseek: deepseek.cu build/asan/cuda_emulator.o build/flags | build/have-test
+	$(call compile,$(CXX),$(SANITIZE) $(EMULATED) -x c++,$<,-x none $(word 2,$^))
 
 # deepseek.cu with mistakes in it, one of which an environment variable chooses.
 build/gpu/mistakes/planted.cpp: deepseek.cu tests/gpu/mistakes.py tests/planting.py | build/have-test
@@ -219,7 +220,8 @@ GPU_PROGRAM := $(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),./deepseek
 check: $(GPU_PROGRAM:./%=%)
 	@$(GPU_PROGRAM) check $(SECTION)
 
-asan: build/asan/tests build/asan/deepseek build/golden-double $(if $(CUDA),build/asan/emulator_tests)
+asan: build/asan/tests build/asan/deepseek build/golden-double \
+		$(if $(CUDA),build/asan/emulator_tests build/asan/gpu-deepseek)
 	@tests/run --asan
 
 fuzz: $(FUZZ_TARGETS:%=build/fuzz/%)

@@ -11,6 +11,7 @@ roundings of one number. Then what users see: the same words, drafted or not, fr
 line where it cannot be.
 """
 import array
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -59,7 +60,8 @@ def tensors(path):
 
 def logits(folder, model, ids, *options):
     """The taps of a model that --device says where to run."""
-    out = pathlib.Path(folder) / "out.safetensors"
+    handle, out = tempfile.mkstemp(dir=folder)
+    os.close(handle)
     code, _, error = run("logits", "-m", model, "--ids", ids, "--taps", "--out", out, *options)
     if code != 0:
         print(error)
@@ -86,23 +88,27 @@ def difference(a, b, bound):
     return ""
 
 
-def golden_models(folder):
-    for model in sorted(MODELS.iterdir()):
-        golden, about = tensors(model / "taps.safetensors")
-        ids = list(golden["ids"][2])
-        text = ",".join(map(str, ids))
+def golden_model(folder, model, form):
+    golden, about = tensors(model / "taps.safetensors")
+    ids = ",".join(map(str, golden["ids"][2]))
+    bound = 0
+    if len(golden["ids"][2]) > SPLIT:
         # How far float32 is from float64 in this model, relative to each tensor, at its worst.
         errors = json.loads(about["float32_error"])
-        gap = max(e / max(map(abs, golden[name][2])) for name, e in errors.items())
-        bound = 0 if len(ids) <= SPLIT else 4 * gap
-        config = json.loads((model / "config.json").read_text())
-        forms = ["absorbed", "naive"] if config.get("kv_lora_rank") else [""]
-        for form in forms if len(ids) <= SPLIT else forms[:1]:
-            options = ["--mla", form] if form else []
-            cpu = logits(folder, model, text, "--device", "cpu", *options)
-            gpu = logits(folder, model, text, "--device", "cuda", *options)
-            wrong = difference(cpu, gpu, bound)
-            check(f"{model.name} {form}", wrong == "", wrong)
+        bound = 4 * max(e / max(map(abs, golden[name][2])) for name, e in errors.items())
+    options = ["--mla", form] if form else []
+    cpu = logits(folder, model, ids, "--device", "cpu", *options)
+    wrong = difference(cpu, logits(folder, model, ids, "--device", "cuda", *options), bound)
+    check(f"{model.name} {form}", wrong == "", wrong)
+
+
+def golden_models(folder):
+    cases = []
+    for model in sorted(MODELS.iterdir()):
+        mla = "kv_lora_rank" in json.loads((model / "config.json").read_text())
+        cases += [(folder, model, form) for form in (["absorbed", "naive"] if mla else [""])]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+        list(workers.map(lambda case: golden_model(*case), cases))
 
 
 def chunks_and_caches(folder):
