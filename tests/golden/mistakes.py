@@ -62,7 +62,7 @@ inline std::string with_ascii_letters(std::string regex) {
 }
 """
 
-SCORES = "«softmax_plain(p, a.scale, n);»"
+SCORES = "p[j] = times_row(a.k, j, q); «softmax_plain(p, a.scale, n);»"
 SCORES_OF = """for (int j = 0; j < n; j++) p[j] = as_f16(FACTOR * p[j]);
         softmax_plain(p, 1, n);"""
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
@@ -205,7 +205,7 @@ MISTAKES = [
     Mistake("chunks", "positions restart with " + CHUNK, "v3-bf16", "layers.0.q_rope",
             [("rope_table(s.a.cos_sin, s.model.rope, T, «pos»);", "0")], BITS),
     Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
-            [("cache.row(«n[size_t(t)]» - 1)", "int(t) + 1")], BITS),
+            [("cache.row(«n[size_t(t)]» - 1)); store_row", "int(t) + 1")], BITS),
     Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
             [("n = «a.n[size_t(t)]»; // causal", "int(t) + 1")], BITS),
     Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
@@ -225,7 +225,7 @@ MISTAKES = [
     Mistake("fp8", "NaN beyond 448 instead of 448", "fp8", "cast.q",
             [("sign | «std::min(rounded, 126u)»", "std::min(rounded, 127u)")], FP8),
     Mistake("fp8", "no floor below the scale", "fp8", "quant.v3.s",
-            [("«std::max(amax, LEAST_AMAX)», ue8m0)", "amax")], FP8),
+            [("amax = «amax < LEAST_AMAX ? LEAST_AMAX : amax»;", "amax")], FP8),
     Mistake("fp8", "times the inverse of the scale where V3 divides", "fp8", "quant.v3.q",
             [("«v / t.s» : v * t.inverse", "v * (1 / t.s)")], FP8),
     Mistake("fp8", "scale rounded to a power of two after dividing by it", "fp8", "quant.v3_ue8m0.s",
