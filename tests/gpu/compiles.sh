@@ -59,10 +59,10 @@ check "an error" refused "$kernel int one() { return two; }" "two"
 check "a warning of nvcc's" refused "$kernel int one() { int unused; return 1; }" "unused"
 check "a warning of the host compiler's" refused "$kernel bool less(int a, unsigned b) { return a < b; }" \
     "sign-compare"
-check "an array that lies in memory" seen '__global__ void turn(float* x, int n) {
-    float v[8];
-    for (int i = 0; i < 8; i++) v[i] = x[i];
-    for (int i = 0; i < 8; i++) x[i] = v[(i + n) % 8];
+check "an array that lies in memory" seen '__global__ void count(float* x, const int* at) {
+    float v[64] = {};
+    for (int i = 0; i < 64; i++) v[at[i] & 63] += x[i];
+    for (int i = 0; i < 64; i++) x[i] = v[i];
 }'
 check "deepseek.cu" whole
 check "its kernels' numbers are in registers" in_registers
