@@ -1578,15 +1578,18 @@ constexpr std::array EXP_SERIES = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 
                                    1.0 / 5040,     1.0 / 720,     1.0 / 120,    1.0 / 24,
                                    1.0 / 6,        0.5,           1.0,          1.0};
 
+// In double, |x| < 700: what exp_of rounds, and sampling does not.
+EVERYWHERE inline double exp_wide(double x) {
+    constexpr auto SERIES = EXP_SERIES;                  // a kernel can read no array of the host
+    double k = std::fma(x, LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64, r = std::fma(k, -LN_2, x);
+    double p = SERIES[0];
+    for (size_t i = 1; i < SERIES.size(); i++) p = std::fma(p, r, SERIES[i]);
+    return p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52);
+}
 EVERYWHERE inline float exp_of(float x) {
     if (!(x > -104.0f)) return std::isnan(x) ? x : 0.0f;
     if (x > 88.8f) return std::numeric_limits<float>::infinity();
-    double k = std::fma(double(x), LOG2_E, TO_INTEGER_F64) - TO_INTEGER_F64,
-           r = std::fma(k, -LN_2, double(x));
-    constexpr auto SERIES = EXP_SERIES;                  // a kernel can read no array of the host
-    double p = SERIES[0];
-    for (size_t i = 1; i < SERIES.size(); i++) p = std::fma(p, r, SERIES[i]);
-    return float(p * std::bit_cast<double>(uint64_t(int64_t(k) + 1023) << 52));
+    return float(exp_wide(double(x)));
 }
 EVERYWHERE inline double exp_of(double x) { return std::exp(x); }   // the yardstick: the most exact
 
@@ -2489,6 +2492,7 @@ struct SessionOptions {
 // Where a session's arrays lie and its passes run: on the CPU, whose table is in 13.2, or on a GPU. That has
 // twins of the operations, which work on the same structs.
 struct Session;
+struct Choice;
 struct Device {
     const char* name;
     std::shared_ptr<std::byte> (*memory)(size_t bytes);                    // zeroed
@@ -2498,6 +2502,7 @@ struct Device {
     int64_t (*attention_scratch)(const Config&, const SessionOptions&);    // numbers of each
     void (*forward)(Session&, std::span<const int> ids, int pos);          // 11.4
     void (*head)(const Session&, real* logits, const real* h, int T);      // 11.4: the logits are ours
+    Choice (*choose_next)(const Session&, const real* h, const Sampling&, double at);   // 12.2
     void (*mtp_forward)(Session&, const real* h, std::span<const int> next, int pos);   // 13.1
     uint64_t (*available)();                                               // bytes of memory; 0: unknown
     void (*upload)(Model&, const std::function<void(size_t, size_t)>& progress);   // none: has ours
@@ -2891,11 +2896,18 @@ struct Candidate {
 };
 using Distribution = std::vector<Candidate>;             // sums to 1
 
+// e^((z - top) / temperature), top the largest logit: what is below e^-700 of the best is nothing.
+EVERYWHERE inline double weight_of(real z, real top, double temperature) {
+    const double x = (double(z) - double(top)) / temperature;
+    return x < -700 ? 0 : exp_wide(x);
+}
+
 // Sorts as many of the heaviest candidates to the front as it takes to hold `share` of the total, and
 // drops the rest.
 inline void keep_top_p(Distribution& d, double share) {
-    double total = 0;
-    for (const Candidate& c : d) total += c.p;
+    double lane[LANES] = {};                             // of so many terms the sum has lanes, as a dot
+    for (size_t i = 0; i < d.size(); i++) lane[i % LANES] += d[i].p;
+    const double total = sum_lanes(lane);
     auto heavier = [](const Candidate& a, const Candidate& b) {
         return a.p > b.p || (a.p == b.p && a.id < b.id);
     };
@@ -2912,15 +2924,20 @@ inline void keep_top_p(Distribution& d, double share) {
     }
 }
 
+inline bool all_finite(const real* logits, int V) {
+    return std::all_of(logits, logits + V, [](real z) { return std::isfinite(z); });
+}
+[[noreturn]] inline void fail_of_nan() {
+    fail("the model computed logits that are no finite numbers (damaged weights?)");
+}
+
 // softmax(logits / temperature), then top-k, top-p and min-p, each on what the one before left. logits: (V)
 inline Distribution distribution(const real* logits, int V, const Sampling& s) {
-    if (!std::all_of(logits, logits + V, [](real z) { return std::isfinite(z); }))
-        fail("the model computed logits that are no finite numbers (damaged weights?)");
-    int best = int(std::max_element(logits, logits + V) - logits);
-    double top = double(logits[best]);
+    if (!all_finite(logits, V)) fail_of_nan();
+    const int best = int(std::max_element(logits, logits + V) - logits);
     if (s.temperature == 0) return {{best, 1.0}};
     Distribution d;
-    for (int i = 0; i < V; i++) d.push_back({i, std::exp((double(logits[i]) - top) / s.temperature)});
+    for (int i = 0; i < V; i++) d.push_back({i, weight_of(logits[i], logits[best], s.temperature)});
     if (s.top_k > 0 && s.top_k < V) {
         std::vector<int> idx(static_cast<size_t>(s.top_k));
         top_k(idx.data(), logits, V, s.top_k);
@@ -2937,13 +2954,29 @@ inline Distribution distribution(const real* logits, int V, const Sampling& s) {
     return d;
 }
 
-inline int sample(const Distribution& d, Rng& rng) {
-    double at = d.size() > 1 ? rng.uniform() : 0;
+// The candidate within whose share `at` in [0, 1) lies.
+inline int candidate_at(const Distribution& d, double at) {
     for (const Candidate& c : d) {
         if (at < c.p) return c.id;
         at -= c.p;
     }
     return d.back().id;                                  // rounding left a sliver
+}
+inline int sample(const Distribution& d, Rng& rng) {
+    return candidate_at(d, d.size() > 1 ? rng.uniform() : 0);
+}
+
+// A token, and of how many it was chosen; no token (-1) where a logit is not finite.
+struct Choice {
+    int id, candidates;
+};
+
+// What `at` chooses from distribution(logits), as an operation.   logits: (V)
+inline void choose(Choice* out, const real* logits, int V, const Sampling& s, double at) {
+    *out = {-1, 0};
+    if (!all_finite(logits, V)) return;
+    const Distribution d = distribution(logits, V, s);
+    *out = {candidate_at(d, at), int(d.size())};
 }
 
 // -- 12.2  generate ------------------------------------------------------------------------------
@@ -3013,10 +3046,29 @@ inline Vector last_logits(const Session& s, int rows) {
     return logits;
 }
 
+// What `at` chooses after hidden state h (D).
+inline Choice choose_next(const Session& s, const real* h, const Sampling& sampling, double at) {
+    Choice choice;
+    Vector logits(size_t(s.model.config.V));
+    head(s, logits.data(), h, 1);
+    choose(&choice, logits.data(), s.model.config.V, sampling, at);
+    return choice;
+}
+
+// The token after the last row of a.h.
+inline int next_token(const Session& s, Generation& g) {
+    Rng drawn = g.rng;
+    const real* h = s.a.h + int64_t(s.h_rows - 1) * s.model.config.D;
+    const Choice choice = s.device.choose_next(s, h, g.sampling, drawn.uniform());
+    if (choice.id < 0) fail_of_nan();
+    if (choice.candidates > 1) g.rng = drawn;            // what is certain takes no random number
+    return choice.id;
+}
+
 // The next token or tokens after s.tokens, of which all but the last one are in the cache.
 inline std::vector<int> plain_step(Session& s, Generation& g) {
     s.device.forward(s, std::span(s.tokens).subspan(size_t(s.length)), s.length);
-    return {sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
+    return {next_token(s, g)};
 }
 
 struct Drafting {
@@ -3041,8 +3093,7 @@ inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
     stats.prefill_s = seconds() - start;
     if (interrupted) return stats;
     Thought thought(g, ids);
-    std::vector<int> next = {
-        sample(distribution(last_logits(s, 1).data(), s.model.config.V, g.sampling), g.rng)};
+    std::vector<int> next = {next_token(s, g)};
     while (!interrupted) {
         for (int id : next) {
             bool forced = thought.spent(g) && id != g.think_end;
@@ -3375,6 +3426,7 @@ const Device CPU = {.name = "cpu",
                     .attention_scratch = scratch_of_heads,
                     .forward = forward,
                     .head = head,
+                    .choose_next = choose_next,
                     .mtp_forward = mtp_forward,
                     .available = available_memory,
                     .upload = nullptr,

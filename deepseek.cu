@@ -8,7 +8,7 @@
 // the same arguments, the same numbers out. Only the arrays lie in the memory of a GPU. Chapters have the
 // numbers and the order of deepseek.cpp, so that both files can lie open side by side:
 //
-//   0   How to read this file      contents, notation, the rule of the twins
+//   0   How to read this file      contents, the rule of the twins
 //   1   Ground rules               threads, launches, errors, memory of the device
 //   2   Numbers                    how a kernel reads a weight of each format
 //   5   Small operations           softmax, matmul in three shapes, embed, rmsnorm, top_k
@@ -18,10 +18,10 @@
 //   9   Feed-forward               SwiGLU
 //   10  Mixture of experts         gates by rank, dispatch without atomics, all experts in one launch
 //   11  The model                  uploading, the forward pass, a decoding step as a graph
-//   12  Talking                    what crosses the bus for a token
+//   12  Talking                    sampling where the logits lie
 //   13  Multi-token prediction     the draft, on the device
 //   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
-//   21  Command line               the machine of --device cuda; deepseek check
+//   21  Command line               deepseek check
 //
 // What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
 // tree (chapter 5 there), for a half-warp is sixteen threads: lane j is thread j. So most twins give the same
@@ -1116,7 +1116,7 @@ TWIN(combine);
 //      host                                         device
 //      weights, mapped       -- once -->            weights, in the formats of the files
 //      ids, cos and sin      -- each step -->       embed, L blocks, norm
-//      logits                <-- when asked --      head
+//      a token               <-- each step --       head, choose
 //
 // The host only asks. Nothing that it does depends on what a kernel computed: who goes to which expert, and
 // in which row of the cache a token is kept, is read by kernels from memory. So a step of one token is always
@@ -1142,22 +1142,24 @@ inline std::shared_ptr<std::byte> memory(size_t bytes) {
     return {static_cast<std::byte*>(p), [](std::byte* q) { cudaFree(q); }};
 }
 
-// What a session has beside its arrays, in the row of `scratch`: results of splits, logits, ids.
+// What a session has beside its arrays, in the row of `scratch`: results of splits, logits, ids, a choice.
 constexpr int HEAD_ROWS = 16, SPLIT_TOKENS = 2;          // tokens of a head at once; a token and a draft
 
 struct Work {
     Rows splits;
     real* logits;                          // (HEAD_ROWS, V)
     int* ids;                              // (chunk)
+    Choice* choice;                        // behind the ids
 
     static int64_t numbers(const Config& c, const SessionOptions& o) {
-        return split_numbers(c, o) + int64_t(HEAD_ROWS) * c.V + o.chunk;
+        return split_numbers(c, o) + int64_t(HEAD_ROWS) * c.V + o.chunk + 2;
     }
     explicit Work(const Session& s) {
         const Config& c = s.model.config;
         const int64_t n = split_numbers(c, s.options);
         splits = {s.a.scratch.data, n}, logits = s.a.scratch.data + n;
         ids = reinterpret_cast<int*>(logits + int64_t(HEAD_ROWS) * c.V);
+        choice = reinterpret_cast<Choice*>(ids + s.options.chunk);
     }
 
 private:
@@ -1465,9 +1467,156 @@ TWIN(head);
 // Chapter 12. Talking
 // =================================================================================================
 //
-// Sampling stays where it was. What crosses the bus for a token is its logits, half a megabyte for V3's
-// 129,280 tokens, which takes a hundredth of the time of the step; in exchange a seed gives the same words on
-// every device. Chapter 12 of deepseek.cpp does not know where its session lives: it calls Device::forward.
+// Half a megabyte of logits for V3's 129,280 tokens, of which one is wanted: if they went to the host for
+// each token, it would compute as many exponentials while the GPU waits. So the choice is made where they
+// lie, and eight bytes cross the bus. The random number is the host's, drawn as on the CPU, and the weights
+// are the same doubles: a seed gives the same words on every device.
+//
+//      top-k, top-p     one candidate after the other, in descending order, each found by a search of all
+//      neither          all in the order of their ids: sums of so many terms are handed from lane to lane
+//
+// A nucleus is some dozens of tokens. Sorting everything, which the order asks for, would cost more than that
+// many searches; of a flat distribution it would cost less.
+
+namespace cuda {
+
+// -- 12.1  sampling ------------------------------------------------------------------------------
+
+struct Found {
+    float z;
+    int i;
+};
+__device__ inline bool comes_before(const Found& a, const Found& b) {
+    return a.z > b.z || (a.z == b.z && a.i < b.i);
+}
+
+// The first of the finite logits (V), in descending order, that comes after `last`; i = V: there is none. A
+// block finds it, and all its threads get it.   zs, is: (HALVES), shared
+template <class Zs, class Is>
+__device__ Found next_of(const float* logits, int V, const Found& last, Zs& zs, Is& is) {
+    Found best{-std::numeric_limits<float>::infinity(), V};
+    for (int i = int(threadIdx.x); i < V; i += THREADS) {
+        const Found mine{logits[i], i};
+        if (comes_before(last, mine) && comes_before(mine, best)) best = mine;
+    }
+    for (int apart = HALF / 2; apart > 0; apart /= 2) {
+        const Found other{__shfl_xor_sync(ALL_LANES, best.z, apart, HALF),
+                          __shfl_xor_sync(ALL_LANES, best.i, apart, HALF)};
+        if (comes_before(other, best)) best = other;
+    }
+    // What the last search left in the places may still be read.
+    __syncthreads();
+    if (half_lane() == 0) zs[half_of_block()] = best.z, is[half_of_block()] = best.i;
+    __syncthreads();
+    for (int i = 0; i < HALVES; i++) {
+        const Found other{zs[i], is[i]};
+        if (comes_before(other, best)) best = other;
+    }
+    return best;
+}
+
+// use(i, w) for each token in the order of ids, in all threads, with its weight w; until it says true.
+template <class Use>
+__device__ void each_in_order(const float* logits, int V, float top, double temperature, const Use& use) {
+    bool done = false;
+    for (int first = 0; first < V && !done; first += HALF) {
+        const int mine = min(first + half_lane(), V - 1);
+        const double w = weight_of(logits[mine], top, temperature);
+        for (int lane = 0; lane < HALF; lane++) {
+            const double w_lane = __shfl_sync(ALL_LANES, w, lane, HALF);
+            if (!done && first + lane < V) done = use(first + lane, w_lane);
+        }
+    }
+}
+
+// As ::distribution without top-k and top-p, then ::candidate_at.
+__device__ inline Choice choose_of_all(const float* logits, int V, const Found& top, const Sampling& s,
+                                       double at) {
+    Choice choice{top.i, 0};
+    double sum = 0;
+    each_in_order(logits, V, top.z, s.temperature, [&](int, double w) {
+        if (w >= s.min_p) sum += w, choice.candidates++;
+        return false;
+    });
+    each_in_order(logits, V, top.z, s.temperature, [&](int i, double w) {
+        if (w < s.min_p) return false;
+        choice.id = i;
+        const double p = w / sum;
+        if (at < p) return true;
+        at -= p;
+        return false;
+    });
+    return choice;
+}
+
+// The same with them. search(last): next_of
+template <class Search>
+__device__ Choice choose_of_best(const float* logits, int V, const Found& top, const Sampling& s, double at,
+                                 const Search& search) {
+    const bool limited = s.top_k > 0 && s.top_k < V;
+    const int most = limited ? s.top_k : V;
+    auto weight = [&](float z) { return weight_of(z, top.z, s.temperature); };
+    double lane = 0;                       // of the sum that top-p is a share of
+    Found last = top;
+    for (int n = 0; limited && s.top_p < 1 && n < most; n++, last = search(last))
+        if (n % LANES == half_lane()) lane += weight(last.z);
+    for (int i = half_lane(); !limited && i < V; i += HALF) lane += weight(logits[i]);
+    const double total = cuda::sum_lanes(lane);
+    const double enough = s.top_p < 1 ? s.top_p * total : std::numeric_limits<double>::infinity();
+    double seen = 0, sum = 0;
+    int count = 0;
+    last = top;
+    for (int n = 0; n < most && seen < enough; n++, last = search(last)) {
+        const double w = weight(last.z);
+        seen += w;
+        if (w >= s.min_p) sum += w, count++;
+    }
+    Choice choice{top.i, count};
+    last = top;
+    for (int n = 0; n < count; n++, last = search(last)) {       // the heaviest ones: min-p took the last
+        choice.id = last.i;
+        const double p = weight(last.z) / sum;
+        if (at < p) break;
+        at -= p;
+    }
+    return choice;
+}
+
+// One block: what it does is read half a megabyte some dozens of times.
+__global__ void choose_kernel(Choice* out, const float* logits, int V, Sampling s, double at) {
+    SHARED(float, zs, HALVES);
+    SHARED(int, is, HALVES);
+    int broken = 0;
+    for (int i = int(threadIdx.x); i < V; i += THREADS) broken |= !std::isfinite(logits[i]);
+    const bool no_number = __syncthreads_or(broken);
+    auto search = [&](const Found& last) { return next_of(logits, V, last, zs, is); };
+    const Found top = search({std::numeric_limits<float>::infinity(), -1});
+    Choice choice{top.i, 1};
+    const bool best_first = (s.top_k > 0 && s.top_k < V) || s.top_p < 1;
+    if (no_number) choice = {-1, 0};
+    else if (s.temperature > 0 && best_first) choice = choose_of_best(logits, V, top, s, at, search);
+    else if (s.temperature > 0) choice = choose_of_all(logits, V, top, s, at);
+    if (threadIdx.x == 0) *out = choice;
+}
+inline void choose(Choice* out, const real* logits, int V, const Sampling& s, double at) {
+    start(choose_kernel, dim3(1), out, logits, V, s, at);
+}
+TWIN(choose);
+
+// -- 12.2  generate ------------------------------------------------------------------------------
+
+inline Choice choose_next(const Session& s, const real* h, const Sampling& sampling, double at) {
+    const int V = s.model.config.V, D = s.model.config.D;
+    const Work work(s);
+    Choice choice;
+    cuda::matmul({work.logits, V}, {h, D}, s.model.head, 1);
+    cuda::choose(work.choice, work.logits, V, sampling, at);
+    read(&choice, work.choice, sizeof choice);
+    return choice;
+}
+TWIN(choose_next);
+
+}
 
 // =================================================================================================
 // Chapter 13. Multi-token prediction
@@ -1529,6 +1678,7 @@ const Device GPU = {.name = "cuda",
                     .attention_scratch = Work::numbers,
                     .forward = forward,
                     .head = head,
+                    .choose_next = choose_next,
                     .mtp_forward = mtp_forward,
                     .available = available,
                     .upload = upload,
@@ -1779,7 +1929,8 @@ constexpr Twin TWINS[] = {
     CHECKED("8.1", mla_naive), CHECKED("8.1", mla_absorbed), CHECKED("8.2", mla_paged),
     CHECKED("9.1", swiglu), CHECKED("10.1", gate_greedy), CHECKED("10.1", gate_group_limited_greedy),
     CHECKED("10.1", gate_noaux_tc), CHECKED("10.2", dispatch), CHECKED("10.3", run_experts),
-    CHECKED("10.3", combine), CHECKED("14.1", quantise_fp8), CHECKED("14.1", store_latent),
+    CHECKED("10.3", combine), CHECKED("12.1", choose), CHECKED("14.1", quantise_fp8),
+    CHECKED("14.1", store_latent),
     CHECKED("14.3", gemm_fp8), CHECKED("14.3", gemm_fp8_contiguous), CHECKED("14.3", gemm_fp8_masked),
     CHECKED("14.3", gemm_fp8_k_grouped)};
 

@@ -1,7 +1,7 @@
 // What `deepseek check` compares: a function for each twin of deepseek.cu, which includes this file.
 //
 // Contents: 1 a case in two memories; 2 chapters 5 and 6; 3 chapters 7 and 8; 4 chapters 9 and 10;
-//           5 chapter 14; 6 the latent cache in pages and in FP8.
+//           5 chapter 14; 6 chapter 12; 7 the latent cache in pages and in FP8.
 //
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
@@ -756,7 +756,37 @@ inline void check_gemm_fp8_k_grouped(Check& c) {
     });
 }
 
-// -- 6  the latent cache in pages and in FP8 -----------------------------------------------------
+// -- 6  chapter 12 -------------------------------------------------------------------------------
+
+// A token among V by `s`, with numbers from the begin of [0, 1) to its end.
+inline void check_choice(Check& c, const Vector& v, const Sampling& s) {
+    Reals logits(v);
+    for (double share : {0.0, 0.1, 0.37, 0.5, 0.83, 0.999999}) {
+        Ints choice({-7, -7});
+        BOTH(choose, reinterpret_cast<Choice*>(choice(at)), logits(at), int(v.size()), s, share);
+        c.same(choice);
+    }
+}
+inline void check_choose(Check& c) {
+    constexpr Sampling KINDS[] = {
+        {0, 1, 0, 0},       {1, 1, 0, 0},     {0.6, 0.95, 0, 0}, {2, 1, 0.2, 0},     // temperature, top-p,
+        {1, 1, 0, 5},       {0.7, 0.5, 0, 9}, {1, 0.999, 0, 0},  {0.01, 0.9, 0, 0},  // min-p, top-k
+        {1.5, 0.9, 0.3, 8}, {1, 1, 0, 1000},  {1, 1e-9, 0, 0}};
+    for (int V : {1, 5, 16, 17, 300}) {
+        for (const Sampling& s : KINDS) {
+            check_choice(c, c.numbers(V, 6), s);
+            check_choice(c, c.few_values(V), s);
+        }
+        Vector spread = c.numbers(V, 900), broken = c.numbers(V);
+        broken[size_t(V / 2)] = NOT_A_NUMBER;
+        check_choice(c, spread, KINDS[2]), check_choice(c, spread, KINDS[1]);
+        check_choice(c, broken, KINDS[2]);
+        broken[size_t(V / 2)] = -std::numeric_limits<float>::infinity();
+        check_choice(c, broken, KINDS[0]);
+    }
+}
+
+// -- 7  the latent cache in pages and in FP8 -----------------------------------------------------
 
 struct PagedCase {
     std::vector<int> n;                    // of each conversation

@@ -355,6 +355,11 @@ static void forward(Session& s, std::span<const int> ids, int pos) {
 static void head(const Session& s, real* logits, const real* h, int T) {
     count("head", [&] { CPU.head(s, logits, h, T); });
 }
+static Choice choose_next(const Session& s, const real* h, const Sampling& sampling, double at) {
+    Choice choice;
+    count("head", [&] { choice = CPU.choose_next(s, h, sampling, at); });
+    return choice;
+}
 static void mtp_forward(Session& s, const real* h, std::span<const int> next, int pos) {
     count("mtp_forward", [&] { CPU.mtp_forward(s, h, next, pos); });
 }
@@ -364,7 +369,7 @@ static Device device() {
     calls.clear();
     Device d = CPU;
     d.name = "elsewhere", d.memory = memory, d.read = read, d.write = write, d.forward = forward;
-    d.head = head, d.mtp_forward = mtp_forward, d.upload = upload;
+    d.head = head, d.choose_next = choose_next, d.mtp_forward = mtp_forward, d.upload = upload;
     d.available = [] { return uint64_t(100'000'000); };
     return d;
 }
