@@ -78,8 +78,7 @@ TEST(Distribution, IsASoftmaxOfLogitsOverTemperature) {
         Distribution d = distribution_of(logits, sampling(temperature));
         long double range = 20 / temperature;   // the quotient's rounding moves exp by range * 2^-53
         for (const Candidate& c : d)
-            EXPECT_LE(std::fabs(c.p - exact[size_t(c.id)]), exact[size_t(c.id)] * (110 + 4 * range) * 0x1p-53L)
-                << temperature;
+            EXPECT_LE(std::fabs(c.p / exact[size_t(c.id)] - 1), (110 + 4 * range) * 0x1p-53L) << temperature;
     }
 }
 TEST(Distribution, SumsToOne) {
