@@ -59,7 +59,8 @@ static_assert(sizeof(real) == 4, "the twins compute in f32");
 // The two have one signature; where a name has several, the type says which is meant.
 #define TWIN(f) static_assert(std::is_same_v<decltype(&::f), decltype(&cuda::f)>, #f ": signature drifted")
 #define TWIN_OF(f, ...)                                                                                  \
-    static_assert(static_cast<__VA_ARGS__>(&::f) != static_cast<__VA_ARGS__>(&cuda::f), #f)
+    static_assert(std::is_same_v<decltype(static_cast<__VA_ARGS__>(&::f)),                               \
+                                 decltype(static_cast<__VA_ARGS__>(&cuda::f))>)
 
 // =================================================================================================
 // Chapter 1. Ground rules
