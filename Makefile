@@ -130,7 +130,8 @@ GPUS  := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_
 HOST   = $(CXXFLAGS) $(call TUNE,$(CXX)) $(filter-out -std=% -Wpedantic,$(STRICT))
 TO_CXX = $(subst $(eval ) ,$(comma),$(strip $(HOST)))
 
-ifneq ($(and $(NVCC),$(if $(OLD),,yes)),yes)
+WITH_GPU := $(and $(NVCC),$(if $(OLD),,yes))
+ifneq ($(WITH_GPU),yes)
 deepseek: deepseek.cpp build/flags | build/have-run
 	@echo "$(or $(OLD),no nvcc): building for the CPU only"
 	$(call compile,$(CXX),$(CXXFLAGS),$<)
@@ -216,7 +217,7 @@ test: $(TEST_PROGRAMS) | build/have-style
 	@tests/run
 
 # A real GPU where there is one and nvcc has built for it.
-GPU_PROGRAM := $(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),./deepseek,build/gpu/deepseek)
+GPU_PROGRAM := $(if $(and $(WITH_GPU),$(shell nvidia-smi -L 2>/dev/null)),./deepseek,build/gpu/deepseek)
 check: $(GPU_PROGRAM:./%=%)
 	@$(GPU_PROGRAM) check $(SECTION)
 

@@ -494,12 +494,12 @@ struct E4m3Row {
 };
 
 // A token of V3's latent cache in 656 bytes, as FlashMLA reads it: 512 e4m3 with four f32 scales, 64 bf16.
-constexpr int LATENT_SCALED = 512;
+constexpr int LATENT_SCALED = 512, LATENT_ROPE = LATENT_SCALED + LATENT_SCALED / SCALE_BLOCK * 4;   // bytes
 struct LatentRow {
     const std::byte* p;
     real operator()(int i) const {
-        if (i >= LATENT_SCALED) return Bf16Row{p + LATENT_SCALED + 16}(i - LATENT_SCALED);
-        return E4M3[size_t(p[i])] * load<float>(p + LATENT_SCALED + i / 128 * 4);
+        if (i >= LATENT_SCALED) return Bf16Row{p + LATENT_ROPE}(i - LATENT_SCALED);
+        return E4M3[size_t(p[i])] * load<float>(p + LATENT_SCALED + i / SCALE_BLOCK * 4);
     }
 };
 
@@ -3628,8 +3628,7 @@ inline void store_latent(const Matrix& cache, std::span<const int> n, ConstRows 
         quantise_fp8(reinterpret_cast<uint8_t*>(row), scale, {x[t], 0}, 1, LATENT_SCALED,
                      {Fp8Formula::FLASHMLA, true});
         std::memcpy(row + LATENT_SCALED, scale, sizeof scale);
-        store_row(row + LATENT_SCALED + sizeof scale, x[t] + LATENT_SCALED, cache.cols - LATENT_SCALED,
-                  Dtype::BF16);
+        store_row(row + LATENT_ROPE, x[t] + LATENT_SCALED, cache.cols - LATENT_SCALED, Dtype::BF16);
     }, 16 * cache.cols);
 }
 

@@ -212,7 +212,7 @@ template <Dtype D> __device__ float block_value(const std::byte* row, int i) {
 // Number i of a token of 656 bytes.
 __device__ inline float latent_value(const std::byte* row, int i) {
     const auto* scale = reinterpret_cast<const float*>(row + LATENT_SCALED);
-    const auto* rope = reinterpret_cast<const uint16_t*>(row + LATENT_SCALED + 16);
+    const auto* rope = reinterpret_cast<const uint16_t*>(row + LATENT_ROPE);
     if (i >= LATENT_SCALED) return bf16_to_float(rope[i - LATENT_SCALED]);
     return cuda::e4m3_to_float(uint8_t(row[i])) * scale[i / SCALE_BLOCK];
 }
@@ -255,7 +255,7 @@ struct Stack {
     // The scales of row r, one for each 128 columns.
     __device__ const float* scales(int g, int r) const {
         int64_t tile = (first_row + g * next_first_row + r) / SCALE_BLOCK;
-        return reinterpret_cast<const float*>(scale + g * next_scale) + tile * ((cols + 127) / SCALE_BLOCK);
+        return reinterpret_cast<const float*>(scale + g * next_scale) + tile * scale_blocks(cols);
     }
 };
 
@@ -1050,8 +1050,8 @@ __global__ void count_kernel(int* first, const int* expert_idx, int pairs, int E
     for (int i = 0; i < pairs; i++) lower += expert_idx[i] < e;
     first[e] = lower;
 }
-__global__ void place_kernel(int* slot, int* slot_token, const int* first, const int* expert_idx,
-                                    int pairs, int K) {
+__global__ void place_kernel(int* slot, int* slot_token, const int* first, const int* expert_idx, int pairs,
+                             int K) {
     const int i = int(item());
     if (i >= pairs) return;
     int at = first[expert_idx[i]];
@@ -1090,7 +1090,7 @@ inline void run_experts(const ExpertWork& a, const Moe& w) {
 TWIN(run_experts);
 
 __global__ void combine_kernel(float* out, const float* expert_out, const int* slot, const float* weight,
-                                      int K, const float* shared, int T, int D) {
+                               int K, const float* shared, int T, int D) {
     const int64_t t = item() / D, d = item() % D;
     if (t >= T) return;
     float sum = 0;
@@ -1755,7 +1755,7 @@ __global__ void store_latent_kernel(Stack cache, const int* n, ConstRows x) {
     const float v = i < cache.cols ? x[blockIdx.x][i] : 0;
     const uint32_t largest = largest_of_block(magnitude_bits(v), largest_of);
     if (i >= LATENT_SCALED) {
-        auto* rope = reinterpret_cast<uint16_t*>(row + LATENT_SCALED + 16);
+        auto* rope = reinterpret_cast<uint16_t*>(row + LATENT_ROPE);
         if (i < cache.cols) rope[i - LATENT_SCALED] = float_to_bf16(v);
         return;
     }

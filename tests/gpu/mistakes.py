@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake("scales", "all experts have the first one's", "run_experts",
             [("(scale + «g * next_scale»)", "0")]),
     Mistake("scales", "the partial block of a row is not counted", "matmul",
-            [("tile * («(cols + 127) / SCALE_BLOCK»)", "cols / SCALE_BLOCK")]),
+            [("tile * «scale_blocks(cols)»", "cols / SCALE_BLOCK")]),
     Mistake("scales", "the block's product and sum rounded apart", "matmul",
             [("SCALED ? «std::fma(s, part[r][t], sum[r][t])»", "sum[r][t] + s * part[r][t]")]),
     Mistake("scales", "the first column block's for all", "matmul_transposed",
