@@ -24,7 +24,8 @@
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   14  FP8                        scales, what a tensor core sums, the forward pass in bf16 and FP8
 //   19  The bill                   parameters, memory, bytes of the cache
-//   21  Command line               options, commands, main
+//   21  A conversation             an answer as it comes, the history, a terminal
+//   22  Command line               options, commands, main
 //
 // Three headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
 // usable) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations again, as fast as the processor
@@ -1009,65 +1010,6 @@ TensorFile parse_safetensors(std::span<const std::byte> bytes, const std::string
     return {8 + n, parse_safetensors_header(json, bytes.size() - 8 - n, file)};
 }
 
-// -- 3.4  write_safetensors: results, whole or not at all ----------------------------------------
-
-// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
-class AtomicFile {
-public:
-    explicit AtomicFile(const std::string& path)
-        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) refuse(path, "is a directory");
-        if (fs::is_other(path)) refuse(path, "not a regular file");
-        file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) refuse(path, "cannot be written: %s", std::strerror(errno));
-    }
-    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), std::fclose(file_); }
-    AtomicFile(const AtomicFile&) = delete;
-    void write(const void* data, size_t bytes) {
-        require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
-    }
-    void commit() {
-        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                std::rename(temporary_.c_str(), path_.c_str()) == 0);
-        std::fclose(std::exchange(file_, nullptr));
-    }
-
-private:
-    std::string path_, temporary_;
-    std::FILE* file_ = nullptr;
-
-    void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
-};
-
-struct OutputTensor {
-    std::string name, dtype;
-    std::vector<size_t> shape;
-    const void* data;
-    size_t bytes;
-    void (*read)(void* to, const void* from, size_t bytes) = nullptr;   // where data is not ours (11.1)
-};
-
-void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
-    std::string header = "{";
-    for (size_t at = 0; const OutputTensor& t : tensors) {
-        std::string shape;
-        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
-        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                          header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(), at,
-                          at + t.bytes);
-        at += t.bytes;
-    }
-    header += "}";
-    header.resize((header.size() + 7) / 8 * 8, ' ');
-    uint64_t n = header.size();
-    file.write(&n, 8), file.write(header.data(), header.size());
-    for (std::vector<std::byte> copy; const OutputTensor& t : tensors) {
-        if (t.read) copy.resize(t.bytes), t.read(copy.data(), t.data, t.bytes);
-        file.write(t.read ? copy.data() : t.data, t.bytes);
-    }
-    file.commit();
-}
-
 // =================================================================================================
 // Chapter 4. Text to tokens
 // =================================================================================================
@@ -1161,7 +1103,66 @@ inline std::string tokenize(const Tokenizer& t, const std::string& input, const 
     return tokens_json(t, text, o.add_bos);
 }
 
-// -- 4.3  Checkpoint: the tensors of a model, by name --------------------------------------------
+// -- 4.3  write_safetensors: results, whole or not at all ----------------------------------------
+
+// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
+class AtomicFile {
+public:
+    explicit AtomicFile(const std::string& path)
+        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
+        if (fs::is_directory(path)) refuse(path, "is a directory");
+        if (fs::is_other(path)) refuse(path, "not a regular file");
+        file_ = std::fopen(temporary_.c_str(), "wbx");
+        if (!file_) refuse(path, "cannot be written: %s", std::strerror(errno));
+    }
+    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), std::fclose(file_); }
+    AtomicFile(const AtomicFile&) = delete;
+    void write(const void* data, size_t bytes) {
+        require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
+    }
+    void commit() {
+        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
+                std::rename(temporary_.c_str(), path_.c_str()) == 0);
+        std::fclose(std::exchange(file_, nullptr));
+    }
+
+private:
+    std::string path_, temporary_;
+    std::FILE* file_ = nullptr;
+
+    void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
+};
+
+struct OutputTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    const void* data;
+    size_t bytes;
+    void (*read)(void* to, const void* from, size_t bytes) = nullptr;   // where data is not ours (11.1)
+};
+
+void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
+    std::string header = "{";
+    for (size_t at = 0; const OutputTensor& t : tensors) {
+        std::string shape;
+        for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
+        header += text_of("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                          header.size() > 1 ? "," : "", t.name.c_str(), t.dtype.c_str(), shape.c_str(), at,
+                          at + t.bytes);
+        at += t.bytes;
+    }
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');
+    uint64_t n = header.size();
+    file.write(&n, 8), file.write(header.data(), header.size());
+    for (std::vector<std::byte> copy; const OutputTensor& t : tensors) {
+        if (t.read) copy.resize(t.bytes), t.read(copy.data(), t.data, t.bytes);
+        file.write(t.read ? copy.data() : t.data, t.bytes);
+    }
+    file.commit();
+}
+
+// -- 4.4  Checkpoint: the tensors of a model, by name --------------------------------------------
 
 struct Tensor {
     std::string file, dtype;
@@ -1203,7 +1204,7 @@ struct Sampling {
     int top_k = 0;                                       // 0: off
 };
 
-// -- 4.4  a model: a folder, or one file of llama.cpp's ------------------------------------------
+// -- 4.5  a model: a folder, or one file of llama.cpp's ------------------------------------------
 //
 // Its config, its tokenizer and its weights are the files of a folder, or all in one file, which gguf.h
 // reads. Below is what is asked of both; from there on the network does not depend on which it was.
@@ -1318,7 +1319,7 @@ inline fs::path shipped_model() {
     fail("no model: -m is missing, and there is no weights/tiny beside the program");
 }
 
-// -- 4.5  Binder: every tensor in its place ------------------------------------------------------
+// -- 4.6  Binder: every tensor in its place ------------------------------------------------------
 
 // Looks up tensors by name and checks dtype and shape. Without a checkpoint it only counts, so the bill
 // of a model can be had from config.json alone. Matrices stay where they lie; vectors are widened.
@@ -3247,112 +3248,6 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
     return result;
 }
 
-// -- 12.5  a conversation ------------------------------------------------------------------------
-
-// The token text as it comes: characters whole, special tokens hidden, the thought dimmed on a terminal.
-class Printer {
-public:
-    Printer(const Tokenizer& tokenizer, int think_begin, int think_end, bool in_thought)
-        : tokenizer_(tokenizer), think_begin_(think_begin), think_end_(think_end),
-          colour_(isatty(STDOUT_FILENO)) {
-        if (colour_ && in_thought) dim(true);
-    }
-    void emit(int id) {
-        if (tokenizer_.is_special(id)) return;
-        if (colour_ && id == think_begin_) dim(true);
-        write(stream_.push(tokenizer_.bytes(id)));
-        if (colour_ && id == think_end_) dim(false);
-    }
-    void finish() {
-        write(stream_.finish());
-        if (dimmed_) dim(false);
-        if (text_.empty() || text_.back() != '\n') std::fputc('\n', stdout);
-        std::fflush(stdout);
-    }
-    const std::string& text() const { return text_; }
-
-private:
-    const Tokenizer& tokenizer_;
-    int think_begin_, think_end_;
-    bool colour_, dimmed_ = false;
-    Utf8Stream stream_;
-    std::string text_;
-
-    void dim(bool on) {
-        dimmed_ = on;
-        std::fputs(on ? "\033[2m" : "\033[0m", stdout);
-    }
-    void write(const std::string& text) {
-        text_ += text;
-        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
-        bool out = std::fflush(stdout) == 0;
-        if (!(all && out) && errno == EINTR) clearerr(stdout);   // Ctrl-C, and no pipe or disk that failed
-    }
-};
-
-// A bar on a terminal, nothing elsewhere.
-class Progress {
-public:
-    Progress(const std::string& what, size_t total)
-        : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
-    ~Progress() { if (drawn_) std::fputs("\r\033[K", stderr); }
-    Progress(const Progress&) = delete;
-    void at(size_t n) {
-        if (!shown_ || seconds() - start_ < 0.5) return;
-        std::string bar(n * 30 / std::max<size_t>(total_, 1), '#');
-        std::fprintf(stderr, "\r%s [%-30s] %zu / %zu", what_.c_str(), bar.c_str(), n, total_);
-        drawn_ = true;
-    }
-
-private:
-    std::string what_;
-    size_t total_;
-    bool shown_, drawn_ = false;
-    double start_ = seconds();
-};
-
-inline void print_statistics(const Statistics& s, const Generation& g) {
-    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
-    std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
-    if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
-    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
-                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
-    if (g.drafting)
-        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
-                     s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
-                     s.steps ? double(s.generated - 1) / s.steps : 0.0);
-    std::fputc('\n', stderr);
-}
-
-// Prints the answer to `ids` and returns its text.
-inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const std::vector<int>& ids) {
-    Thought thought(g, ids);
-    Printer printer(t, g.think_begin, g.think_end, thought.open);
-    auto progress = std::make_unique<Progress>("reading", ids.size());
-    auto emit = [&](int id) {
-        progress.reset();
-        printer.emit(id);
-    };
-    Statistics stats;
-    with_team([&] { stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit); });
-    progress.reset();
-    printer.finish();
-    print_statistics(stats, g);
-    return printer.text();
-}
-
-// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
-// at `interrupted` and a read that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
-}
-
 // =================================================================================================
 // Chapter 13. Multi-token prediction
 // =================================================================================================
@@ -4113,6 +4008,27 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
 
 // -- 19.4  loading within the plan ---------------------------------------------------------------
 
+// A bar on a terminal, nothing elsewhere.
+class Progress {
+public:
+    Progress(const std::string& what, size_t total)
+        : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
+    ~Progress() { if (drawn_) std::fputs("\r\033[K", stderr); }
+    Progress(const Progress&) = delete;
+    void at(size_t n) {
+        if (!shown_ || seconds() - start_ < 0.5) return;
+        std::string bar(n * 30 / std::max<size_t>(total_, 1), '#');
+        std::fprintf(stderr, "\r%s [%-30s] %zu / %zu", what_.c_str(), bar.c_str(), n, total_);
+        drawn_ = true;
+    }
+
+private:
+    std::string what_;
+    size_t total_;
+    bool shown_, drawn_ = false;
+    double start_ = seconds();
+};
+
 // Bytes of the weights that need memory of their own, before anything is loaded: those that are quantised
 // while loading, or all, where they are copied to a device. Weights that are not there count as BF16.
 inline uint64_t weight_bytes(const fs::path& folder, const Config& c, const std::string& quant,
@@ -4281,7 +4197,99 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 }
 
 // =================================================================================================
-// Chapter 21. Command line
+// Chapter 21. A conversation
+// =================================================================================================
+//
+// What stands between a model and a person? Tokens come one by one and are halves of characters, a thought
+// comes before the answer, the person interrupts, and the history must hold what was said and nothing else.
+
+// -- 21.1  an answer as it comes -----------------------------------------------------------------
+
+// The token text as it comes: characters whole, special tokens hidden, the thought dimmed on a terminal.
+class Printer {
+public:
+    Printer(const Tokenizer& tokenizer, int think_begin, int think_end, bool in_thought)
+        : tokenizer_(tokenizer), think_begin_(think_begin), think_end_(think_end),
+          colour_(isatty(STDOUT_FILENO)) {
+        if (colour_ && in_thought) dim(true);
+    }
+    void emit(int id) {
+        if (tokenizer_.is_special(id)) return;
+        if (colour_ && id == think_begin_) dim(true);
+        write(stream_.push(tokenizer_.bytes(id)));
+        if (colour_ && id == think_end_) dim(false);
+    }
+    void finish() {
+        write(stream_.finish());
+        if (dimmed_) dim(false);
+        if (text_.empty() || text_.back() != '\n') std::fputc('\n', stdout);
+        std::fflush(stdout);
+    }
+    const std::string& text() const { return text_; }
+
+private:
+    const Tokenizer& tokenizer_;
+    int think_begin_, think_end_;
+    bool colour_, dimmed_ = false;
+    Utf8Stream stream_;
+    std::string text_;
+
+    void dim(bool on) {
+        dimmed_ = on;
+        std::fputs(on ? "\033[2m" : "\033[0m", stdout);
+    }
+    void write(const std::string& text) {
+        text_ += text;
+        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
+        bool out = std::fflush(stdout) == 0;
+        if (!(all && out) && errno == EINTR) clearerr(stdout);   // Ctrl-C, and no pipe or disk that failed
+    }
+};
+
+inline void print_statistics(const Statistics& s, const Generation& g) {
+    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
+    std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
+    if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
+    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
+                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
+    if (g.drafting)
+        std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
+                     s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
+                     s.steps ? double(s.generated - 1) / s.steps : 0.0);
+    std::fputc('\n', stderr);
+}
+
+// Prints the answer to `ids` and returns its text.
+inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const std::vector<int>& ids) {
+    Thought thought(g, ids);
+    Printer printer(t, g.think_begin, g.think_end, thought.open);
+    auto progress = std::make_unique<Progress>("reading", ids.size());
+    auto emit = [&](int id) {
+        progress.reset();
+        printer.emit(id);
+    };
+    Statistics stats;
+    with_team([&] { stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit); });
+    progress.reset();
+    printer.finish();
+    print_statistics(stats, g);
+    return printer.text();
+}
+
+// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
+// at `interrupted` and a read that then waits for ever there would be a gap.
+inline bool wait_for_line() {
+    sigset_t ctrl_c, before;
+    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    if (!interrupted) ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return !interrupted;
+}
+
+// =================================================================================================
+// Chapter 22. Command line
 // =================================================================================================
 //
 //      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
@@ -4303,7 +4311,7 @@ inline int (*check_twins)(const std::string& section) = nullptr;
 #ifndef DEEPSEEK_NO_MAIN
 #include <CLI/CLI.hpp>
 
-// -- 21.1  options -------------------------------------------------------------------------------
+// -- 22.1  options -------------------------------------------------------------------------------
 
 struct Options {
     std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
@@ -4377,7 +4385,7 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     return g;
 }
 
-// -- 21.2  run, chat -----------------------------------------------------------------------------
+// -- 22.2  run, chat -----------------------------------------------------------------------------
 
 // Model, tokenizer and session of run and chat, and what was said.
 struct Talk {
@@ -4458,7 +4466,7 @@ inline void command_chat(const Options& o) {
     talk.save();
 }
 
-// -- 21.3  tokenize, logits, perplexity, quantize ------------------------------------------------
+// -- 22.3  tokenize, logits, perplexity, quantize ------------------------------------------------
 
 inline void command_tokenize(const Options& o) {
     if (o.tokenize.decode && o.tokenize.chat) fail("tokenize: --decode and --chat exclude each other");
@@ -4551,7 +4559,7 @@ inline void command_quantize(const Options& o) {
     write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), at);
 }
 
-// -- 21.4  info, bench, check --------------------------------------------------------------------
+// -- 22.4  info, bench, check --------------------------------------------------------------------
 
 inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
@@ -4609,7 +4617,7 @@ inline void command_check(const Options& o) {
     if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
 }
 
-// -- 21.5  main ----------------------------------------------------------------------------------
+// -- 22.5  main ----------------------------------------------------------------------------------
 
 // An empty path is a shell variable that was not set; it must not mean the default.
 inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }

@@ -21,7 +21,7 @@
 //   12  Talking                    sampling where the logits lie
 //   13  Multi-token prediction     the draft, on the device
 //   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
-//   21  Command line               deepseek check
+//   22  Command line               deepseek check
 //
 // What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
 // tree (chapter 5 there), for a half-warp is sixteen threads: lane j is thread j. So most twins give the same
@@ -1902,7 +1902,7 @@ TWIN(gemm_fp8_k_grouped);
 }
 
 // =================================================================================================
-// Chapter 21. Command line
+// Chapter 22. Command line
 // =================================================================================================
 //
 //      deepseek check            every twin against its operation, a line each
@@ -1915,7 +1915,7 @@ TWIN(gemm_fp8_k_grouped);
 
 namespace cuda {
 
-// -- 21.1  deepseek check ------------------------------------------------------------------------
+// -- 22.1  deepseek check ------------------------------------------------------------------------
 
 struct Twin {
     const char *section, *name;

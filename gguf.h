@@ -27,8 +27,8 @@
 //           8 which format for which matrix; 9 writing: keys; 10 writing: the vocabulary of a folder;
 //           11 writing: tensors.
 //
-// Needs chapters 1 (errors, Arena, parallel_for), 2 (Dtype, Matrix), 3 (Fields, Config, AtomicFile) and 4.3
-// (Checkpoint, Sampling) of deepseek.cpp, and tokenizer.h.
+// Needs chapters 1 (errors, Arena, parallel_for), 2 (Dtype, Matrix), 3 (Fields, Config), 4.3 (AtomicFile) and
+// 4.4 (Checkpoint, Sampling) of deepseek.cpp, and tokenizer.h.
 #pragma once
 
 // -- 1  the container: every length is checked before it is believed -----------------------------
