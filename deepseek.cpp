@@ -1645,6 +1645,9 @@ struct Attention {
     Matrix k, v;
     real scale;
     std::span<const int> n;              // (T), not descending
+    Rows lse = {nullptr, 0};             // (T, heads): ln of the sum of e^score; or not asked for
+
+    real* lse_of(int64_t t, int64_t h) const { return lse.data ? lse[t] + h : nullptr; }
 };
 
 struct Kernels {
@@ -1911,6 +1914,16 @@ inline void rope_half(const Heads& x, const real* cos_sin, int dim) {
 
 // -- 7.1  attend: causal attention as two loops --------------------------------------------------
 
+// softmax(z, scale, n) and, where that is asked for, ln of the sum of e^(scale z), with which kernels put
+// parts of a context together. The largest keeps the share e^0 / sum of e^(scale z - top) of it.
+inline void softmax_and_lse(void (*softmax)(real*, real, int), real* z, real scale, int n, real* lse) {
+    if (!lse) return softmax(z, scale, n);
+    const int best = int(std::max_element(z, z + n) - z);
+    const real top = n ? z[best] * scale : std::numeric_limits<real>::infinity();
+    softmax(z, scale, n);
+    *lse = n ? real(double(top) - std::log(double(z[best]))) : top;
+}
+
 inline void attend_plain(const Attention& a, Rows scratch) {
     int64_t dk = a.k.cols, dv = a.v.cols, T = int64_t(a.n.size());
     if (T == 0) return;
@@ -1920,7 +1933,7 @@ inline void attend_plain(const Attention& a, Rows scratch) {
         const real* q = a.q[t] + h * dk;
         real *out = a.out[t] + h * dv, *p = scratch[thread_index()];
         for (int j = 0; j < n; j++) p[j] = times_row(a.k, j, q);
-        softmax_plain(p, a.scale, n);
+        softmax_and_lse(softmax_plain, p, a.scale, n, a.lse_of(t, h));
         std::fill_n(out, dv, real(0));
         weigh_plain({out, 0}, {p, 0}, a.v, 1, n);      // out += p[j] v[j]
     }, a.n.back() * (dk + dv));
@@ -2005,15 +2018,16 @@ struct Gqa {
 };
 
 // out (T, H, d) = attention of q (T, H, d) over layer l of the cache; query heads h H / G and on share a key
-// head.   n: (T)
+// head.   n: (T)   lse: (T, H), or none
 inline void gqa_attend(real* out, const real* q, const Cache& cache, int l, int H, std::span<const int> n,
-                       Rows scratch) {
+                       Rows scratch, real* lse) {
     int G = cache.parts / 2, d = cache.width, group = H / G;
     std::vector<Attention> heads;
     for (int g = 0; g < G; g++) {
         int64_t at = int64_t(g) * group * d, stride = int64_t(H) * d;
         heads.push_back({{out + at, stride}, {q + at, stride}, group, cache.matrix(l, 2 * g),
-                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n});
+                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n,
+                         {lse ? lse + g * group : nullptr, H}});
     }
     attend(heads, scratch);
 }
@@ -2081,6 +2095,9 @@ struct LatentAttention {
     real *q_absorbed, *z;                  // absorbed: (T, H, Rkv + Dr), (T, H, Rkv)
     Rows expanded;                         // naive: (threads, context * latent_expansion)
     Rows scratch;                          // (threads, attention_scratch)
+    real* lse = nullptr;                   // (T, H), or not asked for
+
+    Rows lse_from(int64_t h) const { return {lse ? lse + h : nullptr, int64_t(wk_b.size())}; }
 };
 
 // Numbers that the naive form makes of a position, for one head: its row of the cache, [k_nope | k_rope | v].
@@ -2099,7 +2116,7 @@ inline void mla_naive(const LatentAttention& a) {
         for (int j = 0; j < n; j++) std::copy_n(c[j] + Rkv, a.Dr, k[j] + Dn);
         matmul(v, c, a.wv_b[size_t(h)], n);                                             // W^UV c
         Attention head{{a.out + h * Dv, int64_t(H) * Dv}, {a.q + h * dk, int64_t(H) * dk}, 1,
-                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n};
+                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n, a.lse_from(h)};
         head.k.stride = head.v.stride = size_t(width) * sizeof(real);
         attend({&head, 1}, a.scratch);
     });
@@ -2117,7 +2134,7 @@ inline void mla_absorbed(const LatentAttention& a) {
         for (int t = 0; t < T; t++) std::copy_n(q[t] + Dn, a.Dr, absorbed[t] + Rkv);
     }, cost);
     Attention all{{a.z, int64_t(H) * Rkv}, {a.q_absorbed, int64_t(H) * latent}, H, a.cache, a.cache, a.scale,
-                  a.n};
+                  a.n, a.lse_from(0)};
     all.v.cols = Rkv, all.v.stride = row_bytes(a.cache.dtype, latent);                  // the value: c alone
     attend({&all, 1}, a.scratch);
     parallel_for(H, [&](int64_t h) {                                                    // W^UV z
@@ -2157,10 +2174,7 @@ inline void mla_paged(const PagedAttention& a, Rows scratch) {
             widen_plain(c, a.pool, row(b, j));
             p[j] = dot_real_plain(c, a.q + i * width, width);
         }
-        const int best = int(std::max_element(p, p + n) - p);
-        const real top = n ? p[best] * a.scale : std::numeric_limits<real>::infinity();
-        softmax_plain(p, a.scale, n);                        // the best's is 1 / sum of e^(score - top)
-        a.lse[i] = n ? real(double(top) - std::log(double(p[best]))) : top;
+        softmax_and_lse(softmax_plain, p, a.scale, n, a.lse + i);
         std::fill_n(out, a.dv, real(0));
         for (int j = 0; j < n; j++) {
             widen_plain(c, a.pool, row(b, j));
@@ -2243,9 +2257,11 @@ struct Routing {
     real *affinity, *choice;      // (T, E): s; the score by which experts are picked
     int* idx;                     // (T, K), a token's in descending order of choice
     real* weight;                 // (T, K), in the order of idx
+    real* group_score;            // (T, n_group), where groups are picked first
 
     Routing token(int64_t t, const GateShape& g) const {
-        return {1, logits + t * g.E, affinity + t * g.E, choice + t * g.E, idx + t * g.K, weight + t * g.K};
+        return {1,           logits + t * g.E,   affinity + t * g.E,       choice + t * g.E,
+                idx + t * g.K, weight + t * g.K, group_score + t * g.n_group};
     }
 };
 
@@ -2262,10 +2278,10 @@ inline void affinities(const Routing& r, const GateShape& g) {
 
 // Sets the choice of all experts outside the `topk_group` groups with the best scores to -inf. (0 would
 // not do: with negative biases it can beat an expert of a kept group.)
-inline void keep_best_groups(const Routing& r, const std::vector<real>& score, const GateShape& g) {
+inline void keep_best_groups(const Routing& r, const GateShape& g) {
     int size = g.E / g.n_group;
     std::vector<int> best(static_cast<size_t>(g.topk_group));
-    top_k(best.data(), score.data(), g.n_group, g.topk_group);
+    top_k(best.data(), r.group_score, g.n_group, g.topk_group);
     for (int i = 0; i < g.n_group; i++) {
         if (std::find(best.begin(), best.end(), i) != best.end()) continue;
         std::fill_n(r.choice + i * size, size, -std::numeric_limits<real>::infinity());
@@ -2303,10 +2319,9 @@ inline void gate_group_limited_greedy(const Routing& all, const GateShape& g) {
         affinities(r, g);
         std::copy_n(r.affinity, g.E, r.choice);
         int size = g.E / g.n_group;
-        std::vector<real> score;
         for (int i = 0; i < g.n_group; i++)
-            score.push_back(*std::max_element(r.choice + i * size, r.choice + (i + 1) * size));
-        keep_best_groups(r, score, g);
+            r.group_score[i] = *std::max_element(r.choice + i * size, r.choice + (i + 1) * size);
+        keep_best_groups(r, g);
         pick(r, g);
     });
 }
@@ -2318,13 +2333,12 @@ inline void gate_noaux_tc(const Routing& all, const real* bias, const GateShape&
         affinities(r, g);
         for (int e = 0; e < g.E; e++) r.choice[e] = r.affinity[e] + bias[e];
         int size = g.E / g.n_group, best[2];
-        std::vector<real> score;
         for (int i = 0; i < g.n_group; i++) {
             const real* choice = r.choice + i * size;
             top_k(best, choice, size, 2);
-            score.push_back(choice[best[0]] + choice[best[1]]);
+            r.group_score[i] = choice[best[0]] + choice[best[1]];
         }
-        keep_best_groups(r, score, g);
+        keep_best_groups(r, g);
         pick(r, g);
     });
 }
@@ -2529,7 +2543,7 @@ struct Activations {
     real* cos_sin = reals(C, c.rope_dim() / 2, 2);
     real *c_q = reals(C, c.Rq), *q = reals(C, c.H, c.q_dim());
     real *kv = reals(C, c.cache_width()), *o = reals(C, c.H, c.v_dim());
-    real *q_absorbed = reals(C, c.H, c.Rkv + c.Dr), *z = reals(C, c.H, c.Rkv);
+    real *q_absorbed = reals(C, c.H, c.Rkv + c.Dr), *z = reals(C, c.H, c.Rkv), *lse = reals(C, c.H);
     Rows scratch = row_a_thread(device.attention_scratch(c, options));
     int64_t expansion = latent_expansion(c.Rkv, c.Dn, c.Dr, c.Dv);
     bool naive = c.mla() && options.mla == MlaForm::NAIVE;
@@ -2538,7 +2552,8 @@ struct Activations {
     size_t width = std::max(size_t(c.ffn_width), size_t(c.F) * size_t(c.K + c.n_shared));
     real *gate = reals(C, width), *up = reals(C, width);
     real *router_logits = reals(C, c.E), *affinity = reals(C, c.E), *choice = reals(C, c.E);
-    real *gate_weight = reals(C, c.K), *expert_in = reals(C, c.K, c.D), *expert_out = reals(C, c.K, c.D);
+    real *group_score = reals(C, c.n_group), *gate_weight = reals(C, c.K);
+    real *expert_in = reals(C, c.K, c.D), *expert_out = reals(C, c.K, c.D);
     real *mtp_in = reals(c.n_mtp, C, 2 * c.D);
     real *mtp_x = reals(c.n_mtp, C, c.D), *mtp_h = reals(c.n_mtp, C, c.D);
     int* first = ints(c.E ? c.E + 1 : 0);                       // of a dense model: nothing
@@ -2581,8 +2596,9 @@ struct Session {
           a{arena, m.config, options, device} {}
 
     // Taps of layer l; the MTP layer's inner values have no names.
+    bool taps_of(int l) const { return taps && l < model.config.n_layers; }
     void tap(int l, const char* name, const real* data, int T, std::initializer_list<int> inner) const {
-        if (taps && l < model.config.n_layers) taps->add(text_of("layers.%d.%s", l, name), data, T, inner);
+        if (taps_of(l)) taps->add(text_of("layers.%d.%s", l, name), data, T, inner);
     }
 };
 
@@ -2711,6 +2727,17 @@ inline Model load_model(const fs::path& folder) {
 
 // -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
 
+// What attention made of them. The naive form has no q_absorbed and no z.
+inline void tap_attention(const Session& s, int l, int T) {
+    const Config& c = s.model.config;
+    if (c.mla() && s.options.mla == MlaForm::ABSORBED) {
+        s.tap(l, "q_absorbed", s.a.q_absorbed, T, {c.H, c.Rkv + c.Dr});
+        s.tap(l, "z", s.a.z, T, {c.H, c.Rkv});
+    }
+    s.tap(l, "lse", s.a.lse, T, {c.H});
+    s.tap(l, "o", s.a.o, T, {c.H, c.v_dim()});
+}
+
 // a.y (T, D) = attention of a.u (T, D), at the positions that `place` has set; writes the cache of layer l.
 // mla too.
 inline void gqa(Session& s, const Gqa& w, int l, int T) {
@@ -2730,7 +2757,8 @@ inline void gqa(Session& s, const Gqa& w, int l, int T) {
         store(s.cache.matrix(l, 2 * g), n, {k + g * d, width});
         store(s.cache.matrix(l, 2 * g + 1), n, {v + g * d, width});
     }
-    gqa_attend(a.o, a.q, s.cache, l, c.H, n, a.scratch);
+    gqa_attend(a.o, a.q, s.cache, l, c.H, n, a.scratch, s.taps_of(l) ? a.lse : nullptr);
+    tap_attention(s, l, T);
     matmul({a.y, c.D}, {a.o, c.H * d}, w.wo, T);
 }
 
@@ -2762,7 +2790,8 @@ inline real mla_scale(const Model& m) {
 inline void attend_latent(Session& s, const Mla& w, int l, int T) {
     Activations& a = s.a;
     LatentAttention core{a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)},
-                         s.model.config.Dr, mla_scale(s.model), a.q_absorbed, a.z, a.expanded, a.scratch};
+                         s.model.config.Dr, mla_scale(s.model), a.q_absorbed, a.z, a.expanded, a.scratch,
+                         s.taps_of(l) ? a.lse : nullptr};
     if (s.options.mla == MlaForm::NAIVE) mla_naive(core);
     else mla_absorbed(core);
 }
@@ -2788,6 +2817,7 @@ inline void mla(Session& s, const Mla& w, int l, int T) {
     store(s.cache.matrix(l, 0), {a.seen, size_t(T)}, kv);
     tap_mla(s, l, T);
     attend_latent(s, w, l, T);
+    tap_attention(s, l, T);
     matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
 }
 
@@ -2803,20 +2833,28 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     Activations& a = s.a;
     matmul({a.router_logits, c.E}, {a.u, c.D}, w.gate_w, T);
     GateShape shape = gate_shape(c);
-    Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight};
+    Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight, a.group_score};
     switch (c.gate) {
     case Gate::GREEDY: gate_greedy(r, shape); break;
     case Gate::GROUP_LIMITED_GREEDY: gate_group_limited_greedy(r, shape); break;
     case Gate::NOAUX_TC: gate_noaux_tc(r, w.gate_bias.data(), shape); break;
     }
     s.tap(l, "router_logits", a.router_logits, T, {c.E});
-    if (s.taps && l < c.n_layers) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
+    if (c.gate != Gate::GREEDY) s.tap(l, "group_score", a.group_score, T, {c.n_group});
+    s.tap(l, "choice", a.choice, T, {c.E});
+    if (s.taps_of(l)) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
 
     dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
     run_experts(
         {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
-    combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
+    const real* shared = c.n_shared ? a.expert_in : nullptr;
+    if (s.taps_of(l)) {                                  // the sum before the shared expert joins it
+        combine(a.u, a.expert_out, a.slot, a.gate_weight, c.K, nullptr, T, c.D);
+        s.tap(l, "routed_out", a.u, T, {c.D});
+        if (shared) s.tap(l, "shared_out", shared, T, {c.D});
+    }
+    combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, shared, T, c.D);
 }
 
 // -- 11.4  block, forward, head ------------------------------------------------------------------
@@ -3797,7 +3835,7 @@ inline void attend_rounded(std::span<const Attention> heads, Rows scratch) {
             round_to_bf16(p, n);
             for (int j = 0; j < n; j++) p[j] *= a.scale;
             round_to_bf16(p, n);
-            in_f32.softmax(p, 1, n);
+            softmax_and_lse(in_f32.softmax, p, 1, n, a.lse_of(t, h));
             round_to_bf16(p, n);
             std::fill_n(out, dv, real(0));
             in_f32.weigh({out, 0}, {p, 0}, a.v, 1, n);

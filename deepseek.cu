@@ -634,7 +634,8 @@ struct KeyHeads {
     float* partial = nullptr;              // of each query and split: top, sum, out (dv); none: put together
     const int* table = nullptr;            // (conversations, table_width); none: rows lie in order
     int table_width = 0;
-    float* lse = nullptr;                  // (conversations, heads)
+    Rows lse = {nullptr, 0};               // (T, heads), or not asked for
+    int64_t next_lse = 0;                  // numbers to the next key head's
 
     __device__ int queries() const { return T * heads; }
     __device__ int seen(int query) const { return table ? n[blockIdx.z] : n[query / heads]; }
@@ -705,9 +706,9 @@ __device__ void scores(Array& p, const KeyHeads& a, int first, int begin, int n)
 // The logarithm, where it is asked for, and the answer of a query that sees nothing.
 __device__ inline void finish(const KeyHeads& a, int query, int seen, float top, float sum) {
     for (int i = 0; seen == 0 && i < a.v.cols; i++) a.output(query)[i] = 0;
-    if (a.lse)
-        a.lse[int64_t(blockIdx.z) * a.queries() + query] =
-            seen ? float(double(top) + log(double(sum))) : std::numeric_limits<float>::infinity();
+    if (!a.lse.data) return;
+    a.lse[query / a.heads][blockIdx.z * a.next_lse + query % a.heads] =      // of the largest's share, as there
+        seen ? float(double(top) - log(double(1 / sum))) : std::numeric_limits<float>::infinity();
 }
 
 // A block: eight queries and all splits in turn; or split blockIdx.y alone, left for join_kernel.
@@ -803,8 +804,10 @@ inline void attend(std::span<const Attention> heads, Rows scratch) {
     KeyHeads a{one.out, one.q, 0, 0, stack_of(heads.size(), [&](size_t i) { return heads[i].k; }),
                stack_of(heads.size(), [&](size_t i) { return heads[i].v; }), one.heads, int(one.n.size()),
                one.n.data(), one.scale, 0};
+    a.lse = one.lse;
     if (heads.size() > 1)
-        a.next_out = heads[1].out.data - one.out.data, a.next_q = heads[1].q.data - one.q.data;
+        a.next_out = heads[1].out.data - one.out.data, a.next_q = heads[1].q.data - one.q.data,
+        a.next_lse = heads[1].lse.data - one.lse.data;
     attend_all(a, one.k.dtype, unsigned(heads.size()), one.k.rows, scratch);
 }
 TWIN(attend);
@@ -831,13 +834,14 @@ TWIN(store);
 // -- 7.3  gqa: what the distills have ------------------------------------------------------------
 
 inline void gqa_attend(real* out, const real* q, const Cache& cache, int l, int H, std::span<const int> n,
-                       Rows scratch) {
+                       Rows scratch, real* lse) {
     const int G = cache.parts / 2, d = cache.width, group = H / G;
     std::vector<Attention> heads;
     for (int g = 0; g < G; g++) {
         int64_t at = int64_t(g) * group * d, stride = int64_t(H) * d;
         heads.push_back({{out + at, stride}, {q + at, stride}, group, cache.matrix(l, 2 * g),
-                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n});
+                         cache.matrix(l, 2 * g + 1), 1 / std::sqrt(real(d)), n,
+                         {lse ? lse + g * group : nullptr, H}});
     }
     cuda::attend(heads, scratch);
 }
@@ -888,7 +892,7 @@ inline void mla_naive(const LatentAttention& a) {
         cuda::matmul(k, c, a.wk_b[size_t(h)], n);                                       // W^UK c
         cuda::matmul(v, c, a.wv_b[size_t(h)], n);                                       // W^UV c
         Attention head{{a.out + h * Dv, int64_t(H) * Dv}, {a.q + h * dk, int64_t(H) * dk}, 1,
-                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n};
+                       real_matrix(k[0], n, dk), real_matrix(v[0], n, Dv), a.scale, a.n, a.lse_from(h)};
         head.k.stride = head.v.stride = size_t(width) * sizeof(real);
         cuda::attend({&head, 1}, a.scratch);
     }
@@ -903,7 +907,7 @@ inline void mla_absorbed(const LatentAttention& a) {
     copy({a.q_absorbed + Rkv, int64_t(H) * latent, latent, T, H},
          {const_cast<real*>(a.q) + Dn, int64_t(H) * dk, dk, T, H}, a.Dr);
     Attention all{{a.z, int64_t(H) * Rkv}, {a.q_absorbed, int64_t(H) * latent}, H, a.cache, a.cache, a.scale,
-                  a.n};
+                  a.n, a.lse_from(0)};
     all.v.cols = Rkv, all.v.stride = row_bytes(a.cache.dtype, latent);                  // the value: c alone
     cuda::attend({&all, 1}, a.scratch);
     Batch up{{a.out, int64_t(H) * Dv}, {a.z, int64_t(H) * Rkv}, cuda::stack_of(a.wv_b), T, H, Dv, Rkv};
@@ -921,7 +925,8 @@ inline void mla_paged(const PagedAttention& a, Rows scratch) {
     const Stack rows = stack_of(a.pool);
     KeyHeads all{{a.out, int64_t(a.H) * a.dv}, {a.q, int64_t(a.H) * width}, int64_t(a.H) * a.dv,
                  int64_t(a.H) * width, rows, rows, a.H, 1, a.n.data(), a.scale, 0};
-    all.v.cols = a.dv, all.table = a.table, all.table_width = a.table_width, all.lse = a.lse;
+    all.v.cols = a.dv, all.table = a.table, all.table_width = a.table_width;
+    all.lse = {a.lse, 0}, all.next_lse = a.H;
     attend_all(all, a.pool.dtype, unsigned(a.n.size()), a.table_width * PAGE, scratch);
 }
 TWIN(mla_paged);
@@ -1005,7 +1010,7 @@ __global__ void pick_kernel(Routing r, const float* bias, GateShape g, GroupScor
     for (int e = me; e < g.E; e += THREADS) choice[e] = bias ? affinity[e] + bias[e] : affinity[e];
     __syncthreads();
     for (int i = me; by != GroupScore::NONE && i < g.n_group; i += THREADS)
-        score[i] = group_score(choice + i * size, size, by);
+        score[i] = r.group_score[t * g.n_group + i] = group_score(choice + i * size, size, by);
     __syncthreads();
     for (int e = me; by != GroupScore::NONE && e < g.E; e += THREADS)
         if (rank_of(score, g.n_group, e / size) >= g.topk_group)
@@ -1244,7 +1249,7 @@ inline void upload(Model& m, const std::function<void(size_t, size_t)>& progress
 // As Session::tap, of arrays of the device.
 inline void tap(const Session& s, int l, const char* name, const real* data, int T,
                 std::initializer_list<int> inner) {
-    if (!s.taps || l >= s.model.config.n_layers) return;
+    if (!s.taps_of(l)) return;
     size_t n = size_t(T);
     for (int size : inner) n *= size_t(size);
     Vector host(n);
@@ -1258,6 +1263,17 @@ inline void tap(const Session& s, const char* name, const real* data, int T) {  
     cuda::read(host.data(), data, host.size() * sizeof(real));
     s.taps->add(name, host.data(), T, {s.model.config.D});
 }
+
+inline void tap_attention(const Session& s, int l, int T) {
+    const Config& c = s.model.config;
+    if (c.mla() && s.options.mla == MlaForm::ABSORBED) {
+        cuda::tap(s, l, "q_absorbed", s.a.q_absorbed, T, {c.H, c.Rkv + c.Dr});
+        cuda::tap(s, l, "z", s.a.z, T, {c.H, c.Rkv});
+    }
+    cuda::tap(s, l, "lse", s.a.lse, T, {c.H});
+    cuda::tap(s, l, "o", s.a.o, T, {c.H, c.v_dim()});
+}
+TWIN(tap_attention);
 
 inline void gqa(Session& s, const Gqa& w, int l, int T) {
     const Config& c = s.model.config;
@@ -1276,7 +1292,8 @@ inline void gqa(Session& s, const Gqa& w, int l, int T) {
         cuda::store(s.cache.matrix(l, 2 * g), n, {k + g * d, width});
         cuda::store(s.cache.matrix(l, 2 * g + 1), n, {v + g * d, width});
     }
-    cuda::gqa_attend(a.o, a.q, s.cache, l, c.H, n, Work(s).splits);
+    cuda::gqa_attend(a.o, a.q, s.cache, l, c.H, n, Work(s).splits, s.taps_of(l) ? a.lse : nullptr);
+    cuda::tap_attention(s, l, T);
     cuda::matmul({a.y, c.D}, {a.o, c.H * d}, w.wo, T);
 }
 TWIN(gqa);
@@ -1309,7 +1326,7 @@ inline void attend_latent(Session& s, const Mla& w, int l, int T) {
     Activations& a = s.a;
     LatentAttention core{a.o, a.q, s.cache.matrix(l, 0), w.wk_b, w.wv_b, {a.seen, size_t(T)},
                          s.model.config.Dr, mla_scale(s.model), a.q_absorbed, a.z, a.expanded,
-                         Work(s).splits};
+                         Work(s).splits, s.taps_of(l) ? a.lse : nullptr};
     if (s.options.mla == MlaForm::NAIVE) cuda::mla_naive(core);
     else cuda::mla_absorbed(core);
 }
@@ -1338,6 +1355,7 @@ inline void mla(Session& s, const Mla& w, int l, int T) {
     cuda::store(s.cache.matrix(l, 0), {a.seen, size_t(T)}, kv);
     cuda::tap_mla(s, l, T);
     cuda::attend_latent(s, w, l, T);
+    cuda::tap_attention(s, l, T);
     cuda::matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
 }
 TWIN(mla);
@@ -1347,14 +1365,16 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     Activations& a = s.a;
     cuda::matmul({a.router_logits, c.E}, {a.u, c.D}, w.gate_w, T);
     const GateShape shape = gate_shape(c);
-    const Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight};
+    const Routing r{T, a.router_logits, a.affinity, a.choice, a.expert_idx, a.gate_weight, a.group_score};
     switch (c.gate) {
     case Gate::GREEDY: cuda::gate_greedy(r, shape); break;
     case Gate::GROUP_LIMITED_GREEDY: cuda::gate_group_limited_greedy(r, shape); break;
     case Gate::NOAUX_TC: cuda::gate_noaux_tc(r, w.gate_bias.data(), shape); break;
     }
     cuda::tap(s, l, "router_logits", a.router_logits, T, {c.E});
-    if (s.taps && l < c.n_layers) {
+    if (c.gate != Gate::GREEDY) cuda::tap(s, l, "group_score", a.group_score, T, {c.n_group});
+    cuda::tap(s, l, "choice", a.choice, T, {c.E});
+    if (s.taps_of(l)) {
         std::vector<int> idx(size_t(T) * size_t(c.K));
         cuda::read(idx.data(), a.expert_idx, idx.size() * sizeof(int));
         s.taps->add(text_of("layers.%d.expert_idx", l), idx.data(), T, c.K);
@@ -1364,7 +1384,13 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     cuda::dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
     cuda::run_experts(
         {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
-    cuda::combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, c.n_shared ? a.expert_in : nullptr, T, c.D);
+    const real* shared = c.n_shared ? a.expert_in : nullptr;
+    if (s.taps_of(l)) {
+        cuda::combine(a.u, a.expert_out, a.slot, a.gate_weight, c.K, nullptr, T, c.D);
+        cuda::tap(s, l, "routed_out", a.u, T, {c.D});
+        if (shared) cuda::tap(s, l, "shared_out", shared, T, {c.D});
+    }
+    cuda::combine(a.y, a.expert_out, a.slot, a.gate_weight, c.K, shared, T, c.D);
 }
 TWIN(moe);
 

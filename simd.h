@@ -2217,7 +2217,7 @@ inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
     k.rows = seen(Q - 1);
     matmul_alone({scores, q, &k, Q});
     for (int i = 0; i < Q; i++) {
-        kernels.softmax(scores[i], a.scale, seen(i));
+        softmax_and_lse(kernels.softmax, scores[i], a.scale, seen(i), a.lse_of(token(i), head(i)));
         std::fill_n(out[i], dv, real(0));
     }
     kernels.weigh(out, scores, a.v, Q, seen(0));

@@ -224,10 +224,12 @@ def rope_half(x, pos, f, m):             # pairs (i, i + d/2)
 
 # -- attention -----------------------------------------------------------------------------------------------
 
-def attend(q, k, v, scale):              # (T,H,dk) (T,H,dk) (T,H,dv), causal
+def attend(q, k, v, scale):              # (T,H,dk) (T,H,dk) (T,H,dv), causal; also p (H,T,T), lse (T,H)
     T = q.shape[0]
     s = r(r(np.einsum("thd,jhd->htj", q, k)) * scale) + np.triu(np.full((T, T), -np.inf, F), 1)
-    return r(np.einsum("htj,jhd->thd", r(softmax(s)), v))
+    p, top = r(softmax(s)), s.max(-1)
+    lse = top + np.log(np.exp(s - top[..., None]).sum(-1))
+    return r(np.einsum("htj,jhd->thd", p, v)), p, lse.T
 
 
 def mla(u, w, p, c, pos, tap):
@@ -247,7 +249,13 @@ def mla(u, w, p, c, pos, tap):
     tap["k_rope"] = k_rope = rope_interleaved(a[:, None, r:], pos, f, m)[:, 0]
     kv = linear(c_kv, w, p + "kv_b_proj.weight").reshape(T, H, dn + dv)
     k = np.concatenate([kv[..., :dn], np.repeat(k_rope[:, None], H, 1)], -1)
-    o = attend(np.concatenate([q[..., :dn], q_rope], -1), k, kv[..., dn:], scale / math.sqrt(dn + dr))
+    q = np.concatenate([q[..., :dn], q_rope], -1)
+    o, prob, lse = attend(q, k, kv[..., dn:], scale / math.sqrt(dn + dr))
+    # what the absorbed form has instead of keys and values: of the result, which is the naive form's, no part
+    wk = w[p + "kv_b_proj.weight"].reshape(H, dn + dv, r)[:, :dn]
+    tap["q_absorbed"] = np.concatenate([np.einsum("thd,hdr->thr", q[..., :dn], wk), q_rope], -1)
+    tap["z"] = np.einsum("htj,jr->thr", prob, c_kv)
+    tap["lse"], tap["o"] = lse, o
     return linear(o.reshape(T, H * dv), w, p + "o_proj.weight")
 
 
@@ -259,19 +267,21 @@ def gqa(u, w, p, c, pos, tap):
     q = rope_half(lin("q_proj").reshape(T, H, d), pos, f, m)
     k = rope_half(lin("k_proj").reshape(T, G, d), pos, f, m)
     v = lin("v_proj").reshape(T, G, d)
-    o = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
+    tap["o"], _, tap["lse"] = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
+    o = tap["o"]
     return linear(o.reshape(T, H * d), w, p + "o_proj.weight")
 
 
 # -- mixture of experts --------------------------------------------------------------------------------------
 
 def gate(logits, bias, c):
-    """Expert ids (in descending order of the selecting score) and mixing weights of one token."""
+    """Of one token: the groups' scores, what selects (-inf outside of the best groups), expert ids in its
+    descending order, mixing weights."""
     E, K, G = c["n_routed_experts"], c["num_experts_per_tok"], c.get("n_group") or 1
     method = c.get("topk_method", "noaux_tc")
     scoring = c.get("scoring_func", "sigmoid" if method == "noaux_tc" else "softmax")
     s = softmax(logits) if scoring == "softmax" else sigmoid(logits)
-    choice = s + bias if method == "noaux_tc" else s
+    choice, score = s + bias if method == "noaux_tc" else s, None
     if method != "greedy":
         per = choice.reshape(G, E // G)
         score = np.sort(per, -1)[:, -2:].sum(-1) if method == "noaux_tc" else per.max(-1)
@@ -283,7 +293,7 @@ def gate(logits, bias, c):
         g = g / (g.sum() + 1e-20)
     if method == "noaux_tc" or not c.get("norm_topk_prob"):
         g = g * c.get("routed_scaling_factor", 1.0)
-    return idx, g
+    return score, choice, idx, g
 
 
 def moe(u, w, p, c, tap):
@@ -291,12 +301,17 @@ def moe(u, w, p, c, tap):
     tap["router_logits"] = logits = np.stack([(u * row).sum(-1) for row in w[p + "gate.weight"]], -1)
     bias = w.get(p + "gate.e_score_correction_bias", np.zeros(logits.shape[1], F))
     chosen = [gate(l, bias, c) for l in logits]
-    tap["expert_idx"] = np.array([i for i, _ in chosen], np.int32)
-    tap["expert_weight"] = np.array([g for _, g in chosen])
-    y = swiglu(u, w, p + "shared_experts.") if c.get("n_shared_experts") else np.zeros_like(u)
-    for t, (idx, g) in enumerate(chosen):
+    for name, part in zip(("group_score", "choice", "expert_idx", "expert_weight"), zip(*chosen)):
+        if part[0] is not None:
+            tap[name] = np.array(part, np.int32 if name == "expert_idx" else None)
+    y = np.zeros_like(u)
+    for t, (_, _, idx, g) in enumerate(chosen):
         for i, gi in zip(idx, g):
             y[t] += gi * swiglu(u[t:t + 1], w, f"{p}experts.{i}.")[0]
+    tap["routed_out"] = r(y)
+    if c.get("n_shared_experts"):
+        tap["shared_out"] = swiglu(u, w, p + "shared_experts.")
+        y = y + tap["shared_out"]
     return r(y)
 
 

@@ -345,6 +345,13 @@ inline double attention_bound(int n, double largest) {
     return n <= SPLIT ? 0 : 4 * (n + 5.0 * n / SPLIT) * 0x1p-24 * largest;
 }
 
+// Of a logarithm: of a sum of n / 16 roundings a lane, put together in another order; and its own.
+inline double lse_bound(int n, const Reals& lse) {
+    double largest = 0;
+    for (real x : lse.host) if (std::isfinite(x)) largest = std::max(largest, std::fabs(double(x)));
+    return n <= SPLIT ? 0 : (n / 16.0 + 4 + largest) * 0x1p-23;
+}
+
 struct AttentionCase {
     int T, heads, G, dk, dv, most;
     Dtype kv;
@@ -390,28 +397,31 @@ inline void check_attention(Check& c, const AttentionCase& a) {
     for (size_t i = 0; a.lost && i < numbers.size(); i += size_t(a.dk)) numbers[i] = 3e38f;
     Reals q(a.odd ? c.odd(numbers, 3 * a.dk + 1) : numbers);
     Reals out(Vector(size_t(a.T * H * a.dv), NOT_A_NUMBER)), again(out.host);
+    Reals lse(Vector(size_t(a.T * H), NOT_A_NUMBER)), lse_again(lse.host);
     Ints n(a.ragged ? ragged_positions(c, a.T, a.most) : positions(a.T, a.most));
     KeysAndValues kv = keys_and_values(c, a, context);
     const int64_t split = split_scratch(a.T, H, context, a.dv),
                   whole = attention_scratch(context, a.dk, a.dv);
     Reals scratch(Vector(size_t(std::max(split, whole * n_threads()))));
-    auto run = [&](Side at, real* to, int64_t stride) {
+    auto run = [&](Side at, real* to, real* logarithm, int64_t stride) {
         std::vector<Attention> heads;
         for (int g = 0; g < a.G; g++) {
             const int64_t first = int64_t(g) * a.heads;
             const Rows from{q(at) + first * a.dk, int64_t(H) * a.dk};
             heads.push_back({{to + first * a.dv, int64_t(H) * a.dv}, from, a.heads, kv.matrix(at, false, g),
-                             kv.matrix(at, true, g), 0.4f, n.span(at)});
+                             kv.matrix(at, true, g), 0.4f, n.span(at), {logarithm + g * a.heads, H}});
         }
         at == Side::HOST ? ::attend(heads, {scratch(at), stride})
                          : cuda::attend(heads, {scratch(at), stride});
     };
-    if (a.T) run(Side::HOST, out(Side::HOST), whole);        // which is not defined for no token
-    run(Side::DEVICE, out(Side::DEVICE), split);             // each split its own block
-    run(Side::DEVICE, again(Side::DEVICE), 0);               // a block all splits
+    const Side host = Side::HOST, device = Side::DEVICE;
+    if (a.T) run(host, out(host), lse(host), whole);         // which is not defined for no token
+    run(device, out(device), lse(device), split);            // each split its own block
+    run(device, again(device), lse_again(device), 0);        // a block all splits
     c.within(out, attention_bound(a.most, largest(a.kv, 1)));
-    again.host = out.device.host();
-    c.same(again);
+    c.within(lse, lse_bound(a.most, lse));
+    again.host = out.device.host(), lse_again.host = lse.device.host();
+    c.same(again), c.same(lse_again);
 }
 inline void check_attend(Check& c) {
     for (const AttentionCase& a : {AttentionCase{1, 1, 1, 16, 16, 1, Dtype::F32},
@@ -457,6 +467,7 @@ inline void check_gqa_attend(Check& c) {
         const size_t bytes = Cache::bytes(2, context, 2 * G, d, kv);
         Array<uint8_t> memory(random_bytes(c, kv, bytes, 1));
         Reals q(c.numbers(int64_t(T) * H * d)), out(Vector(size_t(T * H * d), NOT_A_NUMBER));
+        Reals lse(Vector(size_t(T * H), NOT_A_NUMBER));
         Reals scratch(Vector(size_t(attention_scratch(context, d, d) * n_threads())));
         Ints n(positions(T, most));
         for (Side at : SIDES) {
@@ -464,10 +475,10 @@ inline void check_gqa_attend(Check& c) {
                                                 reinterpret_cast<std::byte*>(memory(at)));
             const Cache cache{kv, context, 2 * G, d, bytes_at};
             const Rows rows{scratch(at), attention_scratch(context, d, d)};
-            if (at == Side::DEVICE) cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
-            else if (T) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows);
+            if (at == Side::DEVICE) cuda::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows, lse(at));
+            else if (T) ::gqa_attend(out(at), q(at), cache, 1, H, n.span(at), rows, lse(at));
         }
-        c.same(out);
+        c.same(out), c.same(lse);
     }
 }
 
@@ -484,6 +495,7 @@ inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
     Reals q(c.numbers(int64_t(a.T) * a.H * dk, 2)), out(Vector(size_t(a.T * a.H * Dv), NOT_A_NUMBER));
     Ints n(positions(a.T, a.most));
     Reals q_absorbed(Vector(size_t(a.T * a.H * latent))), z(Vector(size_t(a.T * a.H * Rkv)));
+    Reals lse(Vector(size_t(a.T * a.H), NOT_A_NUMBER));
     const int64_t expansion = int64_t(context) * latent_expansion(Rkv, Dn, Dr, Dv);
     const int64_t numbers =
         std::max(attention_scratch(context, latent, Rkv), split_scratch(a.T, a.H, context, Rkv));
@@ -507,11 +519,14 @@ inline void check_latent(Check& c, const LatentCase& a, bool absorbed) {
                             q_absorbed(at),
                             z(at),
                             {expanded(at), expansion},
-                            {scratch(at), numbers}};
+                            {scratch(at), numbers},
+                            lse(at)};
         if (at == Side::DEVICE) absorbed ? cuda::mla_absorbed(all) : cuda::mla_naive(all);
         else if (a.T) absorbed ? ::mla_absorbed(all) : ::mla_naive(all);
     }
     c.within(out, attention_bound(a.most, Rkv * 0.3 * largest(a.kv, 1)));    // W^UV adds up Rkv of them
+    c.within(lse, lse_bound(a.most, lse));
+    if (absorbed) c.same(q_absorbed), c.within(z, attention_bound(a.most, largest(a.kv, 1)));
 }
 constexpr LatentCase LATENT_CASES[] = {
     {1, 1, 1, Dtype::F32, Dtype::F32},        {17, 3, 40, Dtype::F8_E4M3, Dtype::F32},
@@ -558,12 +573,13 @@ template <class Run> void check_gate(Check& c, bool groups, const Run& run) {
             if (T > 1 && sigmoids) z[size_t(E) + 3] = INF, z[size_t(E) + 5] = -INF;
             Reals logits(z), bias(c.numbers(E, 0.5f));
             Reals affinity(Vector(size_t(T * E))), choice(affinity.host), weights(Vector(size_t(T * K)));
+            Reals score(Vector(size_t(T * shape.n_group)));
             Ints idx(std::vector<int>(size_t(T * K), -7));
             for (Side at : SIDES) {
-                const Routing r{T, logits(at), affinity(at), choice(at), idx(at), weights(at)};
+                const Routing r{T, logits(at), affinity(at), choice(at), idx(at), weights(at), score(at)};
                 run(at, r, bias(at), shape);
             }
-            c.same(idx), c.same(affinity), c.same(choice), c.same(weights);
+            c.same(idx), c.same(affinity), c.same(choice), c.same(weights), c.same(score);
         }
     }
 }

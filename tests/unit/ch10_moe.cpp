@@ -12,13 +12,15 @@ static void gate_of(const Config& c, const Routing& r, const Vector& bias) {
 // T tokens through a gate.
 struct Gated {
     Config c;
-    Vector affinity, choice, weight;
+    Vector affinity, choice, weight, group_score;
     std::vector<int> idx;
 
     Gated(const Config& config, const Vector& logits, const Vector& bias = {}) : c(config) {
         const size_t T = logits.size() / size_t(c.E), K = size_t(c.K);
         affinity = choice = Vector(logits.size()), weight = Vector(T * K), idx = std::vector<int>(T * K);
-        gate_of(c, {int(T), logits.data(), affinity.data(), choice.data(), idx.data(), weight.data()}, bias);
+        group_score = Vector(T * size_t(c.n_group));
+        gate_of(c, {int(T), logits.data(), affinity.data(), choice.data(), idx.data(), weight.data(),
+                    group_score.data()}, bias);
     }
 };
 
@@ -90,8 +92,13 @@ TEST(GateGroupLimited, ScalesBy16) {
 TEST(GateNoaux, ScoresAGroupByItsBestTwo) {
     // max: 0.9 against 0.6; sum of two: 1.0 against 1.2
     Vector logits = logits_of({0.9, 0.1, 0.6, 0.6}, true), bias(4);
-    EXPECT_EQ(Gated(v3_gate({4, 1, 2, 1}), logits, bias).idx, Idx{2});
+    Gated g(v3_gate({4, 1, 2, 1}), logits, bias);
+    EXPECT_EQ(g.idx, Idx{2});
     EXPECT_EQ(Gated(v3_gate({4, 1, 2, 2}), logits, bias).idx, Idx{0});
+    EXPECT_NEAR(g.group_score[0], 1.0, 12 * U);                    // two affinities of 5 U each, their sum
+    EXPECT_NEAR(g.group_score[1], 1.2, 12 * U);
+    EXPECT_EQ(g.choice[0], -std::numeric_limits<real>::infinity());
+    EXPECT_EQ(g.choice[2], g.affinity[2]);
 }
 TEST(GateNoaux, AddsTwoOfAGroupNotAll) {
     // two: 1.0 against 0.9; all three: 1.0 against 1.2

@@ -271,15 +271,51 @@ TEST(Forward, NamesItsTapsInTheOrderOfTheNetwork) {
     for (const Taps::Entry& e : a.taps.entries) names.push_back(e.name);
     for (int l = 0; l < 3; l++) {
         for (const char* name :
-             {"attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "attn_out", "ffn_norm",
-              "router_logits", "expert_idx", "expert_weight", "ffn_out", "out"}) {
-            bool moe_only = std::string(name).starts_with("router") ||
-                            std::string(name).starts_with("expert");
-            if (l > 0 || !moe_only) expected.push_back(text_of("layers.%d.%s", l, name));
-        }
+             {"attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "q_absorbed", "z", "lse", "o",
+              "attn_out", "ffn_norm"})
+            expected.push_back(text_of("layers.%d.%s", l, name));
+        for (const char* name : {"router_logits", "group_score", "choice", "expert_idx", "expert_weight",
+                                 "routed_out", "shared_out"})
+            if (l > 0) expected.push_back(text_of("layers.%d.%s", l, name));
+        for (const char* name : {"ffn_out", "out"}) expected.push_back(text_of("layers.%d.%s", l, name));
     }
     for (const char* name : {"norm", "mtp.in", "mtp.out"}) expected.push_back(name);
     EXPECT_EQ(names, expected);
+}
+TEST(Forward, HasNoTapOfWhatAFormDoesNotCompute) {
+    Model v3 = random_model("taps", tiny_v3()), v2 = random_model("taps_v2", tiny_v2_lite());
+    Taps naive = answer(v3, random_ids(3, 31), {3, 3, MlaForm::NAIVE}, true).taps;
+    for (const char* name : {"q_absorbed", "z"}) EXPECT_FALSE(naive.index.count(text_of("layers.1.%s", name)));
+    for (const char* name : {"lse", "o"}) EXPECT_TRUE(naive.index.count(text_of("layers.1.%s", name)));
+    Taps greedy = answer(v2, random_ids(3, 31), {3, 3, MlaForm::ABSORBED}, true).taps;
+    EXPECT_FALSE(greedy.index.count("layers.1.group_score"));
+    EXPECT_TRUE(greedy.index.count("layers.1.choice"));
+}
+// The borders of kernels meet: what one tap holds makes the next.
+TEST(Forward, TapsFollowFromEachOther) {
+    Model model = random_model("taps", tiny_v3());
+    const Config& c = model.config;
+    const int T = 6;
+    Answer a = answer(model, random_ids(T, 31), {T, 4, MlaForm::ABSORBED}, true);
+    auto tap = [&](const std::string& name) {
+        return a.taps.entries[a.taps.index.at("layers.1." + name)].values;
+    };
+    Vector o = tap("o"), y(size_t(T * c.D)), sum = tap("routed_out"), shared = tap("shared_out");
+    matmul({y.data(), c.D}, {o.data(), c.H * c.Dv}, model.layers[1].mla.wo, T);
+    EXPECT_TRUE(same_bits(y, tap("attn_out")));
+    for (size_t i = 0; i < sum.size(); i++) sum[i] += shared[i];
+    EXPECT_TRUE(same_bits(sum, tap("ffn_out")));
+    Vector q = tap("q_absorbed"), rope = tap("q_rope"), z = tap("z"), choice = tap("choice");
+    const int width = c.Rkv + c.Dr;
+    for (int64_t i = 0; i < T * c.H; i++)
+        EXPECT_TRUE(same_bits(q.data() + i * width + c.Rkv, rope.data() + i * c.Dr, size_t(c.Dr))) << i;
+    for (int h = 0; h < c.H; h++) {
+        matmul({y.data(), c.Dv}, {z.data() + h * c.Rkv, c.H * c.Rkv}, model.layers[1].mla.wv_b[size_t(h)], 1);
+        EXPECT_TRUE(same_bits(y.data(), o.data() + h * c.Dv, size_t(c.Dv))) << h;
+    }
+    std::vector<int> idx(size_t(T * c.K));
+    for (int t = 0; t < T; t++) top_k(idx.data() + t * c.K, choice.data() + t * c.E, c.E, c.K);
+    EXPECT_EQ(idx, a.taps.entries[a.taps.index.at("layers.1.expert_idx")].integers);
 }
 TEST(Prefill, ReportsEachChunk) {
     Model model = random_model("prefill", tiny_v3());
