@@ -332,6 +332,7 @@ struct Taps {
     };
     std::vector<Entry> entries;          // network order
     std::unordered_map<std::string, size_t> index;
+    size_t rows = 0;                     // that each will have: its memory is taken once
 
     Entry& find(const std::string& name, std::initializer_list<int> inner) {
         auto [at, is_new] = index.try_emplace(name, entries.size());
@@ -342,6 +343,7 @@ struct Taps {
         size_t n = size_t(T);
         for (int size : inner) n *= size_t(size);
         Entry& entry = find(name, inner);
+        if (entry.values.empty()) entry.values.reserve(n / size_t(std::max(T, 1)) * rows);
         entry.values.insert(entry.values.end(), data, data + n);
     }
     void add(const std::string& name, const int* data, int T, int inner) {
@@ -1064,8 +1066,11 @@ inline std::vector<int> parse_id_array(Json json) {
     return ids;
 }
 
-inline std::vector<int> parse_id_list(const std::string& text, int V) {
+// 1,2,3 or [1, 2, 3]
+inline std::vector<int> parse_id_list(std::string text, int V) {
     std::vector<int> ids;
+    std::erase(text, ' ');
+    if (text.starts_with('[') && text.ends_with(']')) text = text.substr(1, text.size() - 2);
     std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
     for (std::string item; std::getline(in, item, ',');) {
         bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
@@ -1141,8 +1146,13 @@ struct OutputTensor {
     void (*read)(void* to, const void* from, size_t bytes) = nullptr;   // where data is not ours (11.1)
 };
 
-void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors) {
-    std::string header = "{";
+// about: what the file says of itself
+void write_safetensors(AtomicFile& file, const std::vector<OutputTensor>& tensors,
+                       const std::map<std::string, std::string>& about = {}) {
+    std::string header = "{", metadata;
+    for (auto& [key, text] : about)
+        metadata += (metadata.empty() ? "" : ",") + json_quote(key) + ":" + json_quote(text);
+    if (!about.empty()) header += "\"__metadata__\":{" + metadata + "}";
     for (size_t at = 0; const OutputTensor& t : tensors) {
         std::string shape;
         for (size_t n : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
@@ -1211,6 +1221,10 @@ struct Sampling {
 
 #include "gguf.h"
 
+inline bool has_tokenizer(const fs::path& model) {
+    if (is_gguf(model)) return open_gguf(model).keys.has("tokenizer.ggml.tokens");
+    return fs::exists(model / "tokenizer.json");
+}
 inline Tokenizer load_tokenizer(const fs::path& model) {
     return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
 }
@@ -3407,6 +3421,140 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
 
 constexpr Drafting MTP_DRAFTS = {mtp_catch_up, mtp_step};
 
+// -- 13.4  looking inside: every position's logits, and taps -------------------------------------
+
+// x as a tensor of a file: rows of `inner` numbers.
+template <class T>
+OutputTensor output_rows(const std::string& name, std::vector<size_t> inner, const std::vector<T>& x) {
+    size_t row = 1;
+    for (size_t side : inner) row *= side;
+    inner.insert(inner.begin(), x.size() / row);
+    const char* dtype = std::is_integral_v<T> ? "I32" : format_of(REAL).name;
+    return {name, dtype, inner, x.data(), x.size() * sizeof(T)};
+}
+
+// What the tokens of a prompt make, from position `past` on.
+struct Inside {
+    size_t V;
+    int past;
+    bool mtp;
+    Taps taps;
+    Vector logits, mtp_logits;             // (T - past, V), (T - past - 1, V)
+
+    std::vector<OutputTensor> tensors(bool with_taps) const {
+        std::vector<OutputTensor> out;
+        for (const Taps::Entry& t : taps.entries) {
+            if (!with_taps) continue;
+            out.push_back(t.integers.empty() ? output_rows(t.name, t.inner, t.values)
+                                             : output_rows(t.name, t.inner, t.integers));
+        }
+        out.push_back(output_rows("logits", {V}, logits));
+        if (mtp) out.push_back(output_rows("mtp_logits", {V}, mtp_logits));
+        return out;
+    }
+};
+
+// Of s.tokens; those before `past` are only read, so that what follows is what decoding would compute. After
+// each chunk done(n): n tokens were read.
+inline Inside look_inside(Session& s, int past, bool with_taps, const std::function<void(size_t)>& done) {
+    const bool mtp = s.model.config.n_mtp > 0;
+    const std::span<const int> ids(s.tokens);
+    const size_t V = size_t(s.model.config.V), rows = ids.size() - size_t(past);
+    Inside in{V, past, mtp, {}, Vector(rows * V), Vector(mtp ? (rows - 1) * V : 0)};
+    in.taps.rows = rows;
+    prefill(s, ids.first(size_t(past)), 0, [&](int pos, int n) {
+        if (mtp) mtp_catch_up(s);
+        done(size_t(pos + n));
+    });
+    if (with_taps) s.taps = &in.taps;
+    prefill(s, ids.subspan(size_t(past)), past, [&](int pos, int n) {
+        s.device.head(s, in.logits.data() + size_t(pos - past) * V, s.a.h, n);
+        const size_t begin = size_t(s.mtp_length - past) * V;
+        if (mtp) s.device.head(s, in.mtp_logits.data() + begin, s.a.mtp_h, mtp_catch_up(s));
+        done(size_t(pos + n));
+    });
+    s.taps = nullptr;
+    return in;
+}
+
+// How they were made, in the words of the options.
+inline std::map<std::string, std::string> about_pass(const Session& s, int past) {
+    constexpr const char* ARITHS[] = {"f32", "bf16", "fp8", "fp8"};
+    std::string kv = format_of(s.cache.dtype).name, ids = json_array(s.tokens);
+    for (char& letter : kv) letter = char(std::tolower(letter));
+    std::map<std::string, std::string> about = {
+        {"chunk", std::to_string(s.options.chunk)}, {"kv", kv}, {"arith", ARITHS[size_t(kernels.arith)]},
+        {"exact", kernels.integers ? "false" : "true"}, {"device", s.device.name}, {"kernels", kernels.name},
+        {"ids", ids.substr(1, ids.size() - 2)}, {"past", std::to_string(past)}};
+    if (s.model.config.mla()) about["mla"] = s.options.mla == MlaForm::NAIVE ? "naive" : "absorbed";
+    return about;
+}
+
+// A tensor as text: a line for all numbers along its last axis, a long one without its middle.
+inline std::string text_of(const OutputTensor& t) {
+    constexpr size_t SHOWN = 4;            // of each end
+    const auto* data = static_cast<const std::byte*>(t.data);
+    auto number = [&](size_t i) {
+        return t.dtype == "I32" ? std::to_string(load<int32_t>(data + 4 * i))
+                                : text_of("%.6g", double(load<real>(data + i * sizeof(real))));
+    };
+    std::string out, sides;
+    for (size_t side : t.shape) sides += (sides.empty() ? "" : ", ") + std::to_string(side);
+    out = t.name + " (" + sides + ") " + t.dtype + "\n";
+    const size_t n = t.shape.back(), rows = t.bytes / (t.dtype == "I32" ? 4 : sizeof(real)) / n;
+    for (size_t row = 0; row < rows; row++) {
+        std::string index;
+        for (size_t axis = t.shape.size() - 1, left = row; axis-- > 0; left /= t.shape[axis])
+            index = std::to_string(left % t.shape[axis]) + (index.empty() ? "" : ", ") + index;
+        out += "[" + index + "]";
+        for (size_t i = 0; i < n; i++) {
+            if (i == SHOWN && n > 2 * SHOWN + 1)
+                out += text_of(" ... %zu more ...", n - 2 * SHOWN), i = n - SHOWN;
+            out += " " + number(row * n + i);
+        }
+        out += "\n";
+    }
+    return out;
+}
+
+// The one with this name as text.
+inline std::string text_of(const std::vector<OutputTensor>& all, const std::string& name) {
+    auto at = std::ranges::find(all, name, &OutputTensor::name);
+    if (at != all.end()) return text_of(*at);
+    std::string names, last;                             // of all layers the last is enough
+    for (const OutputTensor& t : all)
+        if (t.name.starts_with("layers.")) last = t.name.substr(0, t.name.find('.', 7) + 1);
+    for (const OutputTensor& t : all)
+        if (!t.name.starts_with("layers.") || t.name.starts_with(last)) names += " " + t.name;
+    fail("--print %s: no such tensor; there are%s", Fields::printable(name).c_str(), names.c_str());
+}
+
+// The k likeliest tokens after each position, as lines or as JSON: id, logit, probability, text.
+inline std::string likeliest(const Inside& in, std::span<const int> ids, int k, const Tokenizer* t,
+                             bool json) {
+    std::string out = json ? "{\"positions\":[" : "";
+    auto quoted = [&](int id) { return t ? json_quote(t->decode({id})) : std::string(json ? "null" : ""); };
+    std::vector<int> best(std::min(size_t(k), in.V));
+    for (size_t pos = size_t(in.past); pos < ids.size(); pos++) {
+        const real* z = in.logits.data() + (pos - size_t(in.past)) * in.V;
+        const double all = negative_log_likelihood(z, int(in.V), 0) + double(z[0]);    // ln of the sum of e^z
+        const char* head = json ? "%s{\"position\":%zu,\"id\":%d,\"token\":%s,\"top\":["
+                                : "%sposition %zu: %d %s\n";
+        top_k(best.data(), z, int(in.V), int(best.size()));
+        out += text_of(head, json && pos > size_t(in.past) ? "," : "", pos, ids[pos],
+                       quoted(ids[pos]).c_str());
+        for (size_t i = 0; i < best.size(); i++) {
+            const char* line = json ? "%s{\"id\":%d,\"logit\":%.9g,\"probability\":%.6g,\"token\":%s}"
+                                    : "%s%8d %12.6f %10.6f  %s\n";
+            const double logit = double(z[best[i]]);
+            out += text_of(line, json && i ? "," : "", best[i], logit, std::exp(logit - all),
+                           quoted(best[i]).c_str());
+        }
+        if (json) out += "]}";
+    }
+    return out + (json ? "]}\n" : "");
+}
+
 // =================================================================================================
 // Chapter 14. FP8
 // =================================================================================================
@@ -4044,6 +4192,36 @@ inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOp
             &device};
 }
 
+// What `logits` keeps until it is written (13.4), in the host's memory.
+struct InsideBill {
+    uint64_t logits = 0, mtp_logits = 0, taps = 0;
+
+    InsideBill() = default;
+    InsideBill(const Config& c, MlaForm form, int rows, bool with_taps) {
+        const uint64_t n = uint64_t(rows), V = uint64_t(c.V), D = uint64_t(c.D), H = uint64_t(c.H);
+        auto sum = [](auto... sides) { return (uint64_t(sides) + ...); };
+        logits = n * V * sizeof(real), mtp_logits = c.n_mtp ? (n - 1) * V * sizeof(real) : 0;
+        if (!with_taps) return;
+        // embed, norm; of a layer: norms, branches and residual, lse, o; what either attention has besides
+        uint64_t numbers = 2 * D + uint64_t(c.n_layers) * sum(5 * D, H, H * uint64_t(c.v_dim()));
+        uint64_t latent = c.mla() ? sum(c.Rq, H * uint64_t(c.q_dim()), c.Rkv, c.Dr) : 0;
+        if (c.mla() && form == MlaForm::ABSORBED) latent += H * uint64_t(2 * c.Rkv + c.Dr);
+        uint64_t experts = sum(2 * c.E, 2 * c.K, D, c.n_shared ? D : 0);
+        if (c.gate != Gate::GREEDY) experts += uint64_t(c.n_group);
+        for (int l = 0; l < c.n_layers; l++) numbers += latent + (c.is_moe(l) ? experts : 0);
+        taps = (n * numbers + (c.n_mtp ? (n - 1) * 2 * D : 0)) * sizeof(real);
+    }
+    // Fails where it does not fit, beside a session on the CPU.
+    void require(const MemoryPlan& plan) const {
+        const uint64_t free = CPU.available(), used = plan.device == &CPU ? plan.needed() : 0;
+        const uint64_t sum = logits + mtp_logits + taps, left = free - std::min(free, used);
+        if (free && sum > left)
+            fail("not enough memory for the result: logits %.2f GB, mtp_logits %.2f GB and taps %.2f GB need "
+                 "%.2f GB more than the %.2f GB left", gigabytes(logits), gigabytes(mtp_logits),
+                 gigabytes(taps), gigabytes(sum - left), gigabytes(left));
+    }
+};
+
 // -- 19.4  loading within the plan ---------------------------------------------------------------
 
 // A bar on a terminal, nothing elsewhere.
@@ -4140,13 +4318,13 @@ inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t
 
 // A model, ready to run with these options of a session.
 inline Model load_planned(const fs::path& folder, const std::string& quant, const Config& c,
-                          const SessionOptions& s, const Device& device) {
+                          const SessionOptions& s, const Device& device, const InsideBill& result = {}) {
     if (kernels.arith == Arith::FP8 && quant != "fp8" && (quant != "none" || !c.fp8))
         fail("--arith fp8: needs FP8 weights: those of a folder that has them, or --quant fp8");
     const Dtype weights = quant == "none" ? REAL : file_type(quant).dtype;
     if (kernels.arith != Arith::F32 && kernels.integers && quantised(weights)) refuse_integers(weights);
     MemoryPlan plan = memory_plan(weight_bytes(folder, c, quant, device), c, s, device);
-    plan.require(s.context);
+    plan.require(s.context), result.require(plan);
     std::unique_ptr<Progress> progress;
     auto shown = [&progress](const std::string& what) {
         return [&progress, what](size_t done, size_t total) {
@@ -4361,6 +4539,8 @@ struct Options {
     uint64_t seed = 0;
     bool exact = false, json = false, raw = false, mtp = false, show_prompt = false, taps = false;
     TokenizeOptions tokenize;
+    int past = 0, top = 0;                               // of logits, and print
+    std::vector<std::string> print;
 };
 
 constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
@@ -4526,48 +4706,39 @@ inline void command_tokenize(const Options& o) {
     }
 }
 
-// x as a tensor of a file: rows of `inner` numbers.
-template <class T>
-OutputTensor output_rows(const std::string& name, std::vector<size_t> inner, const std::vector<T>& x) {
-    size_t row = 1;
-    for (size_t side : inner) row *= side;
-    inner.insert(inner.begin(), x.size() / row);
-    const char* dtype = std::is_integral_v<T> ? "I32" : format_of(REAL).name;
-    return {name, dtype, inner, x.data(), x.size() * sizeof(T)};
-}
-
 inline void command_logits(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
-    std::vector<int> ids = parse_id_list(o.ids, c.V);
-    int T = int(ids.size());
-    if (T > c.max_context) fail("--ids: %d tokens, the model's context is %d", T, c.max_context);
+    if (o.out.empty() && !o.top && o.print.empty())
+        fail("logits: what is to become of them? --out FILE, --top K or --print NAME");
+    if (o.ids.empty() == o.prompt.empty()) fail("logits: give a prompt, by -p TEXT or by --ids 1,2,3");
+    if (o.json && (!o.top || !o.print.empty())) fail("logits: --json goes with --top, and not with --print");
+    std::optional<Tokenizer> tokenizer;
+    if (!o.prompt.empty() || (o.top && has_tokenizer(folder))) tokenizer.emplace(load_tokenizer(folder));
+    std::vector<int> ids = o.prompt.empty() ? parse_id_list(o.ids, c.V)
+                                            : encode_prompt(*tokenizer, o.prompt, tokenizer->add_bos);
+    const int T = int(ids.size());
+    for (int id : ids) if (id >= c.V) fail("-p: token %d is outside the vocabulary of %d", id, c.V);
+    if (T > c.max_context) fail("logits: %d tokens, the model's context is %d", T, c.max_context);
+    if (o.past >= T) fail("--past %d: nothing is left of %d tokens", o.past, T);
     SessionOptions options = session_options(o, c, T);
     options.chunk = std::min(o.chunk, T);
+    const bool taps = o.taps || !o.print.empty();
     const Device& device = pick_device(o);
-    Model model = load_planned(folder, o.quant, c, options, device);
-    AtomicFile file(o.out);
+    Model model = load_planned(folder, o.quant, c, options, device, {c, options.mla, T - o.past, taps});
+    std::optional<AtomicFile> file;
+    if (!o.out.empty()) file.emplace(o.out);
     Session s(model, options, device);
-    Taps taps;
-    if (o.taps) s.taps = &taps;
     s.tokens = ids;
-    size_t V = size_t(c.V);
-    Vector logits(size_t(T) * V), mtp_logits(c.n_mtp ? size_t(T - 1) * V : 0);
     Progress progress("tokens", ids.size());
-    prefill(s, ids, 0, [&](int pos, int n) {
-        s.device.head(s, logits.data() + size_t(pos) * V, s.a.h, n);
-        int begin = s.mtp_length, rows = c.n_mtp ? mtp_catch_up(s) : 0;
-        s.device.head(s, mtp_logits.data() + size_t(begin) * V, s.a.mtp_h, rows);
-        progress.at(size_t(pos + n));
-    });
-    if (interrupted) fail("interrupted; %s not written", o.out.c_str());
-    std::vector<OutputTensor> out;
-    for (const Taps::Entry& t : taps.entries)
-        out.push_back(t.integers.empty() ? output_rows(t.name, t.inner, t.values)
-                                         : output_rows(t.name, t.inner, t.integers));
-    out.push_back(output_rows("logits", {V}, logits));
-    if (c.n_mtp) out.push_back(output_rows("mtp_logits", {V}, mtp_logits));
-    write_safetensors(file, out);
+    Inside in = look_inside(s, o.past, taps, [&](size_t n) { progress.at(n); });
+    if (interrupted) fail("interrupted; nothing written");
+    std::string text = o.top ? likeliest(in, ids, o.top, tokenizer ? &*tokenizer : nullptr, o.json) : "";
+    for (const std::string& name : o.print) text += text_of(in.tensors(true), name);
+    std::map<std::string, std::string> about = about_pass(s, o.past);
+    about["model"] = folder, about["quant"] = o.quant;
+    if (file) write_safetensors(*file, in.tensors(o.taps), about);
+    std::cout << text;
 }
 
 inline void command_perplexity(const Options& o) {
@@ -4743,10 +4914,16 @@ inline void add_commands(CLI::App& app, Options& o) {
     c->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
 
     c = add_command(app, "logits", "logits of every position, and every intermediate",
-                    "deepseek logits --ids 0,508,40 --taps --out taps.safetensors", o, command_logits);
-    c->add_option("--ids", o.ids, "token ids: 1,2,3")->required();
-    option(c, "--out", o.out, check_path, "safetensors file to write")->required();
-    c->add_flag("--taps", o.taps, "every named intermediate too");
+                    "deepseek logits -p \"Add 6 and 77.\" --top 3", o, command_logits);
+    c->add_option("-p,--prompt", o.prompt, "a text, read as `run --raw` reads it");
+    c->add_option("--ids", o.ids, "in place of a text, token ids: 1,2,3 or [1, 2, 3]");
+    option(c, "--out", o.out, check_path, "safetensors file to write");
+    c->add_flag("--taps", o.taps,
+                "every named intermediate that is computed: q_absorbed and z not by --mla naive, "
+                "group_score not by a greedy gate");
+    option(c, "--top", o.top, CLI::Range(1, 1000), "print the K likeliest tokens after each position");
+    c->add_option("--print", o.print, "print logits or a tap as text (repeatable)")->allow_extra_args(false);
+    option(c, "--past", o.past, COUNT, "only read the first N tokens: results are those of the others");
     add_pass_options(c, o);
 
     c = add_command(app, "perplexity", "negative log-likelihood of a text",

@@ -707,7 +707,7 @@ __device__ void scores(Array& p, const KeyHeads& a, int first, int begin, int n)
 __device__ inline void finish(const KeyHeads& a, int query, int seen, float top, float sum) {
     for (int i = 0; seen == 0 && i < a.v.cols; i++) a.output(query)[i] = 0;
     if (!a.lse.data) return;
-    a.lse[query / a.heads][blockIdx.z * a.next_lse + query % a.heads] =      // of the largest's share, as there
+    a.lse[query / a.heads][blockIdx.z * a.next_lse + query % a.heads] =       // by the same steps
         seen ? float(double(top) - log(double(1 / sum))) : std::numeric_limits<float>::infinity();
 }
 

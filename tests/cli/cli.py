@@ -320,8 +320,10 @@ class Logits(Case):
 
     def test_tap_names(self):
         tensors = self.logits("--taps")
-        attention = ["attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "attn_out", "ffn_norm"]
-        router = ["router_logits", "expert_idx", "expert_weight"]
+        attention = ["attn_norm", "c_q", "q_nope", "q_rope", "c_kv", "k_rope", "q_absorbed", "z", "lse", "o",
+                     "attn_out", "ffn_norm"]
+        router = ["router_logits", "group_score", "choice", "expert_idx", "expert_weight", "routed_out",
+                  "shared_out"]
         names = {"logits", "mtp_logits", "embed", "norm", "mtp.in", "mtp.out"}
         for layer in range(5):
             for tap in attention + (router if layer else []) + ["ffn_out", "out"]:
@@ -330,6 +332,9 @@ class Logits(Case):
         self.assertEqual(tensors["layers.1.expert_idx"][0], "I32")
         self.assertEqual(tensors["layers.1.q_nope"][1], [len(self.IDS), 4, 32])
         self.assertEqual(tensors["layers.1.c_kv"][1], [len(self.IDS), 32])
+        for name, inner in (("q_absorbed", [4, 48]), ("z", [4, 32]), ("lse", [4]), ("o", [4, 32]),
+                            ("choice", [16]), ("group_score", [4]), ("routed_out", [128])):
+            self.assertEqual(tensors["layers.1." + name][1], [len(self.IDS), *inner], name)
         self.assertEqual({shape[0] for _, shape, _ in tensors.values()}, {len(self.IDS), len(self.IDS) - 1})
 
     def test_bits_do_not_depend_on_the_setting(self):
@@ -344,12 +349,117 @@ class Logits(Case):
 
     def test_refusals(self):
         file = self.folder / "out.safetensors"
-        for ids in ("512", "-1", "a", "1,,2", "1,2,", "1, 2", "99999999999", ",".join(["1"] * 513)):
+        for ids in ("512", "-1", "a", "1,,2", "1,2,", "[1, 2", "1]", "[]", "[[1]]", "99999999999",
+                    ",".join(["1"] * 513)):
             self.refused("logits", "-m", TINY, f"--ids={ids}", "--out", file)
             self.assertEqual(list(self.folder.iterdir()), [], ids)
         self.refused("logits", "-m", TINY, "--ids", "1", says="--out")
         self.refused("logits", "-m", TINY, "--out", file, says="--ids")
+        self.refused("logits", "-m", TINY, "--out", file, "--ids", "1", "-p", "a", says="--ids")
         self.refused("logits", "-m", TINY, "--ids", "1", "--out", self.folder / "absent" / "x", says="absent")
+        self.refused("logits", "--ids", "1,2", "--past", "2", "--top", "1", says="--past 2")
+        self.refused("logits", "--ids", "1,2", "--past", "-1", "--top", "1", says="--past")
+        self.refused("logits", "--ids", "1,2", "--top", "0", says="--top")
+        self.refused("logits", "--ids", "1,2", "--out", file, "--json", says="--json")
+        self.refused("logits", "--ids", "1,2", "--out", file, "--print", "layers.1.y", says="layers.4.lse")
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_ids_as_a_list(self):
+        expected = self.ok("logits", "--ids", "0,508,42", "--top", "2")[0]
+        for ids in ("[0,508,42]", "[0, 508, 42]", "0, 508, 42"):
+            self.assertEqual(self.ok("logits", "--ids", ids, "--top", "2")[0], expected, ids)
+
+    def test_past(self):
+        """Rows of positions from N on, with the bits of the whole; one row is a step of decoding."""
+        whole, T = self.logits("--taps"), len(self.IDS)
+        for past, chunk in ((T - 1, 64), (3, 2)):
+            part = self.logits("--taps", "--past", past, "--chunk", chunk)
+            for name, (dtype, shape, values) in whole.items():
+                if (rows := shape[0] - past) == 0:               # no token follows: the module does nothing
+                    self.assertTrue(name not in part or part[name][1] == [0, *shape[1:]], name)
+                    continue
+                row = math.prod(shape[1:])
+                self.assertEqual(part[name], (dtype, [rows, *shape[1:]], values[past * row:]), name)
+
+    def test_metadata(self):
+        file = self.folder / "out"
+        self.ok("logits", "-m", TINY, "--ids", "0,508,42", "--out", file, "--past", "1", "--kv", "bf16",
+                "--quant", "q8_0", "--exact", "--mla", "naive", "--chunk", "2")
+        data = file.read_bytes()
+        about = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+        self.assertIn(about.pop("kernels"), ("plain", "avx2", "avx512", "amx", "neon", "dotprod"))
+        self.assertEqual(about, {"model": str(TINY), "ids": "0,508,42", "past": "1", "kv": "bf16", "mla": "naive",
+                                 "quant": "q8_0", "exact": "true", "chunk": "2", "arith": "f32",
+                                 "device": "cpu"})
+
+    def test_top(self):
+        """Ids, logits and probabilities are those of the file; a text gets its BOS."""
+        text, file = "Add 6 and 77.", self.folder / "out"
+        out, _ = self.ok("logits", "-p", text, "--top", "3", "--json", "--out", file)
+        logits, ids = read_safetensors(file)["logits"][2], [0] + json.loads(self.ok("tokenize", given=text)[0])
+        positions = json.loads(out)["positions"]
+        self.assertEqual([p["id"] for p in positions], ids)
+        self.assertEqual("".join(p["token"] for p in positions[1:]), text)
+        lines = []
+        for t, p in enumerate(positions):
+            row = logits[t * 512:t * 512 + 512]
+            best = sorted(range(512), key=lambda i: (-row[i], i))[:3]
+            self.assertEqual([c["id"] for c in p["top"]], best)
+            total = sum(math.exp(z) for z in row)
+            for c in p["top"]:
+                self.assertAlmostEqual(c["logit"], row[c["id"]], delta=1e-8 * abs(row[c["id"]]))
+                self.assertAlmostEqual(c["probability"], math.exp(row[c["id"]]) / total, delta=1e-6)
+                self.assertEqual(c["token"], self.ok("tokenize", "--decode", given=f"[{c['id']}]")[0])
+            lines.append([str(t), str(p["id"])])
+        table, _ = self.ok("logits", "-p", text, "--top", "3")
+        self.assertEqual(re.findall(r"^position (\d+): (\d+) \".*\"$", table, re.MULTILINE),
+                         [tuple(line) for line in lines])
+        listed = re.findall(r"^ +(\d+) +(-?[\d.]+) +([\d.]+)  (\".*\")$", table, re.MULTILINE)
+        self.assertEqual([(int(i), json.loads(t)) for i, _, _, t in listed],
+                         [(c["id"], c["token"]) for p in positions for c in p["top"]])
+
+    def test_top_without_a_tokenizer(self):
+        model = ROOT / "tests" / "golden" / "models" / "qwen2"
+        positions = json.loads(self.ok("logits", "-m", model, "--ids", "5,6", "--top", "1", "--json")[0])
+        self.assertEqual([p["token"] for p in positions["positions"]], [None, None])
+        self.assertRegex(self.ok("logits", "-m", model, "--ids", "5", "--top", "1")[0],
+                         r"\Aposition 0: 5 \n +\d+ +-?[\d.]+ +[\d.]+  \n\Z")
+        self.refused("logits", "-m", model, "-p", "a", "--top", "1", says="tokenizer.json")
+
+    def test_print(self):
+        """Numbers as in the file, long rows without their middle."""
+        file = self.folder / "out"
+        out, _ = self.ok("logits", "--ids", "0,508", "--taps", "--out", file, "--print", "layers.1.q_rope",
+                         "--print", "layers.2.expert_idx", "--print", "layers.1.lse")
+        tensors, seen = read_safetensors(file), {}
+        for line in out.splitlines():
+            if title := re.fullmatch(r"([\w.]+) (\(.*\)) (\w+)", line):
+                rows = seen.setdefault(title[1], [])
+                self.assertEqual((title[3], list(json.loads(f"[{title[2][1:-1]}]"))), tensors[title[1]][:2])
+            else:
+                rows.append(re.fullmatch(r"\[([\d, ]+)\] (.*)", line).groups())
+        self.assertEqual(list(seen), ["layers.1.q_rope", "layers.2.expert_idx", "layers.1.lse"])
+        for name, rows in seen.items():
+            _, shape, values = tensors[name]
+            n = shape[-1]
+            self.assertEqual(len(rows), math.prod(shape[:-1]))
+            for r, (index, numbers) in enumerate(rows):
+                row = values[r * n:r * n + n].tolist()
+                self.assertEqual(index, f"{r}" if len(shape) == 2 else f"{r // shape[1]}, {r % shape[1]}")
+                text = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in row]
+                if n > 9:
+                    text[4:-4] = ["...", str(n - 8), "more", "..."]
+                self.assertEqual(numbers.split(), text)
+        self.assertRegex(out, r"more \.\.\.")
+
+    def test_result_beyond_the_memory(self):
+        """Before anything is loaded: this folder has no weights."""
+        config = json.loads((TINY / "config.json").read_text())
+        config |= {"vocab_size": 1 << 24, "max_position_embeddings": 1 << 17}
+        (self.folder / "config.json").write_text(json.dumps(config))
+        self.refused("logits", "-m", self.folder, "--ids", ",".join(["1"] * 20000), "--out",
+                     self.folder / "out", says="not enough memory for the result: logits 1342.18 GB, mtp_logits")
+        self.assertEqual([f.name for f in self.folder.iterdir()], ["config.json"])
 
 
 class Arith(Case):

@@ -329,7 +329,8 @@ TEST(Attend, GivesTheLogarithmOfTheSum) {
         long double sum = 0, largest = 0;
         for (size_t j = 0; j < size_t(seen[i / heads]); j++) {
             long double score = 0;
-            for (size_t d = 0; d < dk; d++) score += (long double)(q[i * dk + d]) * (long double)(k[j * dk + d]);
+            for (size_t d = 0; d < dk; d++)
+                score += (long double)(q[i * dk + d]) * (long double)(k[j * dk + d]);
             sum += std::exp(score * 0.4L), largest = std::max(largest, std::abs(score * 0.4L));
         }
         // Roundings of a dot of 24 products, of a sum of 70 terms in 16 lanes, of its inverse, of the result.

@@ -285,11 +285,33 @@ TEST(Forward, NamesItsTapsInTheOrderOfTheNetwork) {
 TEST(Forward, HasNoTapOfWhatAFormDoesNotCompute) {
     Model v3 = random_model("taps", tiny_v3()), v2 = random_model("taps_v2", tiny_v2_lite());
     Taps naive = answer(v3, random_ids(3, 31), {3, 3, MlaForm::NAIVE}, true).taps;
-    for (const char* name : {"q_absorbed", "z"}) EXPECT_FALSE(naive.index.count(text_of("layers.1.%s", name)));
-    for (const char* name : {"lse", "o"}) EXPECT_TRUE(naive.index.count(text_of("layers.1.%s", name)));
+    for (const char* name : {"layers.1.q_absorbed", "layers.1.z"}) EXPECT_FALSE(naive.index.count(name));
+    for (const char* name : {"layers.1.lse", "layers.1.o"}) EXPECT_TRUE(naive.index.count(name));
     Taps greedy = answer(v2, random_ids(3, 31), {3, 3, MlaForm::ABSORBED}, true).taps;
     EXPECT_FALSE(greedy.index.count("layers.1.group_score"));
     EXPECT_TRUE(greedy.index.count("layers.1.choice"));
+}
+// What the memory plan says of a result is what it takes.
+TEST(Forward, AResultsBillIsItsSize) {
+    for (const Variant& v : variants()) {
+        Model model = random_model("bill", v.keys, v.dtype);
+        for (MlaForm form : {MlaForm::ABSORBED, MlaForm::NAIVE}) {
+            for (int past : {0, 3}) {
+                Session s(model, {7, 3, form});
+                s.tokens = random_ids(7, model.config.V);
+                Inside in = look_inside(s, past, true, [](size_t) {});
+                InsideBill bill(model.config, form, 7 - past, true);
+                size_t logits = 0, mtp_logits = 0, taps = 0;
+                for (const OutputTensor& t : in.tensors(true)) {
+                    size_t& of = t.name == "logits" ? logits : t.name == "mtp_logits" ? mtp_logits : taps;
+                    of += t.dtype == "I32" ? t.bytes / 4 * sizeof(real) : t.bytes;
+                }
+                EXPECT_EQ(logits, bill.logits) << v.name;
+                EXPECT_EQ(mtp_logits, bill.mtp_logits) << v.name;
+                EXPECT_EQ(taps, bill.taps) << v.name;
+            }
+        }
+    }
 }
 // The borders of kernels meet: what one tap holds makes the next.
 TEST(Forward, TapsFollowFromEachOther) {
