@@ -62,7 +62,7 @@ inline std::string with_ascii_letters(std::string regex) {
 }
 """
 
-SCORES = "p[j] = times_row(a.k, j, q); «softmax_plain(p, a.scale, n);»"
+SCORES = "p[j] = times_row(a.k, j, q); «softmax_and_lse(softmax_plain, p, a.scale, n, a.lse_of(t, h));»"
 SCORES_OF = """for (int j = 0; j < n; j++) p[j] = as_f16(FACTOR * p[j]);
         softmax_plain(p, 1, n);"""
 SCALE = "real block[LANES] = {}, s = «load<float>(scale)»;"
@@ -104,9 +104,9 @@ CUT = "«terms[i].significand / (1 << std::max(shift, 0))»"
 
 MISTAKES = [
     # 1. YaRN's mscale: exact at position 0, wrong later, fluent all the same.
-    Mistake("mscale", "no mscale^2 in the softmax scale", "v2-lite", "layers.0.attn_out",
+    Mistake("mscale", "no mscale^2 in the softmax scale", "v2-lite", "layers.0.z",
             [("«rope.score_scale = all * all;»", "rope.score_scale = 1;")]),
-    Mistake("mscale", "mscale instead of its square", "v3-bf16", "layers.0.attn_out",
+    Mistake("mscale", "mscale instead of its square", "v3-bf16", "layers.0.z",
             [("«rope.score_scale = all * all;»", "rope.score_scale = all;")]),
     Mistake("mscale", "the field mscale taken for mscale_all_dim", "v2-groups", "layers.0.q_rope",
             [("double all = «yarn_mscale(c.factor, c.mscale_all_dim)»;", MSCALE)]),
@@ -114,13 +114,13 @@ MISTAKES = [
             [(MAGNITUDE, "1.0")]),
     Mistake("mscale", "cos and sin with mscale itself", "v2-lite", "layers.0.q_rope",
             [(MAGNITUDE, MSCALE)]),
-    Mistake("mscale", "softmax scale of the latent width, not of the head's", "v3-bf16", "layers.0.attn_out",
+    Mistake("mscale", "softmax scale of the latent width, not of the head's", "v3-bf16", "layers.0.z",
             [("std::sqrt(double(«m.config.Dn + m.config.Dr»))", "m.config.Rkv + m.config.Dr")]),
 
     # 2. RoPE: which two numbers form a pair.
     Mistake("rope", "half layout in MLA", "v3-bf16", "layers.0.q_rope",
             [(f"«rope_interleaved({heads});»", f"rope_half({heads});") for heads in MLA_HEADS]),
-    Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.attn_out",
+    Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.lse",
             [(f"«rope_half({heads});»", f"rope_interleaved({heads});") for heads in GQA_HEADS]),
 
     # 3. The correction bias picks experts and must not enter the mixture.
@@ -128,18 +128,18 @@ MISTAKES = [
             [(SUM, "sum += r.choice[r.idx[k]];"), (SHARE, "r.choice[r.idx[k]]")]),
     Mistake("bias", "scores recovered as (score + bias) - bias, in bf16", "v3-bf16", "layers.1.expert_weight",
             [(GATE, RECOVERED)]),
-    Mistake("bias", "bias stored in bf16", "v3-bf16", "layers.1.expert_idx",
+    Mistake("bias", "bias stored in bf16", "v3-bf16", "layers.1.group_score",
             [(ADD_BIAS, "as_bf16(bias[e])")]),
     Mistake("bias", "negative bias rejected", "v3-negative", "layers.1.expert_idx",
             [(ADD_BIAS, "std::max(bias[e], real(0))")]),
 
     # 4. The gate of another model.
-    Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.expert_idx",
+    Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.group_score",
             [('c.sigmoid_affinity = «f.choice("scoring_func", {"softmax", "sigmoid"}) == 1»;', "false")]),
-    Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.expert_idx",
+    Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.group_score",
             [(GATE, "gate_group_limited_greedy(r, shape);")]),
-    Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.expert_idx",
-            [("score.push_back(«choice[best[0]] + choice[best[1]]»);", "choice[best[0]]")]),
+    Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.group_score",
+            [("r.group_score[i] = «choice[best[0]] + choice[best[1]]»;", "choice[best[0]]")]),
     Mistake("gate", "masked groups filled with 0", "v3-negative", "layers.1.expert_idx",
             [("r.choice + i * size, size, «-std::numeric_limits<real>::infinity()»", "real(0)")]),
 
@@ -163,7 +163,7 @@ MISTAKES = [
 
     # 8. The routing weight belongs to an expert's output. Before the down projection it would only round
     # differently (a product commutes with a matrix); before the activation it changes the result.
-    Mistake("weight", "routing weight on an expert's input", "v3-bf16", "layers.1.ffn_out",
+    Mistake("weight", "routing weight on an expert's input", "v3-bf16", "layers.1.routed_out",
             [(EXPERTS, "planted_slot = a.slot, planted_weight = a.gate_weight; " + EXPERTS.strip("«»")),
              (DISPATCH, WEIGHTED_INPUT), (MIX, "add(sum, expert_out + int64_t(slot[k]) * D, size_t(D));")]),
 
@@ -195,9 +195,9 @@ MISTAKES = [
             [("std::string out(«bytes(bos)»), prompt", "std::string_view()")], "Tokens", TOKENIZER),
 
     # 11. fp16, and what breaks when a prompt takes two forward passes.
-    Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.attn_out",
+    Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.z",
             [(SCORES, SCORES_OF.replace("FACTOR", "a.scale"))]),
-    Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.attn_out",
+    Mistake("fp16", "attention scores overflow to infinity and NaN", "v3-bf16", "layers.0.z",
             [(SCORES, SCORES_OF.replace("FACTOR", "real(0x1p20)"))]),
     Mistake("fp16", "residual stream in fp16", "v3-bf16", "layers.0.out",
             [('"ffn_out", a.y, T, {c.D}); «add(x, a.y, n);»',
@@ -206,16 +206,24 @@ MISTAKES = [
             [("rope_table(s.a.cos_sin, s.model.rope, T, «pos»);", "0")], BITS),
     Mistake("chunks", "the cache is overwritten by " + CHUNK, "v3-bf16", "layers.0.c_kv",
             [("cache.row(«n[size_t(t)]» - 1)); store_row", "int(t) + 1")], BITS),
-    Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.attn_out",
+    Mistake("chunks", "MLA forgets the past with " + CHUNK, "v3-bf16", "layers.0.z",
             [("n = «a.n[size_t(t)]»; // causal", "int(t) + 1")], BITS),
-    Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.attn_out",
+    Mistake("chunks", "GQA forgets the past with " + CHUNK, "qwen2", "layers.0.lse",
             [("n = «a.n[size_t(t)]»; // causal", "int(t) + 1")], BITS),
 
     # 12. Expert parallelism: physical and logical experts confused, a combine that takes another's rows.
-    Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.ffn_out",
+    Mistake("experts", "permuted expert map", "v3-bf16", "layers.1.routed_out",
             [("in, &«w.experts[e]».w_gate, n", "w.experts[(e + 1) % w.experts.size()]")]),
-    Mistake("experts", "combine takes another pick's row", "v3-bf16", "layers.1.ffn_out",
+    Mistake("experts", "combine takes another pick's row", "v3-bf16", "layers.1.routed_out",
             [("real_matrix(expert_out + int64_t(«slot[k]») * D", "slot[t * K + (k + 1) % K]")]),
+
+    # What kernels hand each other.
+    Mistake("borders", "the logarithm to base 2", "v3-bf16", "layers.0.lse",
+            [("real(double(top) - «std::log(double(z[best]))»)", "std::log2(double(z[best]))")]),
+    Mistake("borders", "the logarithm of scores that are not scaled", "qwen2", "layers.0.lse",
+            [("top = n ? «z[best] * scale»", "z[best]")]),
+    Mistake("borders", "the shared expert in the routed sum", "v3-bf16", "layers.1.routed_out",
+            [("a.gate_weight, c.K, «nullptr», T, c.D);", "shared")]),
 
     # And one that only an unusual config shows.
     Mistake("eps", "the config's eps in the latent norms", "v2-noyarn", "layers.0.c_q",
@@ -262,7 +270,7 @@ MISTAKES = [
     Mistake("arith", "norms not rounded", "v3-fp8", "layers.0.attn_out",
             [("* scale * w[size_t(i)]; «rounded(out[t], n);»", ";")], ARITH, CPP, (DOUBLE,)),
     Mistake("arith", "probabilities not rounded", "v3-fp8", "layers.0.attn_out",
-            [("in_f32.softmax(p, 1, n); «round_to_bf16(p, n);»", ";")], ARITH, CPP, (DOUBLE,)),
+            [("in_f32.softmax, p, 1, n, a.lse_of(t, h)); «round_to_bf16(p, n);»", ";")], ARITH, CPP, (DOUBLE,)),
     Mistake("arith", "the gate's logits rounded", "v3-fp8", "layers.1.ffn_out",
             [("role == Role::EMBED || «role == Role::GATE») return;", "false")],
             ARITH, CPP, (DOUBLE,)),
