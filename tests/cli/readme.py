@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs every command that README.md shows, and compares what it says they print.
 
-They run in a copy of the repository (v3_layer.py for a smaller layer), with a local hub that serves the shipped model under every name, so
-that `make weights/NAME` and what follows it run too. Targets that build or take minutes, such as `make test`
-itself, are only looked up (`make -n`).
+They run in a copy of the repository (v3_layer.py for a smaller layer), with a local hub that serves the
+shipped model under every name, so that `make weights/NAME` and what follows it run too. Targets that build
+or take minutes, such as `make test` itself, are only looked up (`make -n`).
 """
 import os
 import pathlib
@@ -18,8 +18,8 @@ import suite
 from hub import Hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMALL = ("num_attention_heads=2 num_key_value_heads=2 hidden_size=128 q_lora_rank=64 moe_intermediate_size=64 "
-         "vocab_size=64")
+SMALL = ("num_attention_heads=2 num_key_value_heads=2 hidden_size=128 q_lora_rank=64 "
+         "moe_intermediate_size=64 vocab_size=64")
 LONG = re.compile(r"^make (test|asan|fuzz|cross|style|golden|bench)\b", re.MULTILINE)
 
 

@@ -16,8 +16,8 @@ Names, dtypes and shapes must be the same. A tensor whose numbers differ gets a 
     first        the first number that differs: where, a, b
 
 --tolerance PATTERN=X: a tensor whose name, or the last part of it, matches is equal while in each row the
-largest |a - b| is at most X times the largest |b|, whatever its dtypes. The first pattern that matches counts.
-Without one bits decide; any NaN equals any other. --only PATTERN: the others are not looked at.
+largest |a - b| is at most X times the largest |b|, whatever its dtypes; the first pattern that matches
+counts. Without one bits decide. Any NaN equals any other. --only PATTERN: the others are not looked at.
 Read are F64, F32, F16, BF16, F8_E4M3, F8_E5M2, integers. Exit code 0: equal; 2: different; 1: bad input.
 Standard library only.
 """
@@ -81,7 +81,8 @@ class File:
                 dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
                 if dtype not in WIDTHS:
                     raise ValueError(f"{name}: dtype {dtype}")
-                if end - begin != math.prod(shape) * WIDTHS[dtype] or not 0 <= begin <= end <= size - 8 - length:
+                count = math.prod(shape)
+                if end - begin != count * WIDTHS[dtype] or not 0 <= begin <= end <= size - 8 - length:
                     raise ValueError(f"{name}: bytes {begin} to {end}")
                 self.tensors[name] = dtype, shape, 8 + length + begin
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -208,14 +209,16 @@ def cases():
     yield "-inf is no number", with_z(-math.inf, 2, 3, 4), one, [("*", 10)], "max abs inf"
     yield "another shape", one, {"layers.1.z": ("F32", [4], f32(1, 2, 3, 4))}, [], "shape [2, 2] against [4]"
     yield "another name", one, {"layers.2.z": one["layers.1.z"]}, [], "layers.2.z: not in"
-    yield "another dtype", one, {"layers.1.z": ("BF16", [2, 2], b"\x80\x3f\x00\x40\x40\x40\x80\x40")}, [], "BF16"
+    yield "another dtype", one, {
+        "layers.1.z": ("BF16", [2, 2], b"\x80\x3f\x00\x40\x40\x40\x80\x40")}, [], "dtype F32 against BF16"
     yield "BF16 by value", {"x": ("BF16", [3], b"\x80\x3f\x20\xc1\x01\x00")}, {
         "x": ("F32", [3], f32(1, -10, 2**-133))}, [("x", 0)], ""
     yield "E4M3 by value", {"x": ("F8_E4M3", [4], bytes([0x38, 0x7E, 0x81, 0x08]))}, {
         "x": ("F32", [4], f32(1, 448, -2**-9, 2**-6))}, [("x", 0)], ""
     yield "E5M2 by value", {"x": ("F8_E5M2", [4], bytes([0x3C, 0x7B, 0x81, 0x7C]))}, {
         "x": ("F32", [4], f32(1, 57344, -2**-16, math.inf))}, [("x", 0)], ""
-    yield "F16 by value", {"x": ("F16", [2], b"\x00\x3c\xff\x7b")}, {"x": ("F32", [2], f32(1, 65504))}, [("x", 0)], ""
+    yield "F16 by value", {"x": ("F16", [2], b"\x00\x3c\xff\x7b")}, {
+        "x": ("F32", [2], f32(1, 65504))}, [("x", 0)], ""
     yield "integers", {"i": ("I32", [2], struct.pack("<2i", 1, 2))}, {
         "i": ("I32", [2], struct.pack("<2i", 1, 3))}, [], "first [1]: 2 against 3"
 
@@ -226,7 +229,8 @@ def selftest():
         with tempfile.NamedTemporaryFile() as x, tempfile.NamedTemporaryFile() as y:
             write(x, a), write(y, b)
             text = "\n".join(compare(x.name, y.name, tolerances=tolerances)[0])
-            code = main([x.name, y.name, *(w for p, t in tolerances for w in ("--tolerance", f"{p}={t}"))], True)
+            options = [word for p, t in tolerances for word in ("--tolerance", f"{p}={t}")]
+            code = main([x.name, y.name, *options], True)
         good = (expected in text and code == 2) if expected else (text == "" and code == 0)
         passed, failed = passed + good, failed + (not good)
         if not good:

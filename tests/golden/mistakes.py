@@ -270,7 +270,7 @@ MISTAKES = [
     Mistake("arith", "norms not rounded", "v3-fp8", "layers.0.attn_out",
             [("* scale * w[size_t(i)]; «rounded(out[t], n);»", ";")], ARITH, CPP, (DOUBLE,)),
     Mistake("arith", "probabilities not rounded", "v3-fp8", "layers.0.attn_out",
-            [("in_f32.softmax, p, 1, n, a.lse_of(t, h)); «round_to_bf16(p, n);»", ";")], ARITH, CPP, (DOUBLE,)),
+            [("p, 1, n, a.lse_of(t, h)); «round_to_bf16(p, n);»", ";")], ARITH, CPP, (DOUBLE,)),
     Mistake("arith", "the gate's logits rounded", "v3-fp8", "layers.1.ffn_out",
             [("role == Role::EMBED || «role == Role::GATE») return;", "false")],
             ARITH, CPP, (DOUBLE,)),

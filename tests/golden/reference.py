@@ -267,8 +267,8 @@ def gqa(u, w, p, c, pos, tap):
     q = rope_half(lin("q_proj").reshape(T, H, d), pos, f, m)
     k = rope_half(lin("k_proj").reshape(T, G, d), pos, f, m)
     v = lin("v_proj").reshape(T, G, d)
-    tap["o"], _, tap["lse"] = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
-    o = tap["o"]
+    o, _, tap["lse"] = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
+    tap["o"] = o
     return linear(o.reshape(T, H * d), w, p + "o_proj.weight")
 
 

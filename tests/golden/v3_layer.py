@@ -7,12 +7,13 @@
 
 FOLDER becomes a model of one layer that `deepseek logits -m FOLDER --ids ...` runs: hidden size 7168, 128
 heads, q_lora_rank 1536, kv_lora_rank 512, heads of 128 + 64 and 128, experts of width 2048 in 8 groups, of
-which 4, and 8 a token, and a shared one; embedding and head have 1,024 tokens. It also gets ids.txt, the input
-(--tokens), and taps.safetensors, all that the program computes (not with --no-taps).
+which 4, and 8 a token, and a shared one; embedding and head have 1,024 tokens. It also gets ids.txt, the
+input (--tokens), and taps.safetensors, all that the program computes (not with --no-taps).
 
-The seed says everything: number i of a tensor depends on seed, name and i alone, so expert 7 is the same among
-32 as among 256. Weights are one of 256 quantiles of a normal distribution, of variance 1 / inputs; with --fp8
-those of E4M3 and a scale for each 128 x 128. The size is said before anything is written, in pieces of 8 MB.
+The seed says everything: number i of a tensor depends on seed, name and i alone, so expert 7 is the same
+among 32 as among 256. Weights are one of 256 quantiles of a normal distribution, of variance 1 / inputs;
+with --fp8 those of E4M3 and a scale for each 128 x 128. The size is said before anything is written, in
+pieces of 8 MB.
 --set KEY=NUMBER changes a field of config.json, for other shapes. Standard library only.
 """
 import argparse
@@ -92,9 +93,10 @@ def shapes(c):
     q, kv, dn, dr, dv = (c[k] for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
                                         "v_head_dim"))
     p, a, m = "model.layers.0.", "model.layers.0.self_attn.", "model.layers.0.mlp."
-    mlp = lambda at, width: {at + "gate_proj": (width, D), at + "up_proj": (width, D), at + "down_proj": (D, width)}
+    mlp = lambda at, F: {at + "gate_proj": (F, D), at + "up_proj": (F, D), at + "down_proj": (D, F)}
     out = {"model.embed_tokens": (V, D), p + "input_layernorm": (D,), a + "q_a_proj": (q, D),
-           a + "q_a_layernorm": (q,), a + "q_b_proj": (H * (dn + dr), q), a + "kv_a_proj_with_mqa": (kv + dr, D),
+           a + "q_a_layernorm": (q,), a + "q_b_proj": (H * (dn + dr), q),
+           a + "kv_a_proj_with_mqa": (kv + dr, D),
            a + "kv_a_layernorm": (kv,), a + "kv_b_proj": (H * (dn + dv), kv), a + "o_proj": (D, H * dv),
            p + "post_attention_layernorm": (D,)}
     if c["first_k_dense_replace"]:
@@ -108,7 +110,7 @@ def shapes(c):
 
 
 def tensors(c):
-    """(name, dtype, shape, how to make its bytes from a generator) of each tensor, in the order of the file."""
+    """(name, dtype, shape, what makes its bytes of a generator) of each tensor, in the order of the file."""
     for name, shape in shapes(c).items():
         n, full = math.prod(shape), name + ".weight"
         if name.endswith("bias"):                       # near 5, as released: BF16 would lose their order
@@ -165,7 +167,7 @@ def parse(arguments):
     p.error = lambda message: fail(message)
     p.add_argument("--seed", type=int, required=True)
     p.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER")
-    p.add_argument("--experts", type=int, default=CONFIG["n_routed_experts"], help="of V3's 256 (default: 32)")
+    p.add_argument("--experts", type=int, default=32, help="of V3's 256 (default: 32)")
     p.add_argument("--fp8", action="store_true", help="E4M3 with scales of 128 x 128 blocks, as published")
     p.add_argument("--dense", action="store_true", help="a dense FFN in place of the experts")
     p.add_argument("--tokens", type=int, default=16, help="of the input (default: 16)")
@@ -192,7 +194,8 @@ def main(arguments):
     if size > free:
         fail(f"{a.out}: {size / 1e9:.2f} GB of weights, {free / 1e9:.2f} GB are free (fewer --experts?)")
     print(f"{a.out}: {size / 1e9:.2f} GB of weights", flush=True)
-    ids = ",".join(str(random.Random(f"{a.seed} ids {t}").randrange(c["vocab_size"])) for t in range(a.tokens))
+    rng = random.Random(f"{a.seed} ids")
+    ids = ",".join(str(rng.randrange(c["vocab_size"])) for t in range(a.tokens))
     (a.out / "config.json").write_text(json.dumps(c, indent=1) + "\n")
     (a.out / "ids.txt").write_text(ids + "\n")
     write_weights(a.out / "model.safetensors", c, a.seed)

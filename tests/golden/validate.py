@@ -66,7 +66,24 @@ def widen(on):
     torch.Tensor.float = torch.Tensor.double if on else TO_SINGLE
 
 
+def record(model):
+    """Taps that modules of transformers take or give: name -> values, filled when the model runs."""
+    seen = {}
+    keep = lambda name, x: seen.update({name: x.reshape(-1, x.shape[-1]).numpy()})
+    for name, module in model.named_modules():
+        at = name.removeprefix("model.").split(".", 2)
+        part, tap = at[-1], ".".join(at[:2])
+        if part == "self_attn.o_proj":
+            module.register_forward_pre_hook(lambda _, x, n=tap + ".o": keep(n, x[0]))
+        if part in ("mlp.experts", "mlp.shared_experts"):
+            kind = ".routed_out" if part == "mlp.experts" else ".shared_out"
+            module.register_forward_hook(lambda _, x, y, n=tap + kind: keep(n, y))
+    return seen
+
+
 def difference(name, model, widened):
+    """The largest of the logits, and of the taps that transformers has too."""
+    seen = record(model)
     ids = R.read_safetensors(os.path.join(HERE, "models", name, "taps.safetensors"))["ids"].tolist()
     widen(widened)
     try:
@@ -77,7 +94,10 @@ def difference(name, model, widened):
     finally:
         widen(False)
     assert logits.dtype == np.float64, logits.dtype
-    return np.abs(logits - R.forward(os.path.join(HERE, "models", name), ids)["logits"]).max()
+    ours = R.forward(os.path.join(HERE, "models", name), ids)
+    assert len(seen) == len([k for k in ours if k.split(".")[-1] in ("o", "routed_out", "shared_out")])
+    taps = max(np.abs(x - ours[k].reshape(x.shape)).max() for k, x in seen.items())
+    return np.abs(logits - ours["logits"]).max(), taps
 
 
 if __name__ == "__main__":
@@ -87,5 +107,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             model = load(name, folder)
-            print(f"{name:12} widened {difference(name, model, True):.1e}  "
-                  f"as shipped {difference(name, model, False):.1e}", flush=True)
+            found = *difference(name, model, True), *difference(name, model, False)
+            print("{:12} widened {:.1e}, taps {:.1e}  as shipped {:.1e}, taps {:.1e}".format(name, *found),
+                  flush=True)
