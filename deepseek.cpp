@@ -1067,12 +1067,17 @@ inline std::vector<int> parse_id_array(Json json) {
 }
 
 // 1,2,3 or [1, 2, 3]
-inline std::vector<int> parse_id_list(std::string text, int V) {
+inline std::vector<int> parse_id_list(const std::string& text, int V) {
+    auto trimmed = [](std::string s) {
+        s.erase(0, s.find_first_not_of(' '));
+        return s.erase(s.find_last_not_of(' ') + 1);
+    };
     std::vector<int> ids;
-    std::erase(text, ' ');
-    if (text.starts_with('[') && text.ends_with(']')) text = text.substr(1, text.size() - 2);
-    std::stringstream in(text + ",");                    // so that nothing after a last comma is an item too
+    std::string list = trimmed(text);
+    if (list.starts_with('[') && list.ends_with(']')) list = list.substr(1, list.size() - 2);
+    std::stringstream in(list + ",");                    // so that nothing after a last comma is an item too
     for (std::string item; std::getline(in, item, ',');) {
+        item = trimmed(item);
         bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
         if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
         int id = std::stoi(item);
@@ -4709,17 +4714,16 @@ inline void command_tokenize(const Options& o) {
 inline void command_logits(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
-    if (o.out.empty() && !o.top && o.print.empty())
-        fail("logits: what is to become of them? --out FILE, --top K or --print NAME");
+    if (o.out.empty() && !o.top && o.print.empty()) fail("logits: give --out FILE, --top K or --print NAME");
     if (o.ids.empty() == o.prompt.empty()) fail("logits: give a prompt, by -p TEXT or by --ids 1,2,3");
     if (o.json && (!o.top || !o.print.empty())) fail("logits: --json goes with --top, and not with --print");
     std::optional<Tokenizer> tokenizer;
     if (!o.prompt.empty() || (o.top && has_tokenizer(folder))) tokenizer.emplace(load_tokenizer(folder));
-    std::vector<int> ids = o.prompt.empty() ? parse_id_list(o.ids, c.V)
-                                            : encode_prompt(*tokenizer, o.prompt, tokenizer->add_bos);
+    std::vector<int> ids = tokenizer && !o.prompt.empty()
+        ? encode_prompt(*tokenizer, o.prompt, tokenizer->add_bos) : parse_id_list(o.ids, c.V);
     const int T = int(ids.size());
     for (int id : ids) if (id >= c.V) fail("-p: token %d is outside the vocabulary of %d", id, c.V);
-    if (T > c.max_context) fail("logits: %d tokens, the model's context is %d", T, c.max_context);
+    if (T > c.max_context) fail("-p, --ids: %d tokens, the model's context is %d", T, c.max_context);
     if (o.past >= T) fail("--past %d: nothing is left of %d tokens", o.past, T);
     SessionOptions options = session_options(o, c, T);
     options.chunk = std::min(o.chunk, T);
@@ -4736,7 +4740,9 @@ inline void command_logits(const Options& o) {
     std::string text = o.top ? likeliest(in, ids, o.top, tokenizer ? &*tokenizer : nullptr, o.json) : "";
     for (const std::string& name : o.print) text += text_of(in.tensors(true), name);
     std::map<std::string, std::string> about = about_pass(s, o.past);
-    about["model"] = folder, about["quant"] = o.quant;
+    Utf8Stream path;                                     // of what bytes a path may have
+    about["model"] = path.push(folder.native()), about["model"] += path.finish();
+    about["quant"] = o.quant;
     if (file) write_safetensors(*file, in.tensors(o.taps), about);
     std::cout << text;
 }

@@ -349,7 +349,7 @@ class Logits(Case):
 
     def test_refusals(self):
         file = self.folder / "out.safetensors"
-        for ids in ("512", "-1", "a", "1,,2", "1,2,", "[1, 2", "1]", "[]", "[[1]]", "99999999999",
+        for ids in ("512", "-1", "a", "1,,2", "1,2,", "[1, 2", "1]", "[]", "1 2", "", "[[1]]", "99999999999",
                     ",".join(["1"] * 513)):
             self.refused("logits", "-m", TINY, f"--ids={ids}", "--out", file)
             self.assertEqual(list(self.folder.iterdir()), [], ids)

@@ -17,7 +17,10 @@ IDS = {
     "commas": "1,,2",
     "word": "one",
     "blank": "1 2",
-    "blank_first": " 1",
+    "bracket_open": "[1, 2",
+    "bracket_close": "1]",
+    "brackets": "[[1]]",
+    "list_empty": "[]",
     "negative": "-1",
     "beyond_vocabulary": "512",
     "beyond_64_bits": "9" * 30,
@@ -214,6 +217,12 @@ def other_lines():
     }
     for what, out in outs.items():
         yield (f"out_{what}", ["logits", "-m", "GOOD", "--ids", "1,2", *out], b"", ())
+    top = ["logits", "-m", "GOOD", "--ids", "1,2"]
+    yield from table("top", [*top, "--top"], {"zero": "0", "word": "x", "huge": "1001"}, ("--top",))
+    yield from table("past", [*top, "--top", "1", "--past"], {"negative": "-1", "all": "2"}, ("--past",))
+    yield ("print_unknown", [*top, "--print", "layers.0.none"], b"", ("layers.0.none", "attn_norm"))
+    yield ("print_escape", [*top, "--print", "\x1b[31m"], b"", ("--print",))
+    yield ("logits_json", [*top, "--out", "WORK/out.safetensors", "--json"], b"", ("--json",))
     yield ("logits_chunk_zero", LOGITS + ["--ids", "1", "--chunk", "0"], b"", ("--chunk",))
     for what in ("empty.txt", "not_utf8.txt", "nowhere", "folder"):
         yield (f"perplexity_of_{what}", ["perplexity", "-m", "GOOD", "-f", "WORK/" + what], b"", ())
