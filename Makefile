@@ -14,7 +14,7 @@ CXXFLAGS ?= -O2
 STRICT   := -std=c++20 -ffp-contract=off -fopenmp -pthread -Wall -Wextra -Wpedantic -Werror
 # The small loops over registers of the integer kernels must be unrolled: clang does it at -O2, g++ with this.
 TUNE      = $(if $(findstring clang,$(1)),,-fpeel-loops)
-LIBS     := -lsimdjson -lpcre2-8 -lutf8proc
+LIBS     := -lsimdjson -lpcre2-8 -lutf8proc -ledit
 GTEST    := -lgtest -lgtest_main -pthread
 
 JOBS      := $(shell nproc 2>/dev/null || echo 2)
@@ -81,10 +81,10 @@ endef
 includes = printf '\#include <%s>\n' $(1) | $(CXX) -std=c++20 -E -x c++ - -o /dev/null
 
 build/have-run:
-	$(call packages,the program,g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev,\
-		$(call includes,simdjson.h utf8proc.h CLI/CLI.hpp) && \
+	$(call packages,the program,g++ libsimdjson-dev libpcre2-dev libutf8proc-dev libcli11-dev libedit-dev,\
+		$(call includes,simdjson.h utf8proc.h CLI/CLI.hpp histedit.h) && \
 		printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <pcre2.h>\n' | $(CXX) -E -x c++ - -o /dev/null,\
-		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc and CLI11)
+		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc$(comma) CLI11 and libedit)
 
 build/have-test: | build/have-run
 	$(call packages,make test,libgtest-dev clang libclang-rt-dev libomp-dev python3 curl,\

@@ -25,7 +25,8 @@
 //   14  FP8                        scales, what a tensor core sums, the forward pass in bf16 and FP8
 //   19  The bill                   parameters, memory, bytes of the cache
 //   21  A conversation             an answer as it comes, the history, a terminal
-//   22  Command line               options, commands, main
+//   22  Commands                   run, chat, tokenize, logits, quantize, info, bench, check
+//   23  Command line               usage, options, signals, main
 //
 // Three headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
 // usable) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations again, as fast as the processor
@@ -58,6 +59,7 @@
 #include <bit>
 #include <charconv>
 #include <chrono>
+#include <clocale>
 #include <cmath>
 #include <csignal>
 #include <cstdarg>
@@ -76,7 +78,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
+#include <random>
 #include <set>
 #include <span>
 #include <sstream>
@@ -92,8 +96,10 @@
 #include <poll.h>
 #include <sched.h>
 #include <simdjson.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <termios.h>
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -132,7 +138,6 @@
 #define DEEPSEEK_FLOAT 1
 #endif
 using real = DEEPSEEK_REAL;
-
 namespace fs = std::filesystem;
 
 // -- 1.1  fail, CHECK: the user's mistakes and ours ----------------------------------------------
@@ -236,6 +241,8 @@ template <class Take> void take_from(std::vector<std::byte>& memory, const Take&
 
 inline int thread_count = 1;
 inline thread_local bool in_loop = false;              // inside a body
+inline volatile std::sig_atomic_t interrupted = 0;     // by Ctrl-C (23.3): the loop that runs ends,
+struct Interrupted {};                                 // and throws this
 
 inline int n_threads() { return thread_count; }
 inline void set_threads(int n) { thread_count = n; }
@@ -245,9 +252,10 @@ inline int thread_index() { return omp_get_thread_num(); }   // 0 <= index < n_t
 inline void with_team(const std::function<void()>& body) {
     if (omp_in_parallel()) return body();
     std::exception_ptr error;
-    sigset_t ctrl_c, before;                           // the signal is this thread's
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+    sigset_t stops, before;                            // these signals are this thread's
+    sigemptyset(&stops);
+    for (int signal : {SIGINT, SIGTERM, SIGHUP}) sigaddset(&stops, signal);
+    pthread_sigmask(SIG_BLOCK, &stops, &before);
 #pragma omp parallel num_threads(n_threads())
 #pragma omp master
     try {
@@ -281,9 +289,10 @@ constexpr int64_t WORTH_WAKING = 1 << 17;
 
 // body(i) for 0 <= i < n, in any order, on all threads, or on this one where n bodies of `cost`
 // multiplications are not worth it. Each i writes its own outputs and no sum crosses an i, so the result
-// does not depend on the number of threads. What a body throws (memory may run out) comes out here. A loop
-// inside a body runs on that body's thread.
+// does not depend on the number of threads. What a body throws comes out here. A loop inside a body runs on
+// that body's thread. One that is interrupted throws, and its outputs are void.
 template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cost = WORTH_WAKING) {
+    if (interrupted) throw Interrupted();
     if (n <= 1 || n_threads() == 1 || in_loop || n * cost < WORTH_WAKING) {
         for (int64_t i = 0; i < n; i++) body(i);
         return;
@@ -291,6 +300,7 @@ template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cos
     std::exception_ptr error;
     std::mutex mutex;
     auto guarded = [&](int64_t i) {
+        if (interrupted) return;
         in_loop = true;
         try {
             body(i);
@@ -302,9 +312,14 @@ template <class Body> void parallel_for(int64_t n, const Body& body, int64_t cos
     };
     with_team([&] { share_out(n, guarded); });
     if (error) std::rethrow_exception(error);
+    if (interrupted) throw Interrupted();
 }
 
-// -- 1.4  Rng: the same random numbers everywhere ------------------------------------------------
+// -- 1.4  time, and the same random numbers everywhere -------------------------------------------
+
+inline double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // SplitMix64 (Steele, Lea, Flood 2014): 64 bits of state, every seed is a good one.
 struct Rng {
@@ -340,25 +355,17 @@ struct Taps {
         return entries[at->second];
     }
     void add(const std::string& name, const real* data, int T, std::initializer_list<int> inner) {
-        size_t n = size_t(T);
-        for (int size : inner) n *= size_t(size);
+        size_t row = 1;
+        for (int size : inner) row *= size_t(size);
         Entry& entry = find(name, inner);
-        if (entry.values.empty()) entry.values.reserve(n / size_t(std::max(T, 1)) * rows);
-        entry.values.insert(entry.values.end(), data, data + n);
+        entry.values.reserve(row * rows);
+        entry.values.insert(entry.values.end(), data, data + size_t(T) * row);
     }
     void add(const std::string& name, const int* data, int T, int inner) {
         Entry& entry = find(name, {inner});
         entry.integers.insert(entry.integers.end(), data, data + size_t(T) * size_t(inner));
     }
 };
-
-// -- 1.6  time and interruption ------------------------------------------------------------------
-
-inline double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-inline volatile std::sig_atomic_t interrupted = 0;   // set by Ctrl-C; every long loop looks at it
 
 // =================================================================================================
 // Chapter 2. Numbers
@@ -599,6 +606,10 @@ using Vector = std::vector<real>;
     va_end(args);
     fail("%s: %s", where.c_str(), wrong.c_str());
 }
+
+// A line on stderr about what the user may not expect. --quiet: none, nor progress, nor statistics.
+inline bool quiet = false;
+inline void notice(const std::string& line) { if (!quiet) std::fprintf(stderr, "%s\n", line.c_str()); }
 
 using Json = simdjson::dom::element;
 
@@ -1115,32 +1126,85 @@ inline std::string tokenize(const Tokenizer& t, const std::string& input, const 
 
 // -- 4.3  write_safetensors: results, whole or not at all ----------------------------------------
 
-// Writes to a temporary name beside the target and renames, so that a reader never sees half a file.
+// A file, whatever it is called.
+struct FileId {
+    dev_t device;
+    ino_t number;
+    auto operator<=>(const FileId&) const = default;
+};
+inline std::optional<FileId> file_id(const fs::path& path) {
+    struct stat status {};
+    if (stat(path.c_str(), &status) != 0) return {};
+    return FileId{status.st_dev, status.st_ino};
+}
+inline std::set<FileId> in_use;          // the files of the model that is used: nothing is written over them
+
+// Temporary names of files that are being written; a signal's handler has no time for destructors.
+inline std::array<std::atomic<const char*>, 4> unfinished{};
+inline void remove_unfinished() {
+    for (auto& name : unfinished) if (const char* path = name.exchange(nullptr)) unlink(path);
+}
+
+// Writes to a temporary name beside the target and renames, so that a reader never sees half a file. The
+// name is new each time; who writes holds a lock on it, so that those left behind by a kill can be told and
+// are removed by the next who writes the same target. `replace`: an existing file may be.
 class AtomicFile {
 public:
-    explicit AtomicFile(const std::string& path)
-        : path_(path), temporary_(text_of("%s.%d.tmp", path.c_str(), int(getpid()))) {
-        if (fs::is_directory(path)) refuse(path, "is a directory");
-        if (fs::is_other(path)) refuse(path, "not a regular file");
-        file_ = std::fopen(temporary_.c_str(), "wbx");
-        if (!file_) refuse(path, "cannot be written: %s", std::strerror(errno));
+    explicit AtomicFile(const std::string& path, bool replace = false) : path_(path) {
+        std::error_code error;
+        std::optional<FileId> there = file_id(path);
+        if (path.empty()) fail("an empty path");
+        if (fs::is_directory(path, error)) refuse(path, "is a directory");
+        if (fs::is_other(path, error)) refuse(path, "not a regular file");
+        if (there && in_use.count(*there)) refuse(path, "is a file of the model in use");
+        if (there && !replace) refuse(path, "exists already (--force replaces it)");
+        if (there) target_ = fs::canonical(path);        // not the link, what it names
+        remove_left_behind();
+        sigset_t all, before;                            // no signal between making and knowing the file
+        sigfillset(&all), pthread_sigmask(SIG_BLOCK, &all, &before);
+        int fd = mkostemps(temporary_.data(), 4, O_CLOEXEC), wrong = errno;
+        for (size_t i = 0; fd >= 0 && i < unfinished.size() && !slot_; i++)
+            if (!unfinished[i]) unfinished[i] = temporary_.c_str(), slot_ = &unfinished[i];
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (fd < 0) refuse(path, "cannot be written: %s", std::strerror(wrong));
+        CHECK(slot_, "too many files are written at once");
+        flock(fd, LOCK_EX | LOCK_NB);
+        mode_t mask = umask(0);
+        umask(mask), fchmod(fd, 0666 & ~mask);           // mkostemps gives 0600
+        file_ = fdopen(fd, "wb");
     }
-    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), std::fclose(file_); }
+    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), close(); }
     AtomicFile(const AtomicFile&) = delete;
     void write(const void* data, size_t bytes) {
         require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
     }
     void commit() {
         require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                std::rename(temporary_.c_str(), path_.c_str()) == 0);
-        std::fclose(std::exchange(file_, nullptr));
+                std::rename(temporary_.c_str(), target_.c_str()) == 0);
+        close();
     }
 
 private:
-    std::string path_, temporary_;
+    std::string path_, target_ = path_, temporary_;
+    std::atomic<const char*>* slot_ = nullptr;
     std::FILE* file_ = nullptr;
 
     void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
+    void close() { *slot_ = nullptr, std::fclose(std::exchange(file_, nullptr)); }
+    void remove_left_behind() {
+        temporary_ = target_ + ".XXXXXX.tmp";
+        const std::string name = fs::path(temporary_).filename(), ours = name.substr(0, name.size() - 10);
+        std::error_code error;
+        for (auto& entry : fs::directory_iterator(fs::path(target_ + "/..").lexically_normal(), error)) {
+            std::string other = entry.path().filename();
+            if (other.size() != name.size() || !other.starts_with(ours) || !other.ends_with(".tmp") ||
+                !entry.is_regular_file(error) || entry.is_symlink(error))
+                continue;
+            int fd = open(entry.path().c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+            if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) unlink(entry.path().c_str());
+            if (fd >= 0) ::close(fd);
+        }
+    }
 };
 
 struct OutputTensor {
@@ -1217,6 +1281,7 @@ inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
 struct Sampling {
     double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
     int top_k = 0;                                       // 0: off
+    double repeat_penalty = 1;                           // 1: none
 };
 
 // -- 4.5  a model: a folder, or one file of llama.cpp's ------------------------------------------
@@ -1282,6 +1347,22 @@ std::map<std::string, std::string> parse_index(std::string_view json, const std:
     }
     if (out.empty()) refuse(file, "'weight_map' is empty");
     return out;
+}
+
+// Nothing is written over the files of this model.
+inline void protect_model(const fs::path& model) {
+    auto protect = [](const fs::path& file) { if (auto id = file_id(file)) in_use.insert(*id); };
+    if (is_gguf(model)) {
+        for (const fs::path& part : gguf_files(model)) protect(part);
+        return;
+    }
+    for (const char* name : {"config.json", "generation_config.json", "tokenizer.json",
+                             "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+                             "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json"})
+        protect(model / name);
+    fs::path index = model / "model.safetensors.index.json";
+    if (fs::exists(index))
+        for (auto& [tensor, shard] : parse_index(read_json_file(index), index)) protect(model / shard);
 }
 
 void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
@@ -1779,15 +1860,24 @@ inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, doubl
 
 // -- 5.7  top_k: the one place that decides ties -------------------------------------------------
 
+// idx: those k of 0 .. n - 1 that come before the others, in order. A heap holds the best so far, the last of
+// them on top: n log k comparisons.   0 <= k <= n
+template <class Before> void first_of_all(int* idx, int n, int k, const Before& before) {
+    std::iota(idx, idx + k, 0);
+    std::make_heap(idx, idx + k, before);
+    for (int i = k; k > 0 && i < n; i++) {
+        if (!before(i, idx[0])) continue;
+        std::pop_heap(idx, idx + k, before);
+        idx[k - 1] = i;
+        std::push_heap(idx, idx + k, before);
+    }
+    std::sort_heap(idx, idx + k, before);
+}
+
 // idx: the k indices of the largest v, in descending order of v; of equal values the lower index comes first.
 // v: (n), no NaN, which is neither larger nor smaller than any number
 inline void top_k(int* idx, const real* v, int n, int k) {
-    for (int i = 0, filled = 0; i < n; i++) {
-        if (filled == k && !(v[i] > v[idx[k - 1]])) continue;
-        int at = filled < k ? filled++ : k - 1;
-        for (; at > 0 && v[i] > v[idx[at - 1]]; at--) idx[at] = idx[at - 1];
-        idx[at] = i;
-    }
+    first_of_all(idx, n, k, [v](int a, int b) { return v[a] > v[b] || (v[a] == v[b] && a < b); });
 }
 
 // =================================================================================================
@@ -2543,6 +2633,7 @@ struct Device {
     std::string (*missing)();                                              // why it cannot be used, or ""
 };
 extern const Device CPU;
+inline void copy(void* to, const void* from, size_t bytes) { if (bytes) std::memcpy(to, from, bytes); }
 
 // Everything that a forward pass writes, for at most C = chunk tokens, each array with its shape. One list,
 // walked twice: for the bill and for the pointers.
@@ -2606,6 +2697,7 @@ struct Session {
     std::vector<int> tokens;               // the conversation; the cache holds the first `length` of them
     int length = 0, mtp_length = 0;
     int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
+    std::function<void(int)> at_layer;     // called after each layer of a pass, for who shows progress
 
     Session(const Model& m, const SessionOptions& o, const Device& device = CPU)
         : model(m), options(o), device(device),
@@ -2918,7 +3010,10 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
     place(s, T, pos);
     embed({a.x, c.D}, m.embed, ids);
     if (s.taps) s.taps->add("embed", a.x, T, {c.D});
-    for (int l = 0; l < c.n_layers; l++) block(s, m.layers[size_t(l)], a.x, l, T);
+    for (int l = 0; l < c.n_layers; l++) {
+        block(s, m.layers[size_t(l)], a.x, l, T);
+        if (s.at_layer) s.at_layer(l + 1);
+    }
     rmsnorm({a.h, c.D}, {a.x, c.D}, m.norm, T, c.eps);
     if (s.taps) s.taps->add("norm", a.h, T, {c.D});
     s.length = pos + T, s.h_pos = pos, s.h_rows = T;
@@ -2982,16 +3077,28 @@ inline void keep_top_p(Distribution& d, double share) {
     }
 }
 
-inline bool all_finite(const real* logits, int V) {
+inline bool all_finite(const real* logits, int64_t V) {
     return std::all_of(logits, logits + V, [](real z) { return std::isfinite(z); });
 }
+struct BrokenModel : UserError {
+    using UserError::UserError;
+};
 [[noreturn]] inline void fail_of_nan() {
-    fail("the model computed logits that are no finite numbers (damaged weights?)");
+    throw BrokenModel("the model computed logits that are no finite numbers (damaged weights?)");
+}
+inline void require_finite(const real* logits, int64_t V) { if (!all_finite(logits, V)) fail_of_nan(); }
+
+//   z / r where z > 0, else z r, for each token of the text so far     Keskar et al. 2019 (CTRL), section 4.1
+// logits: (V). CTRL divides in both cases, which makes a token with z < 0 likelier; so does transformers not.
+inline void penalise(real* logits, std::span<const int> tokens, double r) {
+    if (r == 1) return;
+    for (int id : std::set<int>(tokens.begin(), tokens.end()))
+        logits[id] = logits[id] > 0 ? logits[id] / real(r) : logits[id] * real(r);
 }
 
 // softmax(logits / temperature), then top-k, top-p and min-p, each on what the one before left. logits: (V)
 inline Distribution distribution(const real* logits, int V, const Sampling& s) {
-    if (!all_finite(logits, V)) fail_of_nan();
+    require_finite(logits, V);
     const int best = int(std::max_element(logits, logits + V) - logits);
     if (s.temperature == 0) return {{best, 1.0}};
     Distribution d;
@@ -3041,6 +3148,9 @@ inline void choose(Choice* out, const real* logits, int V, const Sampling& s, do
 
 struct Drafting;                                         // how tokens can be guessed ahead: chapter 13
 
+// Why a text ends: the model's end, -n, the context, Ctrl-C, or one of the texts of --stop.
+enum class Stop : uint8_t { END, LENGTH, CONTEXT, INTERRUPTED, TEXT };
+
 struct Generation {
     Sampling sampling;
     int max_tokens = std::numeric_limits<int>::max();
@@ -3048,12 +3158,14 @@ struct Generation {
     int think_begin = -1, think_end = -1;                // ids, where the tokenizer has them
     int think_budget = -1;                               // tokens of thought; -1: no limit
     const Drafting* drafting = nullptr;                  // none: one token at a time
+    std::function<void(const real*)> look;               // at the logits (V) of which a token is chosen
     Rng rng{0};
 };
 
 struct Statistics {
     int prompt = 0, reused = 0, generated = 0, steps = 0, drafted = 0, accepted = 0;
     double prefill_s = 0, decode_s = 0;
+    Stop stop = Stop::END;
 };
 
 // Where the next token stands relative to the thought.
@@ -3073,12 +3185,20 @@ struct Thought {
     bool spent(const Generation& g) const { return g.think_budget >= 0 && open && tokens >= g.think_budget; }
 };
 
-// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. Stops early when interrupted.
-inline void prefill(Session& s, std::span<const int> ids, int pos,
-                    const std::function<void(int, int)>& done) {
+// Calls forward in chunks; after each, `done(pos, T)` may look at a.h. `progress(n)`: that n tokens are done,
+// a layer being its share of a chunk. Throws Interrupted, within a layer.
+inline void prefill(Session& s, std::span<const int> ids, int pos, const std::function<void(int, int)>& done,
+                    const std::function<void(int)>& progress = {}) {
+    struct Quiet {
+        Session& s;
+        ~Quiet() { s.at_layer = nullptr; }
+    } after{s};
     with_team([&] {
-        for (size_t at = 0, T = 0; at < ids.size() && !interrupted; at += T) {
+        for (size_t at = 0, T = 0; at < ids.size(); at += T) {
             T = std::min(ids.size() - at, size_t(s.options.chunk));
+            if (progress) s.at_layer = [&](int l) {
+                progress(pos + int(at) + int(int64_t(T) * l / s.model.config.n_layers));
+            };
             s.device.forward(s, ids.subspan(at, T), pos + int(at));
             done(pos + int(at), int(T));
         }
@@ -3113,11 +3233,20 @@ inline Choice choose_next(const Session& s, const real* h, const Sampling& sampl
     return choice;
 }
 
-// The token after the last row of a.h.
+// The token after the last row of a.h. Where somebody sees the logits, or changes them, they come here.
 inline int next_token(const Session& s, Generation& g) {
     Rng drawn = g.rng;
     const real* h = s.a.h + int64_t(s.h_rows - 1) * s.model.config.D;
-    const Choice choice = s.device.choose_next(s, h, g.sampling, drawn.uniform());
+    const double at = drawn.uniform();
+    Choice choice;
+    if (g.look || g.sampling.repeat_penalty != 1) {
+        Vector logits = last_logits(s, 1);
+        if (g.look) g.look(logits.data());
+        penalise(logits.data(), s.tokens, g.sampling.repeat_penalty);
+        choose(&choice, logits.data(), s.model.config.V, g.sampling, at);
+    } else {
+        choice = s.device.choose_next(s, h, g.sampling, at);
+    }
     if (choice.id < 0) fail_of_nan();
     if (choice.candidates > 1) g.rng = drawn;            // what is certain takes no random number
     return choice.id;
@@ -3134,54 +3263,78 @@ struct Drafting {
     std::vector<int> (*step)(Session& s, Generation& g, Statistics& stats);   // as plain_step
 };
 
-// Generates after the prompt `ids` until a stop token, max_tokens, the end of the context, or Ctrl-C.
-// `progress(n)` is called with the number of prompt tokens done, `emit(id)` with each token. Keeps
-// s.tokens and the cache for a next call.
-inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
-                           const std::function<void(int)>& progress, const std::function<void(int)>& emit) {
-    Statistics stats;
-    double start = seconds();
-    stats.prompt = stats.reused = reusable(s, ids, g.drafting);
-    s.tokens.assign(ids.begin(), ids.end());
-    prefill(s, ids.subspan(size_t(stats.reused)), stats.reused, [&](int pos, int T) {
-        if (g.drafting) g.drafting->catch_up(s);
-        stats.prompt = pos + T;
-        progress(stats.prompt);
-    });
-    stats.prefill_s = seconds() - start;
-    if (interrupted) return stats;
-    Thought thought(g, ids);
-    std::vector<int> next = {next_token(s, g)};
-    while (!interrupted) {
+// The cache holds s.tokens[0, length), and no more: so it stays, whatever ends a generation. What was drafted
+// and not kept is forgotten: its rows of the cache lie beyond `length`, and are written anew.
+inline void settle(Session& s) {
+    s.length = std::min(s.length, int(s.tokens.size()));
+    s.mtp_length = std::min(s.mtp_length, s.length);
+}
+inline void check_settled(const Session& s) {
+    CHECK(0 <= s.mtp_length && s.mtp_length <= s.length && size_t(s.length) <= s.tokens.size(),
+          "%d and %d of %zu tokens in the cache", s.mtp_length, s.length, s.tokens.size());
+}
+
+// Generates after a prompt that is in the cache, all but what the next step needs, until something stops it.
+inline Stop generate_text(Session& s, Generation& g, Statistics& stats,
+                          const std::function<bool(int)>& emit) {
+    Thought thought(g, s.tokens);
+    for (std::vector<int> next = {next_token(s, g)};;) {
         for (int id : next) {
             bool forced = thought.spent(g) && id != g.think_end;
             if (forced) id = g.think_end;
-            if (std::find(g.stops.begin(), g.stops.end(), id) != g.stops.end() ||
-                stats.generated == g.max_tokens) {
-                stats.decode_s = seconds() - start - stats.prefill_s;
-                return stats;
-            }
+            if (std::find(g.stops.begin(), g.stops.end(), id) != g.stops.end()) return Stop::END;
+            if (stats.generated == g.max_tokens) return Stop::LENGTH;
             thought.see(g, id);
             s.tokens.push_back(id);
             stats.generated++;
-            emit(id);
+            if (!emit(id)) return Stop::TEXT;
             if (forced) break;                           // what was drafted after it no longer follows
         }
-        // A rejected draft is forgotten: its row of the cache lies beyond `length`, and is written anew.
-        s.length = std::min(s.length, int(s.tokens.size()) - 1);
-        if (int(s.tokens.size()) > s.options.context || stats.generated == g.max_tokens) break;
+        s.length = std::min(s.length, int(s.tokens.size()) - 1);         // the last one needs its pass
+        if (stats.generated == g.max_tokens) return Stop::LENGTH;
+        if (int(s.tokens.size()) > s.options.context) return Stop::CONTEXT;
+        if (interrupted) return Stop::INTERRUPTED;
         stats.steps++;
         next = g.drafting ? g.drafting->step(s, g, stats) : plain_step(s, g);
     }
-    stats.decode_s = seconds() - start - stats.prefill_s;
+}
+
+// Generates after the prompt `ids` until a stop token, max_tokens, the end of the context, Ctrl-C, or until
+// `emit(id)`, called with each token, returns false. `progress(n)` is called with the number of prompt tokens
+// done. Keeps s.tokens and the cache for a next call.
+inline Statistics generate(Session& s, std::span<const int> ids, Generation& g,
+                           const std::function<void(int)>& progress, const std::function<bool(int)>& emit) {
+    Statistics stats;
+    struct Settled {
+        Session& s;
+        ~Settled() { settle(s); }
+    } always{s};
+    double start = seconds();
+    stats.prompt = stats.reused = s.length = reusable(s, ids, g.drafting);
+    s.tokens.assign(ids.begin(), ids.end());
+    try {
+        auto done = [&](int pos, int T) {
+            if (g.drafting) g.drafting->catch_up(s);
+            progress(stats.prompt = pos + T);
+        };
+        prefill(s, ids.subspan(size_t(stats.reused)), stats.reused, done, progress);
+        stats.prefill_s = seconds() - start;
+        stats.stop = generate_text(s, g, stats, emit);
+    } catch (const Interrupted&) {
+        stats.stop = Stop::INTERRUPTED;
+    }
+    settle(s), check_settled(s);
+    double took = seconds() - start;
+    if (stats.prompt < int(ids.size())) stats.prefill_s = took;          // interrupted on the way
+    stats.decode_s = took - stats.prefill_s;
     return stats;
 }
 
 // -- 12.3  a prompt's cache on disk --------------------------------------------------------------
 //
 // A long prompt that is asked about again need not be read again: its keys and values can be kept. The
-// file is a safetensors file of bytes as they are in memory; it says for which weights, --kv and --arith
-// they were made, and for which tokens. Whatever the next prompt shares with them from the start is
+// file is a safetensors file of bytes as they are in memory; it says by what they were made (weights, config,
+// options: `cache_facts`), and for which tokens. Whatever the next prompt shares with them from the start is
 // reused.
 
 struct Fnv1a {
@@ -3209,6 +3362,49 @@ inline uint64_t fingerprint(const Model& m) {
     }
     return hash.h;
 }
+// One that names what config.json says of the arithmetic.
+inline uint64_t fingerprint(const Config& c) {
+    const RopeConfig& r = c.rope;
+    Fnv1a hash;
+    for (double x : {double(c.D), double(c.V), double(c.n_layers), double(c.n_mtp), double(c.ffn_width),
+                     double(c.H), double(c.G), double(c.head_dim), double(c.Rq), double(c.Rkv), double(c.Dn),
+                     double(c.Dr), double(c.Dv), double(c.E), double(c.K), double(c.F), double(c.n_shared),
+                     double(c.first_dense), double(c.moe_freq), double(c.n_group), double(c.topk_group),
+                     double(c.gate), double(c.sigmoid_affinity), double(c.norm_topk), double(c.qkv_bias),
+                     double(c.tied), c.routed_scale, c.eps, r.theta, double(r.scaling), r.factor,
+                     r.original_context, r.low_freq_factor, r.high_freq_factor, r.beta_fast, r.beta_slow,
+                     r.mscale, r.mscale_all_dim})
+        hash.add(&x, sizeof x);
+    return hash.h;
+}
+// And one that names the formats that the matrices were given: --quant.
+inline uint64_t formats(const Model& m) {
+    Fnv1a hash;
+    each_matrix(const_cast<Model&>(m), [&](const Matrix& w, Role) { hash.add(&w.dtype, sizeof w.dtype); });
+    return hash.h;
+}
+
+// Whether quantised weights are multiplied in integers: --exact, and devices, do not.
+inline bool in_integers(const Session& s) {
+    bool any = false;
+    each_matrix(const_cast<Model&>(s.model), [&](const Matrix& w, Role) { any |= w && quantised(w.dtype); });
+    return kernels.integers && (!any || &s.device == &CPU);
+}
+
+// By what a cache was made: what must be the same where it is used, and how a message calls it.
+struct CacheFact {
+    const char* name;
+    uint64_t value;
+};
+inline std::vector<CacheFact> cache_facts(const Session& s) {
+    return {{"model (other weights)", fingerprint(s.model)},
+            {"model (another config.json)", fingerprint(s.model.config)},
+            {"--quant", formats(s.model)},
+            {"--kv", uint64_t(s.cache.dtype)},
+            {"--arith", uint64_t(kernels.arith)},
+            {"--mla", uint64_t(s.options.mla)},
+            {"--exact", in_integers(s)}};
+}
 
 // The filled rows of each of the cache's matrices.
 inline std::vector<OutputTensor> cache_tensors(const Session& s) {
@@ -3224,47 +3420,47 @@ inline std::vector<OutputTensor> cache_tensors(const Session& s) {
     return out;
 }
 
-// In what its numbers were computed and are stored.
-inline uint64_t cache_kind(const Session& s) {
-    return uint64_t(s.cache.dtype) | uint64_t(kernels.arith) << 8;
-}
-
-inline void save_cache(const Session& s, const std::string& path) {
-    uint64_t about[] = {fingerprint(s.model), cache_kind(s), uint64_t(s.length), uint64_t(s.mtp_length)};
+inline void save_cache(const Session& s, AtomicFile& file) {
+    check_settled(s);
+    std::vector<uint64_t> about = {uint64_t(s.length), uint64_t(s.mtp_length)};
+    for (const CacheFact& fact : cache_facts(s)) about.push_back(fact.value);
     std::vector<OutputTensor> out = {
-        {"about", "U64", {4}, about, sizeof about},
+        {"about", "U64", {about.size()}, about.data(), 8 * about.size()},
         {"tokens", "I32", {size_t(s.length)}, s.tokens.data(), 4 * size_t(s.length)}};
     for (OutputTensor& t : cache_tensors(s)) out.push_back(t);
-    AtomicFile file(path);
     write_safetensors(file, out);
 }
 
-// Fills an empty session. The file may be damaged or from elsewhere: names and sizes must be those we
-// would write.
+// Fills a session. The file may be damaged or from elsewhere: names and sizes must be those we would write.
+// Where it is refused, the session is empty.
 inline void load_cache(Session& s, const std::string& path) {
     Mapping mapping(path);
     TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, path);
     std::map<std::string, std::span<const std::byte>> found;
     for (const TensorInfo& t : parsed.tensors)
         found[t.name] = {mapping.data() + parsed.data_begin + t.begin, size_t(t.end - t.begin)};
-    if (found["about"].size() != 32) fail("%s: not a cache that --save-kv wrote", path.c_str());
-    uint64_t about[4];
-    std::memcpy(about, found["about"].data(), sizeof about);
-    if (about[0] != fingerprint(s.model)) fail("%s: the cache of another model", path.c_str());
-    if (about[1] != cache_kind(s)) fail("%s: was saved with another --kv or --arith", path.c_str());
-    if (about[2] > uint64_t(s.options.context) || about[3] > about[2])
-        fail("%s: %llu tokens, the context holds %d", path.c_str(), (unsigned long long)about[2],
-             s.options.context);
-    s.length = int(about[2]), s.mtp_length = int(about[3]);
-    s.tokens.resize(size_t(s.length));
+    std::vector<CacheFact> facts = cache_facts(s);
+    std::vector<uint64_t> about(2 + facts.size());
+    s.tokens.clear(), s.length = s.mtp_length = 0;
+    if (found["about"].size() != 8 * about.size()) refuse(path, "not a cache that --save-kv wrote");
+    copy(about.data(), found["about"].data(), 8 * about.size());
+    for (size_t i = 0; i < facts.size(); i++)
+        if (about[2 + i] != facts[i].value) refuse(path, "was saved with another %s", facts[i].name);
+    if (about[0] > uint64_t(s.options.context) || about[1] > about[0])
+        refuse(path, "%ju tokens, the context holds %d", uintmax_t(about[0]), s.options.context);
+    s.length = int(about[0]), s.mtp_length = int(about[1]);
     std::vector<OutputTensor> wanted = cache_tensors(s);
-    wanted.push_back({"tokens", "I32", {}, s.tokens.data(), 4 * s.tokens.size()});
+    std::vector<int> tokens(size_t(s.length));
+    wanted.push_back({"tokens", "I32", {}, tokens.data(), 4 * tokens.size()});
+    s.length = s.mtp_length = 0;
     for (const OutputTensor& t : wanted) {
-        if (found[t.name].size() != t.bytes)
-            fail("%s: tensor '%s' is missing or cut", path.c_str(), t.name.c_str());
-        auto write = t.read ? s.device.write : CPU.write;
+        if (found[t.name].size() != t.bytes) refuse(path, "tensor '%s' is missing or cut", t.name.c_str());
+        auto write = t.read ? s.device.write : copy;
         write(const_cast<void*>(t.data), found[t.name].data(), t.bytes);
     }
+    for (int id : tokens)
+        if (id < 0 || id >= s.model.config.V) refuse(path, "holds the token %d, which the model has not", id);
+    s.tokens = tokens, s.length = int(about[0]), s.mtp_length = int(about[1]);
 }
 
 // -- 12.4  perplexity: how surprised is the model by a text? -------------------------------------
@@ -3288,7 +3484,7 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
     const Config& c = s.model.config;
     Perplexity result;
     size_t room = size_t(s.options.context) - (bos >= 0);
-    for (size_t begin = 0; begin < ids.size() && !interrupted; begin += room) {
+    for (size_t begin = 0; begin < ids.size(); begin += room) {
         std::vector<int> window(ids.begin() + int64_t(begin),
                                 ids.begin() + int64_t(std::min(ids.size(), begin + room)));
         if (bos >= 0) window.insert(window.begin(), bos);
@@ -3296,11 +3492,11 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
         prefill(s, window, 0, [&](int pos, int T) {
             for (int t = 0; t < T && size_t(pos + t + 1) < window.size(); t++) {
                 s.device.head(s, logits.data(), s.a.h + int64_t(t) * c.D, 1);
+                require_finite(logits.data(), c.V);
                 result.nll += negative_log_likelihood(logits.data(), c.V, window[size_t(pos + t + 1)]);
                 result.tokens++;
             }
-            progress(begin + size_t(pos + T));
-        });
+        }, [&](int n) { progress(begin + size_t(n)); });
     }
     return result;
 }
@@ -3365,7 +3561,6 @@ inline std::shared_ptr<std::byte> zeroed_pages(size_t bytes) {
     auto pages = std::make_shared<Pages>(bytes);
     return {pages, pages->data()};
 }
-inline void copy(void* to, const void* from, size_t bytes) { if (bytes) std::memcpy(to, from, bytes); }
 inline int64_t scratch_of_heads(const Config& c, const SessionOptions& o) {
     return attention_scratch(o.context, c.q_dim(), c.v_dim());
 }
@@ -3413,14 +3608,19 @@ inline std::vector<int> mtp_step(Session& s, Generation& g, Statistics& stats) {
     if (rows == 0 || s.length + 2 > s.options.context) return plain_step(s, g);
     Vector logits(size_t(c.V));
     s.device.head(s, logits.data(), s.a.mtp_h + int64_t(rows - 1) * c.D, 1);
+    penalise(logits.data(), s.tokens, g.sampling.repeat_penalty);
     Distribution q = distribution(logits.data(), c.V, g.sampling);
     int draft = sample(q, g.rng), pair[2] = {s.tokens.back(), draft};
     s.device.forward(s, std::span(pair), s.length);
     Vector both = last_logits(s, 2);       // row 0: after the last token; row 1: after the draft
+    penalise(both.data(), s.tokens, g.sampling.repeat_penalty);
     int next = verify(distribution(both.data(), c.V, g.sampling), q, draft, g.rng);
     stats.drafted++;
     if (next != draft) return {next};      // row 1 is void; `generate` shortens the cache by the draft's row
     stats.accepted++;
+    s.tokens.push_back(draft);             // for a moment: the penalty is of the draft, too
+    penalise(both.data() + c.V, s.tokens, g.sampling.repeat_penalty);
+    s.tokens.pop_back();
     return {draft, sample(distribution(both.data() + c.V, c.V, g.sampling), g.rng)};
 }
 
@@ -3459,25 +3659,23 @@ struct Inside {
     }
 };
 
-// Of s.tokens; those before `past` are only read, so that what follows is what decoding would compute. After
-// each chunk done(n): n tokens were read.
+// Of s.tokens; those before `past` are only read, so that what follows is what decoding would compute.
+// done(n): n tokens were read.
 inline Inside look_inside(Session& s, int past, bool with_taps, const std::function<void(size_t)>& done) {
     const bool mtp = s.model.config.n_mtp > 0;
     const std::span<const int> ids(s.tokens);
     const size_t V = size_t(s.model.config.V), rows = ids.size() - size_t(past);
     Inside in{V, past, mtp, {}, Vector(rows * V), Vector(mtp ? (rows - 1) * V : 0)};
     in.taps.rows = rows;
-    prefill(s, ids.first(size_t(past)), 0, [&](int pos, int n) {
-        if (mtp) mtp_catch_up(s);
-        done(size_t(pos + n));
-    });
+    auto progress = [&](int n) { done(size_t(n)); };
+    prefill(s, ids.first(size_t(past)), 0, [&](int, int) { if (mtp) mtp_catch_up(s); }, progress);
     if (with_taps) s.taps = &in.taps;
     prefill(s, ids.subspan(size_t(past)), past, [&](int pos, int n) {
         s.device.head(s, in.logits.data() + size_t(pos - past) * V, s.a.h, n);
+        require_finite(in.logits.data() + size_t(pos - past) * V, n * int64_t(V));
         const size_t begin = size_t(s.mtp_length - past) * V;
         if (mtp) s.device.head(s, in.mtp_logits.data() + begin, s.a.mtp_h, mtp_catch_up(s));
-        done(size_t(pos + n));
-    });
+    }, progress);
     s.taps = nullptr;
     return in;
 }
@@ -4181,20 +4379,35 @@ struct MemoryPlan {
     uint64_t left_for_weights() const {
         return available - std::min(available, cache + activations + available / 10);
     }
-    void require(int context) const {                  // fails where it does not fit
-        if (fits()) return;
-        fail("not enough memory%s for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more "
-             "than the %.2f GB available",
-             where().c_str(), context,
-             weights ? text_of("weights %.2f GB, ", gigabytes(weights)).c_str() : "",
-             gigabytes(cache), gigabytes(activations), gigabytes(needed() - available), gigabytes(available));
-    }
 };
 
 inline MemoryPlan memory_plan(uint64_t weights, const Config& c, const SessionOptions& s,
                               const Device& device) {
     return {weights, cache_bytes(c, s.context, s.kv), Activations::bytes(c, s, device), device.available(),
             &device};
+}
+
+// Fails where it does not fit, and says what would.
+inline void require_memory(const MemoryPlan& plan, const Config& c, SessionOptions s) {
+    if (plan.fits()) return;
+    const int asked = s.context;
+    int fits = 0;                                        // the longest context that does
+    for (int most = asked - 1; fits < most;) {
+        MemoryPlan shorter = plan;
+        s.context = fits + (most - fits + 1) / 2;
+        shorter.cache = cache_bytes(c, s.context, s.kv);
+        shorter.activations = Activations::bytes(c, s, *plan.device);
+        if (shorter.fits()) fits = s.context;
+        else most = s.context - 1;
+    }
+    std::string advice = fits ? text_of("; --ctx %d fits", fits) : "";
+    if (s.kv == REAL) advice += "; --kv bf16 halves the cache";
+    fail("not enough memory%s for --ctx %d: %scache %.2f GB and activations %.2f GB need %.2f GB more than "
+         "the %.2f GB available%s",
+         plan.where().c_str(), asked,
+         plan.weights ? text_of("weights %.2f GB, ", gigabytes(plan.weights)).c_str() : "",
+         gigabytes(plan.cache), gigabytes(plan.activations), gigabytes(plan.needed() - plan.available),
+         gigabytes(plan.available), advice.c_str());
 }
 
 // What `logits` keeps until it is written (13.4), in the host's memory.
@@ -4229,25 +4442,30 @@ struct InsideBill {
 
 // -- 19.4  loading within the plan ---------------------------------------------------------------
 
-// A bar on a terminal, nothing elsewhere.
+// A bar on a terminal, with the time left; nothing elsewhere.
 class Progress {
 public:
-    Progress(const std::string& what, size_t total)
-        : what_(what), total_(total), shown_(isatty(STDERR_FILENO)) {}
-    ~Progress() { if (drawn_) std::fputs("\r\033[K", stderr); }
+    Progress(const std::string& what, size_t total, const std::string& unit = "")
+        : what_(what), unit_(unit), total_(std::max<size_t>(total, 1)),
+          shown_(!quiet && isatty(STDERR_FILENO)) {}
+    ~Progress() { if (width_) std::fprintf(stderr, "\r%*s\r", int(width_), ""); }
     Progress(const Progress&) = delete;
     void at(size_t n) {
-        if (!shown_ || seconds() - start_ < 0.5) return;
-        std::string bar(n * 30 / std::max<size_t>(total_, 1), '#');
-        std::fprintf(stderr, "\r%s [%-30s] %zu / %zu", what_.c_str(), bar.c_str(), n, total_);
-        drawn_ = true;
+        const double now = seconds(), took = now - start_;
+        if (!shown_ || took < 0.5 || now - drawn_ < 0.1) return;
+        drawn_ = now;
+        std::string bar(std::min(n, total_) * 30 / total_, '#');
+        std::string line = what_ + text_of(" [%-30s] %zu / %zu", bar.c_str(), n, total_) + unit_;
+        if (n > 0) line += text_of(", %.0f s left", took * double(total_ - std::min(n, total_)) / double(n));
+        std::fprintf(stderr, "\r%-*s", int(width_), line.c_str());      // over what was longer
+        width_ = std::max(width_, line.size());
     }
 
 private:
-    std::string what_;
-    size_t total_;
-    bool shown_, drawn_ = false;
-    double start_ = seconds();
+    std::string what_, unit_;
+    size_t total_, width_ = 0;
+    bool shown_;
+    double start_ = seconds(), drawn_ = 0;
 };
 
 // Bytes of the weights that need memory of their own, before anything is loaded: those that are quantised
@@ -4306,14 +4524,12 @@ inline void rearrange(Model& m, uint64_t memory, const std::function<void(size_t
     Arena bill;
     for (const Matrix* w : all) bill.take<std::byte>(bytes(*w));
     if (bill.used > memory) {
-        std::fprintf(stderr, "weights stay as they are: to rearrange %.2f GB takes more than the %.2f free\n",
-                     gigabytes(bill.used), gigabytes(memory));
-        return;
+        return notice(text_of("weights stay as they are: to rearrange %.2f GB takes more than the %.2f free",
+                              gigabytes(bill.used), gigabytes(memory)));
     }
     m.rearranged = Pages(bill.used, true);
     Arena arena{m.rearranged.data(), 0};
     for (Matrix* w : all) {
-        if (interrupted) return;
         Matrix before = *w;
         kernels.rearrange(*w, arena.take<std::byte>(bytes(*w)));
         forget_pages(before);
@@ -4329,7 +4545,7 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
     const Dtype weights = quant == "none" ? REAL : file_type(quant).dtype;
     if (kernels.arith != Arith::F32 && kernels.integers && quantised(weights)) refuse_integers(weights);
     MemoryPlan plan = memory_plan(weight_bytes(folder, c, quant, device), c, s, device);
-    plan.require(s.context), result.require(plan);
+    require_memory(plan, c, s), result.require(plan);
     std::unique_ptr<Progress> progress;
     auto shown = [&progress](const std::string& what) {
         return [&progress, what](size_t done, size_t total) {
@@ -4423,56 +4639,205 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 //
 // What stands between a model and a person? Tokens come one by one and are halves of characters, a thought
 // comes before the answer, the person interrupts, and the history must hold what was said and nothing else.
+//
+//      ids --bytes--> characters --stop texts--> thought | answer --> stdout, plain
+//                                                                 --> a terminal, dimmed and disarmed
+//
+// What a model says is a stranger's text: on a terminal no control character of it may act. What goes into
+// a pipe or a file is exact.
 
-// -- 21.1  an answer as it comes -----------------------------------------------------------------
+// -- 21.1  what a terminal is given --------------------------------------------------------------
 
-// The token text as it comes: characters whole, special tokens hidden, the thought dimmed on a terminal.
-class Printer {
+// Whether escape codes may go to a terminal (no-color.org; TERM=dumb has none).
+inline bool plain_terminal() {
+    const char *term = std::getenv("TERM"), *none = std::getenv("NO_COLOR");
+    return !term || std::string_view(term) == "dumb" || (none && *none);
+}
+
+// Text whose control characters are shown and do nothing: C0 but newline and tab, C1, and the marks that turn
+// the direction of writing.   utf8: valid
+inline std::string disarmed(std::string_view utf8) {
+    auto acts = [](int32_t c) {
+        return (c < 32 && c != '\n' && c != '\t') || (c >= 127 && c < 160) || c == 0x061C || c == 0x200E ||
+               c == 0x200F || (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
+    };
+    std::string out;
+    for (int32_t c = 0, n = 0; !utf8.empty(); utf8.remove_prefix(size_t(n))) {
+        auto bytes = reinterpret_cast<const uint8_t*>(utf8.data());
+        n = int32_t(utf8proc_iterate(bytes, int64_t(utf8.size()), &c));
+        if (n <= 0) n = 1, c = 0xFFFD;
+        if (acts(c)) out += text_of("<U+%04X>", unsigned(c));
+        else out.append(utf8.substr(0, size_t(n)));
+    }
+    return out;
+}
+
+// The state in which the terminal is found is the state in which it is left, whatever ends or stops the
+// program. Called by signal handlers, too.
+struct Terminal {
+    termios before{};
+    bool known = tcgetattr(STDIN_FILENO, &before) == 0;
+    volatile std::sig_atomic_t dimmed = 0, pasting = 0;   // escape codes that are in effect
+
+    static void put(int fd, std::string_view code) { if (::write(fd, code.data(), code.size()) < 0) return; }
+    void dim(bool on) { dimmed = on, put(STDOUT_FILENO, on ? "\033[2m" : "\033[0m"); }
+    void paste(bool on) { pasting = on, put(STDERR_FILENO, on ? "\033[?2004h" : "\033[?2004l"); }
+    void restore() {
+        if (dimmed) put(STDOUT_FILENO, "\033[0m");
+        if (pasting) put(STDERR_FILENO, "\033[?2004l");
+        if (known) tcsetattr(STDIN_FILENO, TCSANOW, &before);
+    }
+};
+inline Terminal terminal;
+
+// Ctrl-C ends the program; but while somebody heeds `interrupted`, only what he does. A second one ends all.
+inline volatile std::sig_atomic_t heeded = 0, ended_by = 0;              // ended_by: SIGTERM, SIGHUP, or 0
+struct Heed {
+    std::sig_atomic_t before = std::exchange(heeded, 1);
+    ~Heed() { heeded = before; }
+};
+
+// -- 21.2  an answer as it comes -----------------------------------------------------------------
+
+struct Display {
+    std::vector<std::string> stops;        // texts that end an answer; not shown
+    bool answer_only = false, json = false, show_prompt = false;
+    int logprobs = 0;                      // likeliest tokens to tell of each, in JSON
+};
+
+// Cuts a text off where one of some texts begins, though it come in parts: what may be the beginning of one
+// is held back.
+class StopTexts {
 public:
-    Printer(const Tokenizer& tokenizer, int think_begin, int think_end, bool in_thought)
-        : tokenizer_(tokenizer), think_begin_(think_begin), think_end_(think_end),
-          colour_(isatty(STDOUT_FILENO)) {
-        if (colour_ && in_thought) dim(true);
+    explicit StopTexts(const std::vector<std::string>& stops) : stops_(stops) {}
+    bool found() const { return found_; }
+    // What is certain by now.
+    std::string push(const std::string& text) {
+        if (found_) return "";
+        held_ += text;
+        size_t cut = held_.size();
+        for (const std::string& stop : stops_)
+            if (size_t at = held_.find(stop); at != held_.npos) cut = std::min(cut, at), found_ = true;
+        size_t sure = cut;
+        for (const std::string& stop : stops_)
+            for (size_t n = std::min(stop.size() - 1, held_.size()); !found_ && n > 0; n--)
+                if (held_.ends_with(std::string_view(stop).substr(0, n)))
+                    sure = std::min(sure, held_.size() - n), n = 1;
+        return take(sure);
     }
-    void emit(int id) {
-        if (tokenizer_.is_special(id)) return;
-        if (colour_ && id == think_begin_) dim(true);
-        write(stream_.push(tokenizer_.bytes(id)));
-        if (colour_ && id == think_end_) dim(false);
-    }
-    void finish() {
-        write(stream_.finish());
-        if (dimmed_) dim(false);
-        if (text_.empty() || text_.back() != '\n') std::fputc('\n', stdout);
-        std::fflush(stdout);
-    }
-    const std::string& text() const { return text_; }
+    std::string finish() { return found_ ? "" : take(held_.size()); }
 
 private:
-    const Tokenizer& tokenizer_;
-    int think_begin_, think_end_;
-    bool colour_, dimmed_ = false;
-    Utf8Stream stream_;
-    std::string text_;
+    const std::vector<std::string>& stops_;
+    std::string held_;
+    bool found_ = false;
 
-    void dim(bool on) {
-        dimmed_ = on;
-        std::fputs(on ? "\033[2m" : "\033[0m", stdout);
-    }
-    void write(const std::string& text) {
-        text_ += text;
-        bool all = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
-        bool out = std::fflush(stdout) == 0;
-        if (!(all && out) && errno == EINTR) clearerr(stdout);   // Ctrl-C, and no pipe or disk that failed
+    std::string take(size_t n) {
+        std::string out = held_.substr(0, n);
+        held_.erase(0, n);
+        return out;
     }
 };
 
+// The text of the tokens as it comes: characters whole, special tokens hidden, the thought dimmed on a
+// terminal. Keeps thought and answer apart.
+class Printer {
+public:
+    // in_thought: the prompt has opened a thought.   raw: and that is not to be said
+    Printer(const Tokenizer& tokenizer, const Generation& g, const Display& display, bool in_thought,
+            bool raw)
+        : tokenizer_(tokenizer), g_(g), display_(display), stops_(display.stops), thought_(in_thought),
+          opened_(in_thought && !raw && !display.answer_only), answer_at_(in_thought ? std::string::npos : 0),
+          terminal_(isatty(STDOUT_FILENO)) {}
+    // False when a stop text has come.
+    bool emit(int id) {
+        if (tokenizer_.is_special(id)) return true;
+        if (id == g_.think_begin) turns_.push_back({pushed_, true});
+        std::string text = stream_.push(tokenizer_.bytes(id));
+        pushed_ += text.size();
+        if (id == g_.think_end) turns_.push_back({pushed_, false});
+        keep(stops_.push(text));
+        return !stops_.found();
+    }
+    void finish() {
+        keep(stops_.push(stream_.finish()));
+        keep(stops_.finish());
+        show("");
+        if (terminal.dimmed) terminal.dim(false);
+        if (!display_.json && last_ != '\n') std::fputc('\n', stdout);
+        std::fflush(stdout);
+    }
+    // What was said, without what the prompt had opened; the two parts of it, without marks and the blank
+    // lines after them.
+    const std::string& text() const { return text_; }
+    std::string thought() const {
+        std::string part = text_.substr(0, answer_at_ == text_.npos ? text_.size() : answer_at_);
+        if (part.starts_with("<think>")) part.erase(0, 7);
+        if (part.ends_with("</think>")) part.resize(part.size() - 8);
+        return trimmed(part);
+    }
+    std::string answer() const { return thought_ ? "" : trimmed(text_.substr(answer_at_)); }
+    bool in_thought() const { return thought_; }
+
+private:
+    const Tokenizer& tokenizer_;
+    const Generation& g_;
+    const Display& display_;
+    StopTexts stops_;
+    Utf8Stream stream_;
+    std::deque<std::pair<size_t, bool>> turns_;          // where in the text a thought begins or ends
+    std::string text_;
+    size_t pushed_ = 0;                                  // bytes of text, those held back counted
+    bool thought_;                                       // at the end of text_
+    bool opened_;                                        // by the prompt, and that is still to be shown
+    size_t answer_at_;
+    bool terminal_;
+    char last_ = 0;                                      // that was shown
+
+    static std::string trimmed(std::string_view text) {
+        return std::string(text.substr(std::min(text.find_first_not_of('\n'), text.size())));
+    }
+    void keep(std::string_view text) {
+        while (true) {
+            for (; !turns_.empty() && turns_.front().first <= text_.size(); turns_.pop_front()) {
+                thought_ = turns_.front().second;
+                answer_at_ = thought_ ? text_.npos : text_.size();
+            }
+            if (text.empty()) return;
+            size_t n = text.size();
+            if (!turns_.empty()) n = std::min(n, turns_.front().first - text_.size());
+            text_ += text.substr(0, n);
+            show(text.substr(0, n));
+            text.remove_prefix(n);
+        }
+    }
+    void show(std::string_view text) {
+        if (display_.json || (display_.answer_only && thought_)) return;
+        std::string out = std::exchange(opened_, false) ? "<think>" : "";
+        out += display_.answer_only && last_ == 0 ? trimmed(text) : text;
+        if (out.empty()) return;
+        if (terminal_ && !plain_terminal() && thought_ != bool(terminal.dimmed)) terminal.dim(thought_);
+        if (terminal_) out = disarmed(out);
+        last_ = out.back();
+        bool all = std::fwrite(out.data(), 1, out.size(), stdout) == out.size();
+        bool flushed = std::fflush(stdout) == 0;
+        if (!(all && flushed) && errno == EINTR) clearerr(stdout);   // Ctrl-C, no pipe or disk that failed
+    }
+};
+
+// -- 21.3  what is said about it -----------------------------------------------------------------
+
+constexpr const char* STOP_NAMES[] = {"end", "length", "context", "interrupted", "stop"};
+
 inline void print_statistics(const Statistics& s, const Generation& g) {
+    constexpr const char* WHY[] = {"ended by the model", "ended by -n", "ended by the context, which is full",
+                                   "interrupted", "ended by --stop"};
     auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
-    std::fprintf(stderr, "%sprompt %d tokens", interrupted ? "interrupted: " : "", s.prompt);
+    std::fprintf(stderr, "prompt %d tokens", s.prompt);
     if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
-    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s",
-                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s));
+    std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s; %s",
+                 rate(s.prompt - s.reused, s.prefill_s), s.generated, rate(s.generated, s.decode_s),
+                 WHY[size_t(s.stop)]);
     if (g.drafting)
         std::fprintf(stderr, "; mtp: %d of %d drafts accepted (%.1f %%), %.2f tokens per step", s.accepted,
                      s.drafted, s.drafted ? 100.0 * s.accepted / s.drafted : 0.0,
@@ -4480,49 +4845,286 @@ inline void print_statistics(const Statistics& s, const Generation& g) {
     std::fputc('\n', stderr);
 }
 
-// Prints the answer to `ids` and returns its text.
-inline std::string answer(Session& s, const Tokenizer& t, Generation& g, const std::vector<int>& ids) {
-    Thought thought(g, ids);
-    Printer printer(t, g.think_begin, g.think_end, thought.open);
-    auto progress = std::make_unique<Progress>("reading", ids.size());
-    auto emit = [&](int id) {
+// A token as JSON: its id, its bytes as text, and ln of its probability before temperature and penalty.
+inline std::string token_json(const Tokenizer& t, int id, double logprob) {
+    return text_of("\"id\":%d,\"text\":%s,\"logprob\":%.6f", id,
+                   json_quote(t.decode({id})).c_str(), logprob);
+}
+
+// What --logprobs tells: of each token, and of the K likeliest in its place.
+struct Logprobs {
+    const Tokenizer& tokenizer;
+    int K, V;
+    Vector logits = {};
+    std::string json = {};
+
+    void chosen(int id) {
+        if (K == 0 || logits.empty()) return;
+        const double none = negative_log_likelihood(logits.data(), V, id);
+        std::vector<int> best(size_t(std::min(K, V)));
+        top_k(best.data(), logits.data(), V, int(best.size()));
+        std::string top;
+        for (int other : best)
+            top += (top.empty() ? "{" : ",{") +
+                   token_json(tokenizer, other, double(logits[size_t(other)] - logits[size_t(id)]) - none) +
+                   "}";
+        json += (json.empty() ? "{" : ",{") + token_json(tokenizer, id, -none) + ",\"top\":[" + top + "]}";
+    }
+};
+
+inline void print_answer_json(const Printer& p, const Statistics& s, const Generation& g, uint64_t seed,
+                              const Logprobs& logprobs) {
+    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
+    std::string more;
+    if (g.drafting) more += text_of(",\"drafted\":%d,\"accepted\":%d", s.drafted, s.accepted);
+    if (logprobs.K) more += ",\"tokens\":[" + logprobs.json + "]";
+    std::printf("{\"thought\":%s,\"answer\":%s,\"stop\":\"%s\",\"prompt_tokens\":%d,\"cached_tokens\":%d,"
+                "\"generated_tokens\":%d,\"prompt_tokens_per_s\":%.2f,\"tokens_per_s\":%.2f,\"seed\":%ju"
+                "%s}\n",
+                json_quote(p.thought()).c_str(), json_quote(p.answer()).c_str(), STOP_NAMES[size_t(s.stop)],
+                s.prompt, s.reused, s.generated, rate(s.prompt - s.reused, s.prefill_s),
+                rate(s.generated, s.decode_s), uintmax_t(seed), more.c_str());
+    std::fflush(stdout);
+}
+
+// -- 21.4  a conversation ------------------------------------------------------------------------
+
+// One model, and what was said. A turn that cannot be taken leaves it as it was.
+struct Conversation {
+    Session& session;
+    const Tokenizer& tokenizer;
+    Generation& generation;
+    Display display;
+    uint64_t seed = 0;                     // with which it began, for who wants the same words again
+    std::vector<Message> messages = {};
+    Stop stop = Stop::END;                 // of the last answer
+
+    // Prints the answer to a prompt and returns its text, but nothing of a thought that has no end.
+    std::string reply(const std::string& prompt, bool raw) {
+        std::vector<int> ids = encode_prompt(tokenizer, prompt, raw && tokenizer.add_bos);
+        const int context = session.options.context, most = session.model.config.max_context;
+        const std::string more = context < most ? text_of("; the model allows --ctx %d", most) : "";
+        if (display.show_prompt)
+            std::cerr << "prompt: " << (isatty(STDERR_FILENO) ? disarmed(prompt) : prompt)
+                      << "\nids: " << json_array(ids) << '\n';
+        if (ids.empty()) fail("the prompt is empty");
+        if (int(ids.size()) >= context)
+            fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)%s",
+                 ids.size(), context, more.c_str());
+        return answer(ids, raw);
+    }
+    void ask(const std::string& question) {
+        messages.push_back({"user", question, {}});
+        try {
+            messages.push_back({"assistant", reply(tokenizer.render(messages, true), false), {}});
+        } catch (...) {
+            messages.pop_back();
+            throw;
+        }
+    }
+    // The last question once more. The random numbers go on, so the words are others.
+    void retry() {
+        if (messages.size() < 2 || messages.back().role != "assistant") fail("/retry: nothing was asked yet");
+        std::vector<Message> before = messages;
+        messages.pop_back();
+        std::string question = *messages.back().content;
+        messages.pop_back();
+        try {
+            ask(question);
+        } catch (...) {
+            messages = before;
+            throw;
+        }
+    }
+    // The messages as JSON; --chat of `tokenize` reads them, too.
+    std::string json() const {
+        std::string out = "[";
+        for (const Message& m : messages)
+            out += (out.size() > 1 ? ",\n " : "") + ("{\"role\":" + json_quote(m.role)) + ",\"content\":" +
+                   json_quote(m.content.value_or("")) + "}";
+        return out + "]\n";
+    }
+
+private:
+    std::string answer(const std::vector<int>& ids, bool raw) {
+        Heed heed;
+        Printer printer(tokenizer, generation, display, Thought(generation, ids).open, raw);
+        Logprobs logprobs{tokenizer, display.logprobs, session.model.config.V};
+        auto look = [&](const real* z) { logprobs.logits.assign(z, z + logprobs.V); };
+        if (display.logprobs) generation.look = look;
+        auto progress = std::make_unique<Progress>("reading", ids.size(), " tokens");
+        auto emit = [&](int id) {
+            progress.reset();
+            logprobs.chosen(id);
+            return printer.emit(id);
+        };
+        Statistics stats;
+        auto read = [&](int n) { if (progress) progress->at(size_t(n)); };
+        with_team([&] { stats = generate(session, ids, generation, read, emit); });
         progress.reset();
-        printer.emit(id);
-    };
-    Statistics stats;
-    with_team([&] { stats = generate(s, ids, g, [&](int n) { progress->at(size_t(n)); }, emit); });
-    progress.reset();
-    printer.finish();
-    print_statistics(stats, g);
-    return printer.text();
+        printer.finish();
+        generation.look = nullptr;
+        stop = stats.stop;
+        if (display.json) print_answer_json(printer, stats, generation, seed, logprobs);
+        if (!quiet) print_statistics(stats, generation);
+        return printer.in_thought() ? "" : printer.text();
+    }
+};
+
+// FILE gets the messages, FILE.kv the cache. `replace`: files that are there already
+inline void save_conversation(const Conversation& talk, const std::string& path, bool replace) {
+    AtomicFile file(path, replace), cache(path + ".kv", replace);
+    std::string json = talk.json();
+    file.write(json.data(), json.size());
+    save_cache(talk.session, cache);
+    file.commit();
 }
 
-// Waits for a line on stdin; false after Ctrl-C. The signal is let in only while this waits: between a look
-// at `interrupted` and a read that then waits for ever there would be a gap.
-inline bool wait_for_line() {
-    sigset_t ctrl_c, before;
-    sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-    pollfd input{STDIN_FILENO, POLLIN, 0};
-    if (!interrupted) ppoll(&input, 1, nullptr, &before);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return !interrupted;
+// Goes on with a saved conversation. Without its cache, or with one of another model, it is read again.
+inline void load_conversation(Conversation& talk, const std::string& path) {
+    std::vector<Message> messages = parse_messages(read_json_file(path));
+    try {
+        load_cache(talk.session, path + ".kv");
+    } catch (const UserError& e) {
+        std::fprintf(stderr, "its cache is of no use, it will be read again: %s\n", e.what());
+    }
+    talk.messages = std::move(messages);
 }
 
+#ifndef DEEPSEEK_NO_MAIN
+#define Tokenizer EditTokenizer          // libedit has a type of that name, too
+#include <histedit.h>
+#undef Tokenizer
+
+// -- 21.5  lines from a person -------------------------------------------------------------------
+
+// Lines that are edited, with a history. What is pasted (terminals say so by codes, "bracketed paste") does
+// not go through the editor if it has several lines or is long: a mark stands for it until the line is done.
+class LineEditor {
+public:
+    LineEditor() : editor_(el_init("deepseek", stdin, stderr, stderr)), history_(history_init()) {
+        HistEvent event;
+        history(history_, &event, H_SETSIZE, 1000);
+        el_set(editor_, EL_CLIENTDATA, this);
+        if (plain_terminal()) el_set(editor_, EL_TERMINAL, "dumb");
+        el_set(editor_, EL_EDITOR, "emacs");
+        el_set(editor_, EL_PROMPT, &prompt_of);
+        el_set(editor_, EL_HIST, history, history_);
+        el_set(editor_, EL_SIGNAL, 0);
+        el_set(editor_, EL_GETCFN, &next_character);
+        el_source(editor_, nullptr);
+    }
+    ~LineEditor() { history_end(history_), el_end(editor_); }
+    LineEditor(const LineEditor&) = delete;
+    // A line without its end; nothing at the end of the input, or after Ctrl-C (then `interrupted` is set).
+    std::optional<std::string> line(const char* prompt) {
+        Heed heed;
+        prompt_ = prompt, pastes_.clear();
+        if (!plain_terminal()) terminal.paste(true);
+        int n = 0;
+        const char* read = interrupted ? nullptr : el_gets(editor_, &n);
+        if (!plain_terminal()) terminal.paste(false);
+        terminal.restore();
+        if (!read || n <= 0 || interrupted) return {};
+        std::string text(read, size_t(n));
+        if (text.back() == '\n') text.pop_back();
+        HistEvent event;
+        if (!text.empty()) history(history_, &event, H_ENTER, text.c_str());
+        for (auto& [mark, pasted] : pastes_)
+            if (size_t at = text.find(mark); at != text.npos) text.replace(at, mark.size(), pasted);
+        return text;
+    }
+
+private:
+    EditLine* editor_;
+    History* history_;
+    const char* prompt_ = "";
+    std::string bytes_;                                  // read, not yet given to the editor
+    std::vector<std::pair<std::string, std::string>> pastes_;            // mark, text
+
+    static LineEditor& self(EditLine* editor) {
+        void* data = nullptr;
+        el_get(editor, EL_CLIENTDATA, &data);
+        return *static_cast<LineEditor*>(data);
+    }
+    static char* prompt_of(EditLine* editor) { return const_cast<char*>(self(editor).prompt_); }
+    // Waits for bytes; false at the end, and after Ctrl-C. The signal is let in only while this waits:
+    // between a look at `interrupted` and a read that then waits for ever there would be a gap.
+    bool fill() {
+        sigset_t ctrl_c, before;
+        sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
+        pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
+        pollfd input{STDIN_FILENO, POLLIN, 0};
+        int ready = 0;
+        while (!interrupted && (ready = ppoll(&input, 1, nullptr, &before)) < 0 && errno == EINTR)
+            if (!interrupted) el_resize(editor_), el_set(editor_, EL_REFRESH);   // resized, or was stopped
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        char part[4096];
+        ssize_t n = interrupted || ready <= 0 ? 0 : read(STDIN_FILENO, part, sizeof part);
+        if (n > 0) bytes_.append(part, size_t(n));
+        return n > 0;
+    }
+    // All that is pasted becomes one text, which a mark stands for, or, if it is short, itself.
+    void take_paste() {
+        constexpr std::string_view END = "\033[201~";
+        size_t end;
+        while ((end = bytes_.find(END)) == bytes_.npos) if (!fill()) return;
+        std::string text = bytes_.substr(0, end);
+        bytes_.erase(0, end + END.size());
+        std::replace(text.begin(), text.end(), '\r', '\n');
+        bool line = std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) < 32; });
+        if (line && text.size() < 200) return void(bytes_.insert(0, text));
+        std::string mark = text_of("[pasted %zu: %zu lines, %zu bytes]", pastes_.size() + 1,
+                                   size_t(std::count(text.begin(), text.end(), '\n')) + 1, text.size());
+        pastes_.emplace_back(mark, text);
+        bytes_.insert(0, mark);
+    }
+    // A character for the editor: 1, or 0 at the end.
+    static int next_character(EditLine* editor, wchar_t* out) {
+        LineEditor& e = self(editor);
+        constexpr std::string_view PASTE = "\033[200~";
+        while (e.bytes_.empty() || tokenizer_detail::utf8_part(e.bytes_) == 0 ||
+               (e.bytes_.size() > 1 && e.bytes_.size() < PASTE.size() && PASTE.starts_with(e.bytes_)))
+            if (!e.fill()) return 0;
+        if (e.bytes_.starts_with(PASTE)) {
+            e.bytes_.erase(0, PASTE.size());
+            e.take_paste();
+            return next_character(editor, out);
+        }
+        int32_t c = 0;
+        int n = tokenizer_detail::utf8_part(e.bytes_);
+        if (n > 0) utf8proc_iterate(reinterpret_cast<const uint8_t*>(e.bytes_.data()), n, &c);
+        *out = n > 0 ? wchar_t(c) : L'\uFFFD';
+        e.bytes_.erase(0, size_t(std::abs(n)));
+        return 1;
+    }
+};
+
+// A turn: a line; lines that end with a backslash and the one after them; or all lines between two of `"""`.
+inline std::optional<std::string> read_turn(LineEditor& editor) {
+    std::optional<std::string> line = editor.line("> ");
+    if (!line) return {};
+    if (*line == "\"\"\"") {
+        std::string text;
+        while ((line = editor.line(". ")) && *line != "\"\"\"") text += (text.empty() ? "" : "\n") + *line;
+        return line ? std::optional(text) : std::nullopt;
+    }
+    std::string text = *line;
+    while (text.ends_with('\\')) {
+        if (!(line = editor.line(". "))) return {};
+        text.back() = '\n', text += *line;
+    }
+    return text;
+}
+#endif
+
 // =================================================================================================
-// Chapter 22. Command line
+// Chapter 22. Commands
 // =================================================================================================
 //
-//      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
-//      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
-//      deepseek chat
-//      echo '["hello"]' | deepseek tokenize --lines
-//      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
-//      deepseek perplexity -f text.txt      deepseek info      deepseek bench
-//      deepseek quantize -m M -o M.gguf --type q4_k_m           deepseek check
-//
-// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
-// check failed.
+// What does each command of the program do? It opens a model, places the options where chapters 11 to 21
+// want them, and prints. Whatever can be wrong with a path, a number or the memory is found before the work
+// begins.
 
 // What deepseek.cu, which includes this file, sets: a GPU, and the comparison of its operations with the
 // CPU's, which prints a line each and returns how many differ.
@@ -4536,13 +5138,13 @@ inline int (*check_twins)(const std::string& section) = nullptr;
 
 struct Options {
     std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
-    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section;
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section, seed = "0";
     int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
-    int bench_prompt = 512, bench_tokens = 128, repeats = 5;
-    std::optional<double> temperature, top_p, min_p;
+    int bench_prompt = 512, bench_tokens = 128, repeats = 5, depth = 0;
+    std::optional<double> temperature, top_p, min_p, repeat_penalty;
     std::optional<int> top_k;
-    uint64_t seed = 0;
-    bool exact = false, json = false, raw = false, mtp = false, show_prompt = false, taps = false;
+    bool exact = false, raw = false, mtp = false, taps = false, force = false, allow_requantize = false;
+    Display display;
     TokenizeOptions tokenize;
     int past = 0, top = 0;                               // of logits, and print
     std::vector<std::string> print;
@@ -4550,7 +5152,11 @@ struct Options {
 
 constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
 
-inline fs::path model_path(const Options& o) { return o.model.empty() ? shipped_model() : fs::path(o.model); }
+inline fs::path model_path(const Options& o) {
+    fs::path model = o.model.empty() ? shipped_model() : fs::path(o.model);
+    protect_model(model);
+    return model;
+}
 
 // Common checks; sets the number of threads and the kernels.
 inline void prepare(const Options& o) {
@@ -4571,7 +5177,7 @@ inline const Device& pick_device(const Options& o) {
     if (o.device == "cuda" && !why.empty()) fail("--device cuda: %s", why.c_str());
     const Device& device = why.empty() ? *gpu : CPU;
     if (o.device == "auto" && isatty(STDERR_FILENO))
-        std::fprintf(stderr, "device: %s%s\n", device.name, why.empty() ? "" : (" (" + why + ")").c_str());
+        notice(text_of("device: %s%s", device.name, why.empty() ? "" : (" (" + why + ")").c_str()));
     return device;
 }
 
@@ -4594,7 +5200,8 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     auto [defaults, eos] = read_generation_config(folder, c.V);
     Generation g;
     g.sampling = {o.temperature.value_or(defaults.temperature), o.top_p.value_or(defaults.top_p),
-                  o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k)};
+                  o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k),
+                  o.repeat_penalty.value_or(defaults.repeat_penalty)};
     g.stops = c.eos;
     g.stops.insert(g.stops.end(), eos.begin(), eos.end());
     if (t.eos >= 0) g.stops.push_back(t.eos);
@@ -4604,13 +5211,25 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     if (g.think_budget >= 0 && g.think_end < 0) fail("--think-budget: this model has no token </think>");
     g.drafting = o.mtp ? &MTP_DRAFTS : nullptr;
     if (o.mtp && c.n_mtp == 0) fail("--mtp: %s has no MTP module", folder.c_str());
-    g.rng.state = o.seed;
+    if (o.mtp && o.display.logprobs) fail("--logprobs: not with --mtp");
+    g.rng.state = o.seed == "-1" ? std::random_device()() : std::stoull(o.seed);
+    if (o.seed == "-1") notice(text_of("seed %ju", uintmax_t(g.rng.state)));
     return g;
+}
+
+// One line on stderr, whatever bytes a file or an argument brought into the message.
+inline int complain(std::string message) {
+    message.resize(std::min(message.size(), size_t(1000)));
+    std::replace_if(message.begin(), message.end(), [](char c) { return uint8_t(c) < 32; }, ' ');
+    std::fflush(stdout);
+    std::fprintf(stderr, "deepseek: %s\n", disarmed(message).c_str());
+    return 1;
 }
 
 // -- 22.2  run, chat -----------------------------------------------------------------------------
 
-// Model, tokenizer and session of run and chat, and what was said.
+// Model, tokenizer and session of run, chat and perplexity. All that can be wrong is found before the
+// weights are loaded.
 struct Talk {
     const Options& o;
     fs::path folder;
@@ -4619,9 +5238,10 @@ struct Talk {
     Generation generation;
     SessionOptions options;
     const Device& device;
+    std::unique_ptr<AtomicFile> kv;
     Model model;
     std::unique_ptr<Session> session;
-    std::vector<Message> messages;
+    std::optional<Conversation> conversation;
 
     explicit Talk(const Options& o)
         : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
@@ -4630,38 +5250,36 @@ struct Talk {
         if (tokenizer.vocab_size() > config.V)
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
+        if (!simdjson::validate_utf8(o.system)) fail("--system: not valid UTF-8");
+        if (!o.save_kv.empty()) kv = std::make_unique<AtomicFile>(o.save_kv, o.force);
         model = load_planned(folder, o.quant, config, options, device);
         session = std::make_unique<Session>(model, options, device);
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
-        if (!o.system.empty()) messages.push_back({"system", o.system, {}});
+        conversation.emplace(Conversation{*session, tokenizer, generation, o.display, generation.rng.state});
+        set_system(o.system);
     }
-    // Prints the answer to a prompt and returns its text.
-    std::string reply(const std::string& prompt, bool add_bos) {
-        std::vector<int> ids = encode_prompt(tokenizer, prompt, add_bos);
-        if (o.show_prompt)
-            std::fprintf(stderr, "prompt: %s\nids: %s\n", prompt.c_str(), json_array(ids).c_str());
-        if (ids.empty()) fail("the prompt is empty");
-        if (int(ids.size()) >= options.context)
-            fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)", ids.size(),
-                 options.context);
-        return answer(*session, tokenizer, generation, ids);
+    void set_system(const std::string& text) {
+        std::vector<Message>& all = conversation->messages;
+        std::erase_if(all, [](const Message& m) { return m.role == "system"; });
+        if (!text.empty()) all.insert(all.begin(), {"system", text, {}});
     }
-    void ask(const std::string& question) {
-        messages.push_back({"user", question, {}});
-        messages.push_back({"assistant", reply(tokenizer.render(messages, true), false), {}});
-    }
-    void save() const { if (!o.save_kv.empty()) save_cache(*session, o.save_kv); }
+    void clear() { conversation->messages.clear(), set_system(o.system); }
+    void save() { if (kv) save_cache(*session, *kv), kv.reset(); }
 };
 
-inline std::string read_stdin() { return read_stream(std::cin, "stdin", TEXT_LIMIT); }
+// What Ctrl-C ended is over, and what there is has been shown and saved.
+inline void exit_if_interrupted(bool so) { if (so) throw CLI::RuntimeError(130); }
 
 inline std::string prompt_of(const Options& o) {
-    bool dash = o.dash == "-";
-    if (!o.dash.empty() && !dash)
+    bool dash = o.dash == "-" || o.file == "-", file = !o.file.empty() && o.file != "-";
+    if (!o.dash.empty() && o.dash != "-")
         fail("run: unexpected argument '%s' (a prompt is given with -p)", o.dash.c_str());
-    if (dash + !o.prompt.empty() + !o.file.empty() != 1)
+    if (dash + !o.prompt.empty() + file != 1 || (!o.dash.empty() && !o.file.empty()))
         fail("run: give one prompt: -p TEXT, -f FILE, or - for stdin");
-    std::string prompt = dash ? read_stdin() : o.file.empty() ? o.prompt : read_file(o.file);
+    if (!dash && !file) return o.prompt;
+    std::string prompt = dash ? read_stream(std::cin, "stdin", TEXT_LIMIT) : read_file(o.file);
+    if (!o.raw && prompt.ends_with('\n')) prompt.pop_back();             // an editor's, not the question's
+    if (!o.raw && prompt.ends_with('\r')) prompt.pop_back();
     if (prompt.empty()) fail("run: the prompt is empty");
     return prompt;
 }
@@ -4669,24 +5287,79 @@ inline std::string prompt_of(const Options& o) {
 inline void command_run(const Options& o) {
     std::string prompt = prompt_of(o);
     if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
+    if (o.display.json && o.display.answer_only) fail("--answer-only: --json has the answer apart");
     Talk talk(o);
-    if (o.raw) talk.reply(prompt, talk.tokenizer.add_bos);
-    else talk.ask(prompt);
+    if (o.raw) talk.conversation->reply(prompt, true);
+    else talk.conversation->ask(prompt);
     talk.save();
+    exit_if_interrupted(talk.conversation->stop == Stop::INTERRUPTED);
+}
+
+// A line of a person at a terminal that is a command. False: it ends the chat.
+inline bool chat_command(Talk& talk, const std::string& line) {
+    const size_t blank = std::min(line.find(' '), line.size());
+    const std::string name = line.substr(0, blank), rest = line.substr(std::min(blank + 1, line.size()));
+    const bool file = name == "/save" || name == "/load";
+    if (file && rest.empty()) fail("%s: which FILE?", name.c_str());
+    if (name == "/exit" || name == "/quit") return false;
+    if (name == "/clear") talk.clear();
+    else if (name == "/retry") talk.conversation->retry();
+    else if (name == "/system") talk.set_system(rest);
+    else if (name == "/save") save_conversation(*talk.conversation, rest, talk.o.force);
+    else if (name == "/load") load_conversation(*talk.conversation, rest);
+    else if (name == "/help")
+        std::fputs("/clear          forget the conversation, but for --system\n"
+                   "/retry          ask the last question again\n"
+                   "/system TEXT    another system message; without TEXT none\n"
+                   "/save FILE      the messages as JSON, and the cache in FILE.kv\n"
+                   "/load FILE      go on with those\n"
+                   "/exit           end (also Ctrl-D)\n"
+                   "A line that ends with \\ goes on in the next; \"\"\" begins and ends several lines. "
+                   "Ctrl-C ends an answer.\n", stderr);
+    else fail("no command %s (/help lists them; a blank before it makes it a question)", name.c_str());
+    return true;
+}
+
+// One turn; what is wrong with it is said, and the conversation goes on.
+inline bool take_turn(Talk& talk, const std::string& turn, bool commands) {
+    try {
+        if (commands && turn.starts_with('/')) return chat_command(talk, turn);
+        if (turn.find_first_not_of(" \n\r\t") != turn.npos) talk.conversation->ask(turn);
+        if (talk.conversation->stop == Stop::CONTEXT) notice("the context is full: /clear begins anew");
+    } catch (const BrokenModel&) {
+        throw;
+    } catch (const std::runtime_error& e) {
+        complain(e.what());
+    }
+    return true;
+}
+
+inline void chat_turns(Talk& talk) {
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) {
+        for (std::string line; !interrupted && std::getline(std::cin, line);) take_turn(talk, line, false);
+        return;
+    }
+    notice(text_of("%s: %s, context %d", talk.folder.c_str(), talk.config.model_type.c_str(),
+                   talk.options.context));
+    notice("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat");
+    LineEditor editor;
+    while (std::optional<std::string> turn = read_turn(editor)) {
+        if (!take_turn(talk, *turn, true) || ended_by) return;
+        interrupted = 0;                 // Ctrl-C ends an answer; at the prompt it ends the chat
+    }
 }
 
 inline void command_chat(const Options& o) {
     Talk talk(o);
-    bool terminal = isatty(STDIN_FILENO);
-    for (std::string line; !interrupted;) {
-        if (terminal) std::fputs("> ", stderr);
-        if (terminal && !wait_for_line()) break;
-        if (!std::getline(std::cin, line)) break;
-        if (line.empty()) continue;
-        talk.ask(line);
-        if (terminal) interrupted = 0;   // Ctrl-C ends an answer; at the prompt it ends the chat
+    Heed heed;
+    try {
+        chat_turns(talk);
+    } catch (...) {
+        talk.save();
+        throw;
     }
     talk.save();
+    exit_if_interrupted(interrupted);
 }
 
 // -- 22.3  tokenize, logits, perplexity, quantize ------------------------------------------------
@@ -4696,9 +5369,10 @@ inline void command_tokenize(const Options& o) {
     if (o.tokenize.as_ids && !o.tokenize.chat) fail("tokenize: --ids goes with --chat");
     Tokenizer tokenizer = load_tokenizer(model_path(o));
     if (!o.tokenize.lines) {
-        std::string out = tokenize(tokenizer, read_stdin(), o.tokenize);
+        std::string out = tokenize(tokenizer, read_stream(std::cin, "stdin", TEXT_LIMIT), o.tokenize);
         bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
-        std::cout << out << (text ? "" : "\n") << std::flush;   // exactly the text, without a newline of ours
+        if (text && o.display.json) out = json_quote(out);
+        std::cout << out << (text && !o.display.json ? "" : "\n") << std::flush;   // a text: exactly
         return;
     }
     size_t number = 1;
@@ -4716,7 +5390,8 @@ inline void command_logits(const Options& o) {
     Config c = read_config(folder);
     if (o.out.empty() && !o.top && o.print.empty()) fail("logits: give --out FILE, --top K or --print NAME");
     if (o.ids.empty() == o.prompt.empty()) fail("logits: give a prompt, by -p TEXT or by --ids 1,2,3");
-    if (o.json && (!o.top || !o.print.empty())) fail("logits: --json goes with --top, and not with --print");
+    if (o.display.json && (!o.top || !o.print.empty()))
+        fail("logits: --json goes with --top, and not with --print");
     std::optional<Tokenizer> tokenizer;
     if (!o.prompt.empty() || (o.top && has_tokenizer(folder))) tokenizer.emplace(load_tokenizer(folder));
     std::vector<int> ids = tokenizer && !o.prompt.empty()
@@ -4729,15 +5404,15 @@ inline void command_logits(const Options& o) {
     options.chunk = std::min(o.chunk, T);
     const bool taps = o.taps || !o.print.empty();
     const Device& device = pick_device(o);
-    Model model = load_planned(folder, o.quant, c, options, device, {c, options.mla, T - o.past, taps});
     std::optional<AtomicFile> file;
-    if (!o.out.empty()) file.emplace(o.out);
+    if (!o.out.empty()) file.emplace(o.out, o.force);
+    Model model = load_planned(folder, o.quant, c, options, device, {c, options.mla, T - o.past, taps});
     Session s(model, options, device);
     s.tokens = ids;
-    Progress progress("tokens", ids.size());
+    Progress progress("reading", ids.size(), " tokens");
     Inside in = look_inside(s, o.past, taps, [&](size_t n) { progress.at(n); });
-    if (interrupted) fail("interrupted; nothing written");
-    std::string text = o.top ? likeliest(in, ids, o.top, tokenizer ? &*tokenizer : nullptr, o.json) : "";
+    const Tokenizer* words = tokenizer ? &*tokenizer : nullptr;
+    std::string text = o.top ? likeliest(in, ids, o.top, words, o.display.json) : "";
     for (const std::string& name : o.print) text += text_of(in.tensors(true), name);
     std::map<std::string, std::string> about = about_pass(s, o.past);
     Utf8Stream path;                                     // of what bytes a path may have
@@ -4748,30 +5423,39 @@ inline void command_logits(const Options& o) {
 }
 
 inline void command_perplexity(const Options& o) {
-    std::string text = read_file(o.file);
+    bool dash = o.file == "-";
+    std::string text = dash ? read_stream(std::cin, "stdin", TEXT_LIMIT) : read_file(o.file);
     Talk talk(o);
     if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
     std::vector<int> ids = talk.tokenizer.encode(text);
     int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
     if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
-    Progress progress("tokens", ids.size());
+    Progress progress("reading", ids.size(), " tokens");
     Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
-    if (interrupted) std::fputs("interrupted: of the text so far\n", stderr);
     double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
-    const char* format = o.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
-                                : "tokens %lld  nll %.6f  perplexity %.6f\n";
+    const char* format = o.display.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
+                                        : "tokens %lld  nll %.6f  perplexity %.6f\n";
     std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
 }
 
 inline void command_quantize(const Options& o) {
     if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
+    if (o.type == "fp8") fail("--type fp8: not in GGUF files (--quant fp8 makes such weights while loading)");
     fs::path source = model_path(o);
+    const FileType& type = file_type(o.type == "q4_k" ? "q4_k_m" : o.type);
+    AtomicFile file(o.out, o.force);
     Model model = load_model(source);                    // finds what is wrong with it
-    Progress progress("writing", 100);
-    auto at = [&](uint64_t done, uint64_t total) {
+    Progress progress("writing", 100, " %");
+    write_gguf(file, model.checkpoint, model.config, source, type, [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
-    };
-    write_gguf(o.out, model.checkpoint, model.config, source, file_type(o.type), at);
+    });
+    const Bill bill = make_bill(model.config, source, REAL);
+    const uint64_t bytes = fs::file_size(o.out);
+    const double bits = 8 * double(bytes) / double(bill.total + bill.mtp);
+    if (o.display.json)
+        std::printf("{\"file\":%s,\"type\":\"%s\",\"bytes\":%ju,\"bits_per_weight\":%.3f}\n",
+                    json_quote(o.out).c_str(), type.name, uintmax_t(bytes), bits);
+    else notice(o.out + text_of(": %.3f GB, %s, %.2f bits a weight", gigabytes(bytes), type.name, bits));
 }
 
 // -- 22.4  info, bench, check --------------------------------------------------------------------
@@ -4783,74 +5467,133 @@ inline void command_info(const Options& o) {
     Bill b = make_bill(c, folder, s.kv);
     const Device& device = pick_device(o);
     MemoryPlan plan = memory_plan(weight_bytes(folder, c, o.quant, device), c, s, device);
-    if (o.json) return print_bill_json(c, b, s, plan);
+    if (o.display.json) return print_bill_json(c, b, s, plan);
     print_bill(c, b, folder);
     print_memory_plan(b, s, plan, o.quant);
 }
 
-// Seconds of one prefill of n tokens into an empty cache, or of n tokens one by one.
-inline double time_tokens(Session& s, int n, bool one_by_one) {
+// Seconds of one prefill of n tokens after a past of `depth`, or of n tokens one by one.
+inline double time_tokens(Session& s, int n, bool one_by_one, int depth) {
     std::vector<int> ids;
     for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
     double start = seconds();
     int step = one_by_one ? 1 : n;
-    auto logits = [&](int pos, int T) { if ((pos + T) % step == 0) last_logits(s, 1); };
+    auto logits = [&](int pos, int T) {
+        if ((pos - depth + T) % step == 0) require_finite(last_logits(s, 1).data(), s.model.config.V);
+    };
     with_team([&] {
-        for (int i = 0; i < n && !interrupted; i += step)
-            prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), i, logits);
+        for (int i = 0; i < n; i += step)
+            prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), depth + i, logits);
     });
     return seconds() - start;
+}
+
+inline void bench_line(Session& s, const Options& o, const std::string& about, bool decode) {
+    int n = decode ? o.bench_tokens : o.bench_prompt;
+    if (n == 0) return;
+    time_tokens(s, std::min(n, 8), decode, 0);           // warm up: page in the weights
+    if (o.depth) time_tokens(s, o.depth, false, 0);      // the past
+    double sum = 0, squares = 0;
+    std::string list;
+    for (int r = 0; r < o.repeats; r++) {
+        double speed = n / time_tokens(s, n, decode, o.depth);
+        list += text_of("%s%.2f", r ? ", " : "", speed);
+        sum += speed, squares += speed * speed;
+    }
+    double mean = sum / o.repeats, variance = std::max(0.0, squares / o.repeats - mean * mean);
+    double deviation = o.repeats > 1 ? std::sqrt(variance * o.repeats / (o.repeats - 1)) : 0;
+    std::printf("{\"test\":\"%s\",\"n\":%d,\"depth\":%d,\"tokens_per_s\":[%s],\"mean\":%.2f,"
+                "\"deviation\":%.2f,\"threads\":%d,%s\"quant\":\"%s\",\"arith\":\"%s\",\"kernels\":\"%s\","
+                "\"device\":\"%s\"}\n",
+                decode ? "decode" : "prefill", n, o.depth, list.c_str(), mean, deviation, n_threads(),
+                about.c_str(), o.quant.c_str(), o.arith.c_str(), kernels.name, s.device.name);
+    std::fflush(stdout);
 }
 
 inline void command_bench(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
-    int longest = std::max(o.bench_prompt, o.bench_tokens);
+    int longest = std::max(o.bench_prompt, o.bench_tokens) + o.depth;
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
     SessionOptions options = session_options(o, c, std::max(longest, 1));
     const Device& device = pick_device(o);
     Model model = load_planned(folder, o.quant, c, options, device);
     Session s(model, options, device);
-    for (bool decode : {false, true}) {
-        int n = decode ? o.bench_tokens : o.bench_prompt;
-        if (n == 0) continue;
-        time_tokens(s, std::min(n, 8), decode);          // warm up: page in the weights
-        std::string speed;
-        for (int r = 0; r < o.repeats && !interrupted; r++)
-            speed += text_of("%s%.2f", r ? ", " : "", n / time_tokens(s, n, decode));
-        if (interrupted) return;
-        std::printf("{\"test\":\"%s\",\"n\":%d,\"tokens_per_s\":[%s],\"threads\":%d,\"quant\":\"%s\","
-                    "\"arith\":\"%s\",\"kernels\":\"%s\",\"device\":\"%s\"}\n",
-                    decode ? "decode" : "prefill", n, speed.c_str(), n_threads(), o.quant.c_str(),
-                    o.arith.c_str(), kernels.name, device.name);
-        std::fflush(stdout);
-    }
+    Bill b = make_bill(c, folder, options.kv);
+    std::string types;
+    uint64_t bytes = 0;
+    for (auto& [dtype, n] : b.bytes) types += (types.empty() ? "" : "+") + dtype, bytes += n;
+    std::string about = text_of("\"model\":%s,\"parameters\":%ju,\"bytes\":%ju,\"type\":\"%s\",",
+                                json_quote(folder.lexically_normal().string()).c_str(), uintmax_t(b.total),
+                                uintmax_t(bytes), types.c_str());
+    for (bool decode : {false, true}) bench_line(s, o, about, decode);
 }
 
 inline void command_check(const Options& o) {
+    if (o.display.json) fail("check: --json means nothing here");
     if (!check_twins) fail("check: this build has no CUDA, so there is nothing to compare");
     if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
 }
 
-// -- 22.5  main ----------------------------------------------------------------------------------
+// =================================================================================================
+// Chapter 23. Command line
+// =================================================================================================
+//
+//      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
+//      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
+//      deepseek chat
+//      echo '["hello"]' | deepseek tokenize --lines
+//      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
+//      deepseek perplexity -f text.txt      deepseek info      deepseek bench
+//      deepseek quantize -m M -o M.gguf --type q4_k_m           deepseek check
+//
+// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
+// check failed; 130: interrupted.
+
+// -- 23.1  what an option may be -----------------------------------------------------------------
 
 // An empty path is a shell variable that was not set; it must not mean the default.
 inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
 
-// CLI::Range lets "nan" through, and a seed of -1 or of 30 digits would become another one.
-inline std::string check_number(const std::string& text) {
-    return text.find_first_of("nN") == text.npos ? "" : "not a number: " + text;
+// A number from `low` to `high`; `range` is how the message calls that.
+template <class T>
+std::function<std::string(const std::string&)> between(T low, T high, std::string range = "") {
+    auto text = [](T x) { return std::is_integral_v<T> ? std::to_string(x) : text_of("%g", double(x)); };
+    if (range.empty()) range = "from " + text(low) + " to " + text(high);
+    return [low, high, range](const std::string& given) -> std::string {
+        T value{};
+        auto [end, error] = std::from_chars(given.data(), given.data() + given.size(), value);
+        const char* kind = std::is_integral_v<T> ? "whole number" : "number";
+        if (error == std::errc::invalid_argument || end != given.data() + given.size())
+            return text_of("'%s' is no %s", given.c_str(), kind);
+        bool inside = error == std::errc() && value >= low && value <= high;
+        return inside ? "" : text_of("%s is not %s", given.c_str(), range.c_str());
+    };
 }
 inline std::string check_seed(const std::string& text) {
     bool natural = !text.empty() && text.size() < 20 && text.find_first_not_of("0123456789") == text.npos;
-    return natural ? "" : "not a natural number below 10^19: " + text;
+    return natural || text == "-1" ? "" : "neither a natural number below 10^19 nor -1 (any): " + text;
 }
 
 // An option: its name, where the value goes, what that may be, what --help says.
 template <class T, class Check>
 CLI::Option* option(CLI::App* command, const char* name, T& to, const Check& check, const char* what) {
-    return command->add_option(name, to, what)->check(check);
+    CLI::Option* o = command->add_option(name, to, what);
+    if constexpr (std::is_same_v<Check, CLI::IsMember>) return o->transform(check);      // in any case
+    else return o->check(check);
 }
+inline CLI::IsMember one_of(const std::vector<std::string>& words) {
+    return CLI::IsMember(words, CLI::ignore_case);
+}
+
+inline std::vector<std::string> type_names(bool none) {
+    std::vector<std::string> names;
+    if (none) names.push_back("none");
+    for (const FileType& t : FILE_TYPES) names.push_back(t.name);
+    return names;
+}
+
+// -- 23.2  the commands and their options --------------------------------------------------------
 
 // A command with the options that all commands have.
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
@@ -4860,49 +5603,54 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
     c->callback([&o, run] { prepare(o), run(o); });
     option(c, "-m,--model", o.model, check_path,
            "Hugging Face folder or GGUF file (default: the model in weights/)");
-    option(c, "--threads", o.threads, CLI::Range(1, 4096), "threads (default: all cores)");
-    option(c, "--device", o.device, CLI::IsMember({"auto", "cpu", "cuda"}), "auto, cpu or cuda");
-    option(c, "--quant", o.quant, CLI::IsMember({"none", "q8_0", "q4_k", "fp8"}),
-           "none, q8_0, q4_k or fp8: quantise while loading");
-    option(c, "--kv", o.kv, CLI::IsMember({"f32", "bf16", "q8_0"}),
-           "store keys and values as f32, bf16 or q8_0");
-    option(c, "--arith", o.arith, CLI::IsMember({"f32", "bf16", "fp8"}),
+    option(c, "-t,--threads", o.threads, between(1, 4096), "threads (default: all cores)");
+    option(c, "--device", o.device, one_of({"auto", "cpu", "cuda"}), "auto, cpu or cuda");
+    option(c, "--quant", o.quant, one_of(type_names(true)), "quantise while loading: q8_0, q4_k, fp8, ...");
+    option(c, "--kv", o.kv, one_of({"f32", "bf16", "q8_0"}), "store keys and values as f32, bf16 or q8_0");
+    option(c, "--arith", o.arith, one_of({"f32", "bf16", "fp8"}),
            "f32, bf16 or fp8: what activations are rounded to");
     c->add_flag("--exact", o.exact, "dequantise weights, not multiply in integers; sum --arith fp8 in f64");
-    c->add_flag("--json", o.json, "machine-readable result");
+    c->add_flag("--json", o.display.json, "machine-readable result");
+    c->add_flag("--quiet", quiet, "no statistics, no progress, no notices");
     return c;
 }
 
-const CLI::Range COUNT(0, MOST), POSITIVE(1, MOST);
+const auto COUNT = between(0, MOST), POSITIVE = between(1, MOST), COUNT_OR_ALL = between(-1, MOST);
 
 inline void add_pass_options(CLI::App* c, Options& o) {
-    option(c, "--mla", o.mla, CLI::IsMember({"absorbed", "naive"}), "absorbed or naive");
-    option(c, "--chunk", o.chunk, CLI::Range(1, 65536), "tokens per prefill step (default: 512)");
+    option(c, "--mla", o.mla, one_of({"absorbed", "naive"}), "absorbed or naive");
+    option(c, "--chunk", o.chunk, between(1, 65536), "tokens per prefill step (default: 512)");
 }
 
 inline void add_generation_options(CLI::App* c, Options& o) {
-    const CLI::Range heat(0.0, 100.0), share(1e-9, 1.0), part(0.0, 1.0);
-    option(c, "-n", o.max_tokens, COUNT, "at most N tokens (default: until the model ends)");
-    option(c, "--temp", o.temperature, heat, "temperature, 0: greedy")->check(check_number);
-    option(c, "--top-p", o.top_p, share, "likeliest tokens that hold this share")->check(check_number);
+    option(c, "-n", o.max_tokens, COUNT_OR_ALL, "at most N tokens (default: -1, until the model ends)");
+    option(c, "--temp", o.temperature, between(0.0, 100.0), "temperature, 0: greedy");
+    option(c, "--top-p", o.top_p, between(1e-9, 1.0, "above 0 and at most 1 (--temp 0 is greedy)"),
+           "likeliest tokens that hold this share");
     option(c, "--top-k", o.top_k, COUNT, "K likeliest tokens, 0: all");
-    option(c, "--min-p", o.min_p, part, "at least so likely, relative to the best")->check(check_number);
-    option(c, "--seed", o.seed, check_seed, "seed of the random numbers (default: 0)");
-    option(c, "--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
+    option(c, "--min-p", o.min_p, between(0.0, 1.0), "at least so likely, relative to the best");
+    option(c, "--repeat-penalty", o.repeat_penalty, between(0.01, 100.0),
+           "make tokens of the text so far less likely, 1: no");
+    option(c, "-s,--seed", o.seed, check_seed, "seed of the random numbers (default: 0), -1: any");
+    option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
     c->add_option("--system", o.system, "system message");
+    option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again");
     option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
     add_pass_options(c, o);
-    c->add_option("--save-kv", o.save_kv, "keep keys and values of the conversation in this file");
-    c->add_option("--load-kv", o.load_kv, "begin with those of that file");
+    option(c, "--save-kv", o.save_kv, check_path, "keep keys and values of the conversation in this file");
+    option(c, "--load-kv", o.load_kv, check_path, "begin with those of that file");
+    c->add_flag("--force", o.force, "replace an existing file");
     c->add_flag("--mtp", o.mtp, "draft with the MTP module");
-    c->add_flag("--show-prompt", o.show_prompt, "print the prompt's text and ids to stderr");
+    c->add_flag("--answer-only", o.display.answer_only, "print what follows the thought alone");
+    option(c, "--logprobs", o.display.logprobs, between(1, 1000), "with --json: also the K likeliest tokens");
+    c->add_flag("--show-prompt", o.display.show_prompt, "print the prompt's text and ids to stderr");
 }
 
 inline void add_commands(CLI::App& app, Options& o) {
     CLI::App* c = add_command(app, "run", "generate and stream",
                               "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
     c->add_option("-p,--prompt", o.prompt, "the prompt");
-    c->add_option("-f,--file", o.file, "a file that holds the prompt");
+    option(c, "-f,--file", o.file, check_path, "a file that holds the prompt, or -");
     c->add_option("stdin", o.dash, "-: read the prompt from stdin");
     c->add_flag("--raw", o.raw, "no chat template: continue the text");
     add_generation_options(c, o);
@@ -4924,79 +5672,127 @@ inline void add_commands(CLI::App& app, Options& o) {
     c->add_option("-p,--prompt", o.prompt, "a text, read as `run --raw` reads it");
     c->add_option("--ids", o.ids, "in place of a text, token ids: 1,2,3 or [1, 2, 3]");
     option(c, "--out", o.out, check_path, "safetensors file to write");
+    c->add_flag("--force", o.force, "replace an existing file");
     c->add_flag("--taps", o.taps,
                 "every named intermediate that is computed: q_absorbed and z not by --mla naive, "
                 "group_score not by a greedy gate");
-    option(c, "--top", o.top, CLI::Range(1, 1000), "print the K likeliest tokens after each position");
+    option(c, "--top", o.top, between(1, 1000), "print the K likeliest tokens after each position");
     c->add_option("--print", o.print, "print logits or a tap as text (repeatable)")->allow_extra_args(false);
     option(c, "--past", o.past, COUNT, "only read the first N tokens: results are those of the others");
     add_pass_options(c, o);
 
     c = add_command(app, "perplexity", "negative log-likelihood of a text",
                     "deepseek perplexity -f README.md", o, command_perplexity);
-    c->add_option("-f,--file", o.file, "the text")->required();
-    option(c, "--ctx", o.context, CLI::Range(2, MOST), "tokens per window (default: the model's context)");
+    option(c, "-f,--file", o.file, check_path, "the text, or - for stdin")->required();
+    option(c, "-c,--ctx", o.context, between(2, MOST), "tokens per window (default: the model's context)");
 
     c = add_command(app, "info", "architecture, parameters, cache, memory plan",
                     "deepseek info --ctx 4096", o, command_info);
-    option(c, "--ctx", o.context, POSITIVE, "tokens of context to plan for");
+    option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context to plan for");
 
     c = add_command(app, "quantize", "write the model as one GGUF file",
                     "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o, command_quantize);
-    c->add_option("-o,--out", o.out, "the file to write")->required();
-    const CLI::IsMember types(
-        {"f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0"});
-    option(c, "--type", o.type, types, "format of the weights")->required();
+    option(c, "-o,--out", o.out, check_path, "the file to write")->required();
+    option(c, "--type", o.type, one_of(type_names(false)), "format of the weights: q4_k_m, ...")->required();
+    c->add_flag("--force", o.force, "replace an existing file");
+    c->add_flag("--allow-requantize", o.allow_requantize, "from weights that are quantised already");
 
     c = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
                     "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
     option(c, "-p", o.bench_prompt, COUNT, "tokens to prefill (default: 512)");
     option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
-    option(c, "-r", o.repeats, CLI::Range(1, 1000), "runs (default: 5)");
+    option(c, "-d,--depth", o.depth, COUNT, "tokens that come before (default: 0)");
+    option(c, "-r", o.repeats, between(1, 1000), "runs (default: 5)");
 
     c = add_command(app, "check", "compare the GPU's operations with the CPU's, a line each",
                     "deepseek check 10.2", o, command_check);
     c->add_option("section", o.section, "a chapter or section of deepseek.cpp (default: all)");
 }
 
-// One line on stderr, whatever bytes a file or an argument brought into the message.
-inline int complain(std::string message) {
-    message.resize(std::min(message.size(), size_t(1000)));
-    for (char& c : message) if (uint8_t(c) < 32 || c == 127) c = ' ';
-    std::fflush(stdout);
-    std::fprintf(stderr, "deepseek: %s\n", message.c_str());
-    return 1;
+// -- 23.3  signals and main ----------------------------------------------------------------------
+
+constexpr const char* VERSION = "deepseek 1.0";
+
+// How many letters must be changed, added or left out.
+inline size_t distance(const std::string& a, const std::string& b) {
+    std::vector<size_t> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), size_t(0));
+    for (size_t i = 0; i < a.size(); i++) {
+        size_t corner = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); j++)
+            corner = std::exchange(row[j + 1],
+                                   std::min({row[j] + 1, row[j + 1] + 1, corner + (a[i] != b[j])}));
+    }
+    return row.back();
 }
 
+// What to say of an option that is not known: the nearest that is.
+inline std::string unknown_option(const CLI::App& app, const std::string& given) {
+    if (given == "-ngl" || given == "--n-gpu-layers" || given == "--gpu-layers")
+        return given + ": the whole model is on one device here: --device cuda or --device cpu";
+    std::string best;
+    const std::string word = given.substr(0, given.find('='));
+    for (const CLI::App* command : app.get_subcommands())
+        for (const CLI::Option* known : command->get_options())
+            for (const std::string& name : known->get_lnames())
+                if (best.empty() || distance(word, "--" + name) < distance(word, best)) best = "--" + name;
+    bool near = !best.empty() && distance(word, best) <= word.size() / 2;
+    return "unexpected argument '" + given + "'" + (near ? " (" + best + "?)" : "");
+}
+
+// From a signal: at once, but with the terminal as it was and no half file left.
+inline void leave(int signal) {
+    terminal.restore(), remove_unfinished();
+    if (signal == SIGINT) Terminal::put(STDERR_FILENO, "\ndeepseek: interrupted\n"), _exit(130);
+    sigset_t own;
+    sigemptyset(&own), sigaddset(&own, signal);
+    std::signal(signal, SIG_DFL), pthread_sigmask(SIG_UNBLOCK, &own, nullptr);
+    raise(signal);
+}
+inline void on_end(int signal) {
+    if (!heeded || interrupted || signal == SIGQUIT || signal == SIGPIPE) leave(signal);
+    ended_by = signal == SIGINT ? 0 : signal;
+    interrupted = 1;
+}
 // A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
 inline void on_bus_error(int) {
-    constexpr std::string_view LINE = "deepseek: a weight file was cut short, or cannot be read any more\n";
-    _exit(write(STDERR_FILENO, LINE.data(), LINE.size()) > 0 ? 1 : 3);
+    terminal.restore(), remove_unfinished();
+    Terminal::put(STDERR_FILENO, "deepseek: a weight file was cut short, or cannot be read any more\n");
+    _exit(1);
+}
+inline void on_stop(int) {                               // Ctrl-Z, and on again
+    termios now{};
+    bool known = tcgetattr(STDIN_FILENO, &now) == 0;
+    terminal.restore(), raise(SIGSTOP);
+    if (known) tcsetattr(STDIN_FILENO, TCSANOW, &now);
+    if (terminal.dimmed) terminal.dim(true);
+    if (terminal.pasting) terminal.paste(true);
 }
 
+// Handlers without SA_RESTART: a waiting read ends too. What is ignored (nohup) stays ignored.
 inline void set_signals() {
-    struct sigaction action {};
-    action.sa_handler = [](int) { interrupted = 1; };    // no SA_RESTART: a waiting read ends too
-    sigaction(SIGINT, &action, nullptr);
-    action.sa_handler = on_bus_error;
-    sigaction(SIGBUS, &action, nullptr);
+    auto set = [](int signal, void (*handler)(int)) {
+        struct sigaction action {}, before {};
+        action.sa_handler = handler;
+        if (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(signal, &action, nullptr);
+    };
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE}) set(signal, on_end);
+    set(SIGBUS, on_bus_error), set(SIGTSTP, on_stop), set(SIGWINCH, [](int) {});
 }
 
-int main(int argc, char** argv) {
-    set_patience(argv);
-    set_signals();
-    Options o;
-    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills."};
-    app.name("deepseek")
-        ->require_subcommand(0, 1)
-        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
-    add_commands(app, o);
+// The command line; returns the exit code.
+inline int run_command(CLI::App& app, int argc, char** argv) {
     try {
+        for (int i = 1; i < argc; i++)                   // CLI11 would read -n gl
+            if (std::string_view(argv[i]) == "-ngl") fail("%s", unknown_option(app, "-ngl").c_str());
         app.parse(argc, argv);
-    } catch (const CLI::Success& e) {                    // --help
+    } catch (const CLI::Success& e) {                    // --help, --version
         return app.exit(e);
-    } catch (const CLI::RuntimeError& e) {               // a check failed
+    } catch (const CLI::RuntimeError& e) {               // a check failed, or Ctrl-C
         return app.exit(e);
+    } catch (const CLI::ExtrasError&) {
+        return complain(unknown_option(app, app.remaining(true).at(0)));
     } catch (const std::bad_alloc&) {
         return complain("out of memory");
     } catch (const std::length_error&) {                 // beyond the address space
@@ -5008,5 +5804,21 @@ int main(int argc, char** argv) {
     std::cout.flush();
     bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
     return written ? 0 : complain("stdout cannot be written");
+}
+
+int main(int argc, char** argv) {
+    set_patience(argv);
+    set_signals();
+    std::setlocale(LC_CTYPE, "C.UTF-8");                 // for the line editor
+    Options o;
+    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills."};
+    app.name("deepseek")
+        ->require_subcommand(0, 1)
+        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
+    app.set_version_flag("--version", VERSION);
+    add_commands(app, o);
+    int code = run_command(app, argc, argv);
+    if (ended_by) leave(ended_by);
+    return code;
 }
 #endif

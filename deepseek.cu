@@ -21,7 +21,7 @@
 //   12  Talking                    sampling where the logits lie
 //   13  Multi-token prediction     the draft, on the device
 //   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
-//   22  Command line               deepseek check
+//   22  Commands                   deepseek check
 //
 // What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
 // tree (chapter 5 there), for a half-warp is sixteen threads: lane j is thread j. So most twins give the same
@@ -1203,7 +1203,7 @@ struct Upload {
         return size_t(scale_blocks(w.first_row + w.rows) * scale_blocks(w.cols)) * sizeof(float);
     }
     void matrix(Matrix& w) {
-        if (!w || interrupted) return;
+        if (!w) return;
         point(w.data, place(w.data, bytes(w)));
         if (w.scale) point(w.scale, place(w.scale, scale_bytes(w)));
     }
@@ -1928,7 +1928,7 @@ TWIN(gemm_fp8_k_grouped);
 }
 
 // =================================================================================================
-// Chapter 22. Command line
+// Chapter 22. Commands
 // =================================================================================================
 //
 //      deepseek check            every twin against its operation, a line each

@@ -1577,7 +1577,7 @@ inline std::vector<float> rows_in_file(const GgufTensor& t, const Matrix& part, 
 // One part of a tensor; some rows at a time, as a model may be larger than memory.
 inline void write_part(AtomicFile& file, const GgufTensor& t, const Matrix& part) {
     const int at_once = part.transposed ? part.rows : t.pairs ? t.pairs : 1024;     // rows
-    for (int begin = 0; begin < part.rows && !interrupted; begin += at_once) {
+    for (int begin = 0; begin < part.rows; begin += at_once) {
         int count = std::min(at_once, part.rows - begin);
         std::vector<std::byte> out(size_t(count) * row_bytes(t.dtype, part.cols));
         if (part.dtype == t.dtype && !part.transposed && !t.pairs)
@@ -1613,11 +1613,9 @@ inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
 
 // Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.2).   source: the
 // folder or file that they came from, for its vocabulary;   progress: bytes done, in all
-inline void write_gguf(const std::string& out, const Checkpoint& from, const Config& c,
-                       const fs::path& source, const FileType& type,
-                       const std::function<void(uint64_t, uint64_t)>& progress) {
+inline void write_gguf(AtomicFile& file, const Checkpoint& from, const Config& c, const fs::path& source,
+                       const FileType& type, const std::function<void(uint64_t, uint64_t)>& progress) {
     require_tellable(c);
-    AtomicFile file(out);
     GgufHead keys;
     put_config_keys(keys, c, type);
     put_vocabulary_keys(keys, source, c.V);
@@ -1630,7 +1628,6 @@ inline void write_gguf(const std::string& out, const Checkpoint& from, const Con
         for (const Matrix& part : t.parts) write_part(file, t, part);
         std::string padding = gguf_padding(t.bytes());
         file.write(padding.data(), padding.size());
-        if (interrupted) fail("interrupted; %s not written", out.c_str());
         progress(done += t.bytes(), total);
     }
     file.commit();

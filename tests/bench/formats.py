@@ -33,7 +33,7 @@ def deepseek(*arguments, text=None):
 def logits(model, ids, work, *options):
     """A list of rows."""
     out = work / "logits.safetensors"
-    deepseek("logits", "-m", model, "--ids", ids, "--out", out, *options)
+    deepseek("logits", "-m", model, "--ids", ids, "--force", "--out", out, *options)
     data = out.read_bytes()
     (size,) = struct.unpack_from("<Q", data)
     entry = json.loads(data[8 : 8 + size])["logits"]
@@ -65,7 +65,7 @@ def perplexity(model, text, *options):
 
 def row(kind, ids, text, plain, work):
     file = work / f"{kind}.gguf"
-    deepseek("quantize", "-m", MODEL, "-o", file, "--type", kind)
+    deepseek("quantize", "-m", MODEL, "-o", file, "--force", "--type", kind)
     measure = lambda *o: perplexity(file, text, *o)
     integers, exact = logits(file, ids, work), logits(file, ids, work, "--exact")
     size = file.stat().st_size / 1e6

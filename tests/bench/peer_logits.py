@@ -50,7 +50,7 @@ def main():
         print("|---|---|---|---|---|---|")
         for kind in ("f32", "bf16", *formats.FORMATS):
             file = work / f"{kind}.gguf"
-            formats.deepseek("quantize", "-m", formats.MODEL, "-o", file, "--type", kind)
+            formats.deepseek("quantize", "-m", formats.MODEL, "-o", file, "--force", "--type", kind)
             exact = formats.logits(file, ids, work, "--exact")
             ours, theirs = formats.logits(file, ids, work), peer_logits(sys.argv[1], file, ids, work)
             errors = [formats.nmse(exact, x) for x in (ours, theirs)]

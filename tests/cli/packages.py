@@ -66,11 +66,11 @@ class Machine(unittest.TestCase):
     def test_installs_what_is_missing(self):
         out, calls = self.make("build/have-run")
         self.assertEqual(out, "Installing Debian packages, as the program needs them: "
-                              "g++ libsimdjson-dev libutf8proc-dev libcli11-dev\n")
+                              "g++ libsimdjson-dev libutf8proc-dev libcli11-dev libedit-dev\n")
         verbs = [re.findall(r"(?<!-)(update|install)\b", call) for call in calls]
         self.assertEqual(verbs, [["update"], ["install"]])
         self.assertTrue(all(call.startswith("noninteractive ") for call in calls), calls)
-        self.assertTrue(calls[1].endswith("g++ libsimdjson-dev libutf8proc-dev libcli11-dev"), calls)
+        self.assertTrue(calls[1].endswith(out.split(": ")[1].strip()), calls)
         self.assertEqual(self.make("build/have-run"), ("make: 'build/have-run' is up to date.\n", calls))
 
     def test_one_installation_at_a_time(self):
@@ -88,7 +88,7 @@ class Machine(unittest.TestCase):
     def test_no_apt(self):
         (self.tools / "apt-get").unlink()
         out, _ = self.make("build/have-run", code=2)
-        for library in ("C++20 compiler", "simdjson", "PCRE2", "utf8proc", "CLI11"):
+        for library in ("C++20 compiler", "simdjson", "PCRE2", "utf8proc", "CLI11", "libedit"):
             self.assertIn(library, out)
         self.assertFalse((self.home / "build" / "have-run").exists())
 

@@ -54,7 +54,7 @@ def same_logits(name, ours, theirs, work, transposed):
     ids, outs = ",".join(map(str, array.array("i", taps["ids"]))), []
     for model in ours, theirs:
         outs.append(work / f"{len(outs)}.safetensors")
-        done = deepseek("logits", "-m", model, "--ids", ids, "--out", outs[-1])
+        done = deepseek("logits", "-m", model, "--ids", ids, "--out", outs[-1], "--force")
         check(f"{name} logits", done[0] == 0, done[2])
     a, b = (tensors(out)[0] for out in outs)
     check(f"{name}: some logits", a and a.keys() == b.keys(), f"{a.keys()} and {b.keys()}")
@@ -67,7 +67,7 @@ def same_logits(name, ours, theirs, work, transposed):
 def written(folder, work):
     """What `deepseek quantize` writes."""
     gguf = work / "model.gguf"
-    code, _, said = deepseek("quantize", "-m", folder, "-o", gguf, "--type", "f32")
+    code, _, said = deepseek("quantize", "-m", folder, "-o", gguf, "--force", "--type", "f32")
     if folder.name == "v2-groups":               # cos and sin are scaled there, which no GGUF key says
         return check(folder.name, code == 1 and "'mscale'" in said, said)
     mla = "kv_lora_rank" in json.loads((folder / "config.json").read_text())
@@ -91,7 +91,8 @@ def quantised(work):
     text = deepseek("run", *question)[1]
     for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32"):
         file = work / f"{kind}.gguf"
-        code, out, said = deepseek("quantize", "-m", ROOT / "weights" / "tiny", "-o", file, "--type", kind)
+        code, out, said = deepseek("quantize", "-m", ROOT / "weights" / "tiny", "--force", "-o", file,
+                                   "--type", kind)
         check(f"quantize {kind}", code == 0 and not out, said)
         code, out, said = deepseek("run", "-m", file, *question, "-n", 60)
         check(f"run {kind}", code == 0 and out, said)

@@ -22,7 +22,7 @@ check() {                                    # check NAME COMMAND...
 build() {                                    # build COMPILER PROGRAM
     [ -x "$2" ] && [ -z "$(find ./*.cpp ./*.h -newer "$2")" ] && return 0
     "$1" -std=c++20 -O2 -ffp-contract=off -fopenmp -pthread deepseek.cpp -o "$2" \
-        -lsimdjson -lpcre2-8 -lutf8proc
+        -lsimdjson -lpcre2-8 -lutf8proc -ledit
 }
 
 build "${CXX:-g++}" "$out/deepseek-gcc" &

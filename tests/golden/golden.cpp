@@ -607,7 +607,8 @@ protected:
         g.sampling.temperature = 0;
         g.stops = {tokenizer.eos};
         g.drafting = mtp ? &MTP_DRAFTS : nullptr;
-        Statistics stats = generate(session, prompt, g, [](int) {}, [&](int id) { ids.push_back(id); });
+        auto said = [&](int id) { return ids.push_back(id), true; };
+        Statistics stats = generate(session, prompt, g, [](int) {}, said);
         total.drafted += stats.drafted, total.accepted += stats.accepted;
         std::erase_if(ids, [&](int id) { return tokenizer.is_special(id); });
         return tokenizer.decode(ids);

@@ -62,7 +62,7 @@ def logits(folder, model, ids, *options):
     """The taps of a model that --device says where to run."""
     handle, out = tempfile.mkstemp(dir=folder)
     os.close(handle)
-    code, _, error = run("logits", "-m", model, "--ids", ids, "--taps", "--out", out, *options)
+    code, _, error = run("logits", "-m", model, "--ids", ids, "--taps", "--force", "--out", out, *options)
     if code != 0:
         print(error)
         return {}
@@ -133,7 +133,7 @@ def quantised_files(folder):
                         ("llama3", ("q8_0",))):
         for kind in types:
             path = pathlib.Path(folder) / f"{name}.{kind}.gguf"
-            code, _, error = run("quantize", "-m", MODELS / name, "-o", path, "--type", kind)
+            code, _, error = run("quantize", "-m", MODELS / name, "-o", path, "--force", "--type", kind)
             check(f"quantize {name} {kind}", code == 0, error)
             cpu = logits(folder, path, ids, "--device", "cpu", "--exact")
             wrong = difference(cpu, logits(folder, path, ids, "--device", "cuda"), 0)
@@ -158,7 +158,7 @@ def words(folder):
     check("words with a seed", run(*sampled, "--device", "cpu")[1] == run(*sampled, "--device", "cuda")[1])
     kept = pathlib.Path(folder) / "kept"
     common = ["run", "-m", tiny, "-p", "17+25=", "-n", 6, "--temp", "0"]
-    _, whole, _ = run(*common, "--device", "cuda", "--save-kv", kept)
+    _, whole, _ = run(*common, "--device", "cuda", "--force", "--save-kv", kept)
     for device in ("cpu", "cuda"):
         code, again, error = run(*common, "--device", device, "--load-kv", kept)
         used = code == 0 and again == whole and "from the cache" in error

@@ -97,7 +97,7 @@ LINES = {
     "not_utf8": b'"\xff"\n',
     "deep": DEEP + "\n",
 }
-LOGITS = ["logits", "-m", "GOOD", "--out", "WORK/out.safetensors"]
+LOGITS = ["logits", "--force", "-m", "GOOD", "--out", "WORK/out.safetensors"]
 RUN = ["run", "-m", "GOOD", "-n", "2"]
 HELLO = RUN + ["-p", "hello"]
 
@@ -139,7 +139,7 @@ def model_lines():
     for command, more in {
         "run": ["-p", "x"],
         "info": [],
-        "logits": ["--ids", "1", "--out", "WORK/out.safetensors"],
+        "logits": ["--ids", "1", "--force", "--out", "WORK/out.safetensors"],
     }.items():
         yield from table(f"{command}_model", [command, *more, "-m"], paths, ())
     del paths["folder_without_files"]

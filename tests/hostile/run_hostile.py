@@ -30,7 +30,7 @@ ADDRESS_SPACE = 4 << 30  # bytes
 NOBODY = 65534
 COMMANDS = {  # what follows -m FOLDER, and stdin
     "info": ("info", [], b""),
-    "logits": ("logits", ["--ids", "1,2,3", "--out", "out.safetensors", "--threads", "1"], b""),
+    "logits": ("logits", ["--ids", "1,2,3", "--force", "--out", "out.safetensors", "--threads", "1"], b""),
     "run": ("run", ["-p", "hello", "-n", "2", "--threads", "1"], b""),
     "tokenize": ("tokenize", [], b"hello 123"),
     "tokenize-aaaa": ("tokenize", [], b"a" * 5000),
@@ -306,7 +306,7 @@ class Suite:
         self.refused(
             "limit_disk",
             make_hostile.GOOD,
-            ["logits", "--ids", "1,2,3", "--out", "out.safetensors"],
+            ["logits", "--ids", "1,2,3", "--force", "--out", "out.safetensors"],
             ("out.safetensors",),
             limits=fill_disk,
         )

@@ -632,8 +632,64 @@ TEST(AtomicFile, LeavesNothingWhenAnErrorPassesThrough) {
 TEST(AtomicFile, KeepsTheOldFileWithoutCommit) {
     fs::path folder = scratch("atomic");
     write_text(folder / "f", "old");
-    { AtomicFile((folder / "f").string()).write("new", 3); }
+    { AtomicFile((folder / "f").string(), true).write("new", 3); }
     EXPECT_EQ(read_file(folder / "f"), "old");
+}
+TEST(AtomicFile, ReplacesOnlyWhenToldTo) {
+    fs::path folder = scratch("atomic");
+    write_text(folder / "f", "old");
+    EXPECT_TRUE(refuses([&] { AtomicFile((folder / "f").string()); }, "f: exists already (--force"));
+    EXPECT_TRUE(refuses([&] { AtomicFile(""); }, "an empty path"));
+    {
+        AtomicFile file((folder / "f").string(), true);
+        file.write("new", 3), file.commit();
+    }
+    EXPECT_EQ(read_file(folder / "f"), "new");
+    EXPECT_EQ(names_in(folder), std::vector<std::string>{"f"});
+}
+TEST(AtomicFile, WritesNothingOverTheModelInUseByWhateverName) {
+    fs::path folder = scratch("atomic");
+    write_text(folder / "config.json", "{}");
+    fs::create_symlink("config.json", folder / "soft");
+    fs::create_hard_link(folder / "config.json", folder / "hard");
+    protect_model(folder);
+    for (const char* name : {"config.json", "soft", "hard"})
+        EXPECT_TRUE(refuses([&] { AtomicFile((folder / name).string(), true); }, "is a file of the model"));
+    in_use.clear();
+}
+TEST(AtomicFile, WritesWhereALinkPoints) {
+    fs::path folder = scratch("atomic");
+    write_text(folder / "f", "old");
+    fs::create_symlink("f", folder / "link");
+    {
+        AtomicFile file((folder / "link").string(), true);
+        file.write("new", 3), file.commit();
+    }
+    EXPECT_TRUE(fs::is_symlink(folder / "link"));
+    EXPECT_EQ(read_file(folder / "f"), "new");
+}
+// Two who write the same file do not meet; what a killed one left is removed, not what a living one writes.
+TEST(AtomicFile, RemovesWhatAKilledOneLeft) {
+    fs::path folder = scratch("atomic");
+    AtomicFile living((folder / "f").string());
+    write_text(folder / "f.a1B2c3.tmp", "left behind");
+    write_text(folder / "f.tmp", "another's");
+    write_text(folder / "ff.a1B2c3.tmp", "another's");
+    {
+        AtomicFile file((folder / "f").string());
+        EXPECT_FALSE(fs::exists(folder / "f.a1B2c3.tmp"));
+        file.write("abc", 3), file.commit();
+    }
+    living.write("xyz", 3), living.commit();
+    EXPECT_EQ(read_file(folder / "f"), "xyz");
+    EXPECT_EQ(names_in(folder), (std::vector<std::string>{"f", "f.tmp", "ff.a1B2c3.tmp"}));
+}
+TEST(AtomicFile, HasTheRightsOfAnyNewFile) {
+    fs::path folder = scratch("atomic");
+    const mode_t before = umask(022);
+    { AtomicFile file((folder / "f").string()); file.commit(); }
+    umask(before);
+    EXPECT_EQ(int(fs::status(folder / "f").permissions()), 0644);
 }
 TEST(AtomicFile, LeavesNothingWhenItsPlaceIsTaken) {
     fs::path folder = scratch("atomic");

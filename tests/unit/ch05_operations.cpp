@@ -658,6 +658,19 @@ TEST(TopK, EqualsAStableSort) {
         ASSERT_EQ(top(v, k), sorted_top(v, k));
     }
 }
+// Of 100,000 numbers in any order, half of them asked for: n log k steps, not n k.
+TEST(TopK, ItsStepsGrowWithNLogK) {
+    const int n = 100000, k = n / 2;
+    for (int order : {1, -1, 7919}) {
+        int64_t steps = 0;
+        std::vector<int> idx(static_cast<size_t>(k));
+        first_of_all(idx.data(), n, k, [&](int a, int b) {
+            steps++;
+            return int64_t(a) * order % n > int64_t(b) * order % n;
+        });
+        EXPECT_LT(double(steps), 4 * n * std::log2(double(k)));
+    }
+}
 TEST(TopK, GivesValidIndicesWhateverTheNumbers) {
     real nan = std::numeric_limits<real>::quiet_NaN();
     for (int i : top({nan, 1, nan, 2}, 3)) EXPECT_TRUE(i >= 0 && i < 4);

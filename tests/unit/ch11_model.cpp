@@ -350,7 +350,7 @@ TEST(Prefill, ReportsEachChunk) {
 TEST(Prefill, StopsWhenInterrupted) {
     Model model = random_model("prefill", tiny_v3());
     Session s(model, {10, 4, MlaForm::ABSORBED});
-    prefill(s, random_ids(10, 31), 0, [&](int, int) { interrupted = 1; });
+    EXPECT_THROW(prefill(s, random_ids(10, 31), 0, [&](int, int) { interrupted = 1; }), Interrupted);
     interrupted = 0;
     EXPECT_EQ(s.length, 4);
 }
@@ -462,7 +462,7 @@ TEST(Device, GeneratesWithAndWithoutDrafts) {
             Generation g;
             g.sampling.temperature = 0, g.max_tokens = 20, g.drafting = mtp ? &MTP_DRAFTS : nullptr;
             said[d != &CPU].clear();
-            generate(s, prompt, g, [](int) {}, [&](int id) { said[d != &CPU].push_back(id); });
+            generate(s, prompt, g, [](int) {}, [&](int id) { said[d != &CPU].push_back(id); return true; });
         }
         EXPECT_EQ(said[0].size(), 20u);
         EXPECT_EQ(said[0], said[1]);
@@ -492,7 +492,8 @@ TEST(Device, SavesAndLoadsItsCache) {
                 Session a(model, options, *from), b(model, options, *to);
                 a.tokens = ids;
                 prefill(a, ids, 0, [&](int, int) { if (model.config.n_mtp) mtp_catch_up(a); });
-                save_cache(a, folder / "kv");
+                AtomicFile file((folder / "kv").string(), true);
+                save_cache(a, file);
                 load_cache(b, folder / "kv");
                 EXPECT_EQ(b.tokens, ids);
                 EXPECT_EQ(b.mtp_length, model.config.n_mtp ? 8 : 0);

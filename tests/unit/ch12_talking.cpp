@@ -55,6 +55,12 @@ TEST(Choose, HasNoTokenWhereALogitIsNoNumber) {
     }
 }
 
+// transformers 5, RepetitionPenaltyLogitsProcessor(1.5) on these scores with input_ids [0, 1, 1, 3].
+TEST(Penalise, IsThatOfTransformers) {
+    Vector z = {3, -2, 4, 0, -1};
+    penalise(z.data(), Ids{0, 1, 1, 3}, 1.5);
+    EXPECT_EQ(z, (Vector{2, -3, 4, 0, -1}));
+}
 TEST(Distribution, TemperatureZeroIsTheArgmax) {
     Distribution d = distribution_of({1, 3, 2}, sampling(0));
     EXPECT_EQ(ids_of(d), Ids{1});
@@ -196,7 +202,7 @@ struct Spoken {
 };
 static Spoken speak(Session& s, const Ids& prompt, Generation g) {
     Spoken out;
-    out.stats = generate(s, prompt, g, [](int) {}, [&](int id) { out.ids.push_back(id); });
+    out.stats = generate(s, prompt, g, [](int) {}, [&](int id) { out.ids.push_back(id); return true; });
     return out;
 }
 static Spoken speak(const Model& model, const Ids& prompt, const Generation& g, int context = 64) {
@@ -252,17 +258,66 @@ TEST(Generate, ReportsItsProgress) {
     Session s(chain.model, {64, 8, MlaForm::ABSORBED});
     Generation g = greedy(1);
     Ids seen;
-    generate(s, Ids(19, 3), g, [&](int n) { seen.push_back(n); }, [](int) {});
-    EXPECT_EQ(seen, (Ids{8, 16, 19}));
+    generate(s, Ids(19, 3), g, [&](int n) { seen.push_back(n); }, [](int) { return true; });
+    EXPECT_EQ(seen, (Ids{8, 8, 16, 16, 19, 19}));        // after the layer, and after the chunk
 }
 TEST(Generate, EndsWhenInterrupted) {
     Chain chain(ring(7, 1));
     Session s(chain.model, {64, 8, MlaForm::ABSORBED});
     Generation g = greedy(100);
     int n = 0;
-    generate(s, Ids{3}, g, [](int) {}, [&](int) { interrupted = ++n == 4; });
+    generate(s, Ids{3}, g, [](int) {}, [&](int) { interrupted = ++n == 4; return true; });
     interrupted = 0;
     EXPECT_EQ(n, 4);
+}
+TEST(Generate, SaysWhyItEnded) {
+    Chain chain(ring(7, 1));
+    Generation g = greedy(3);
+    EXPECT_EQ(speak(chain.model, {3}, g).stats.stop, Stop::LENGTH);
+    g.stops = {5};
+    EXPECT_EQ(speak(chain.model, {3}, g).stats.stop, Stop::END);
+    EXPECT_EQ(speak(chain.model, {6}, greedy(100), 10).stats.stop, Stop::CONTEXT);
+    Session s(chain.model, {64, 8, MlaForm::ABSORBED});
+    Generation all = greedy(100);
+    EXPECT_EQ(generate(s, Ids{3}, all, [](int) {}, [](int id) { return id != 6; }).stop, Stop::TEXT);
+    EXPECT_EQ(s.tokens, (Ids{3, 4, 5, 6}));
+}
+
+// What of a session must hold after whatever happened to it: the next prompt gets what a fresh one would.
+static void expect_trustworthy(Session& s, const Ids& prompt) {
+    ASSERT_LE(0, s.mtp_length);
+    ASSERT_LE(s.mtp_length, s.length);
+    ASSERT_LE(size_t(s.length), s.tokens.size());
+    Generation g = greedy(5);
+    g.drafting = s.model.config.n_mtp ? &MTP_DRAFTS : nullptr;
+    EXPECT_EQ(speak(s, prompt, g).ids, speak(s.model, prompt, g).ids);
+}
+TEST(Session, IsWholeAfterAnInterruptionAnywhere) {
+    Model model = random_model("interrupted", tiny_v3());
+    const Ids before = random_ids(20, 31, 1), after = random_ids(20, 31, 2);
+    Ids mixed = before;                                  // shares its beginning with what is in the cache
+    std::copy(after.begin() + 11, after.end(), mixed.begin() + 11);
+    for (bool mtp : {false, true}) {
+        for (int at = 1; at < 20; at++) {                // the interruption comes at the at-th layer
+            Session s(model, {64, 8, MlaForm::ABSORBED});
+            Generation g = greedy(3);
+            g.drafting = mtp ? &MTP_DRAFTS : nullptr;
+            speak(s, before, g);
+            int n = 0;
+            Statistics stats = generate(s, after, g, [&](int) { interrupted = ++n >= at; },
+                                        [](int) { return true; });
+            EXPECT_EQ(stats.stop, n >= at ? Stop::INTERRUPTED : Stop::LENGTH);
+            interrupted = 0;
+            expect_trustworthy(s, at % 2 ? before : mixed);
+        }
+    }
+}
+TEST(Session, IsWholeAfterAModelThatBreaks) {
+    Chain chain({{0, 9, 0}, {0, 0, 9}, {std::numeric_limits<float>::quiet_NaN(), 0, 0}});
+    Session s(chain.model, {64, 8, MlaForm::ABSORBED});
+    Generation g = greedy(9);
+    EXPECT_THROW(speak(s, {0}, g), BrokenModel);
+    EXPECT_LE(size_t(s.length), s.tokens.size());
 }
 TEST(Generate, FollowsTheModelsProbabilities) {
     std::vector<std::vector<float>> table = {{0, 1, 0.5f}, {1, -1, 0}, {0.2f, 0.1f, 0}};
@@ -279,7 +334,7 @@ TEST(Generate, FollowsTheModelsProbabilities) {
     g.sampling = sampling(1), g.max_tokens = 2;
     for (int i = 0; i < 20000; i++) {
         Ids ids;
-        generate(s, Ids{1}, g, [](int) {}, [&](int id) { ids.push_back(id); });
+        generate(s, Ids{1}, g, [](int) {}, [&](int id) { ids.push_back(id); return true; });
         counts[size_t(ids[0] * 3 + ids[1])]++;
     }
     EXPECT_LT(surprise(counts, p), 1);
@@ -424,6 +479,10 @@ TEST(Perplexity, AddsTheModelsSurprise) {
     Perplexity p = perplexity_of(Chain(table).model, {1, 0, 2, 2}, 64);
     EXPECT_NEAR(p.nll, double(nll(1, 0) + nll(0, 2) + nll(2, 2)),
                 30 * 0x1p-52);   // 10 roundings each of numbers near 1
+}
+TEST(Perplexity, OfABrokenModelIsAnError) {
+    Chain chain({{0, 9, 0}, {0, 0, 9}, {std::numeric_limits<float>::quiet_NaN(), 0, 0}});
+    EXPECT_THROW(perplexity_of(chain.model, {0, 1, 2, 1}, 64), BrokenModel);
 }
 TEST(Perplexity, BosPredictsTheFirstToken) {
     std::vector<std::vector<float>> table = {{0, 1, 0.5f}, {1, -1, 0}, {0.2f, 0.1f, 0}};

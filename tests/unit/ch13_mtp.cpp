@@ -206,7 +206,7 @@ struct Drafted {
 };
 static Drafted continuation(Session& s, const std::vector<int>& prompt, Generation& g) {
     Drafted out;
-    out.stats = generate(s, prompt, g, [](int) {}, [&](int id) { out.ids.push_back(id); });
+    out.stats = generate(s, prompt, g, [](int) {}, [&](int id) { out.ids.push_back(id); return true; });
     return out;
 }
 
@@ -245,6 +245,31 @@ TEST(MtpGreedy, SaysTheSameOnRandomModels) {
         EXPECT_EQ(runs[0].ids, runs[1].ids) << seed;
         EXPECT_GT(runs[1].stats.drafted, 0) << seed;
     }
+}
+
+// A step may end on a stop token that was drafted: its row of the cache is not the conversation's.
+TEST(MtpGreedy, LeavesNoTokenInTheCacheThatWasNotSaid) {
+    int ended_on_a_draft = 0;
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+        Model model = random_model("mtp", with(tiny_v3(), {{"vocab_size", "6"}}), "BF16", seed);
+        for (int stop = 0; stop < 6; stop++) {
+            Generation g;
+            g.sampling.temperature = 0, g.max_tokens = 40, g.stops = {stop}, g.drafting = &MTP_DRAFTS;
+            Session s(model, {100, 8, MlaForm::ABSORBED});
+            Drafted out = continuation(s, random_ids(5, 6, seed), g);
+            ASSERT_EQ(s.tokens.size(), 5 + out.ids.size());
+            ASSERT_LE(size_t(s.length), s.tokens.size());
+            ended_on_a_draft += out.stats.stop == Stop::END && size_t(s.length) == s.tokens.size();
+            fs::path path = scratch("mtp_cache") / "kv";
+            AtomicFile file(path.string());
+            save_cache(s, file);
+            Session loaded(model, {100, 8, MlaForm::ABSORBED});
+            load_cache(loaded, path.string());
+            EXPECT_TRUE(std::equal(loaded.tokens.begin(), loaded.tokens.end(), s.tokens.begin()));
+            EXPECT_EQ(loaded.length, s.length);
+        }
+    }
+    EXPECT_GT(ended_on_a_draft, 0);
 }
 
 // Counts of the V^3 continuations of a prompt.

@@ -23,6 +23,7 @@
 #include "ch13_mtp.cpp"
 #include "ch14_fp8.cpp"
 #include "ch19_bill.cpp"
+#include "ch21_conversation.cpp"
 #include "simd_kernels.cpp"
 #include "simd_interleaved.cpp"
 #if __has_include("tokenizer.cpp")
