@@ -395,7 +395,8 @@ struct Taps {
 // widening is exact.
 
 enum class Dtype : uint8_t {
-    F64, F32, BF16, F16, F8_E4M3, F8_LATENT, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+    F64, F32, BF16, F16, F8_E4M3, F8_LATENT, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ4_NL, IQ4_XS
 };
 constexpr Dtype REAL = sizeof(real) == 8 ? Dtype::F64 : Dtype::F32;
 
@@ -411,10 +412,13 @@ constexpr Format FORMATS[] = {
     {"Q4_0", 32, 18, false},  {"Q4_1", 32, 20, true},         {"Q5_0", 32, 22, false},
     {"Q5_1", 32, 24, true},   {"Q8_0", 32, 34, false},        {"Q2_K", 256, 84, true},
     {"Q3_K", 256, 110, false}, {"Q4_K", 256, 144, true},      {"Q5_K", 256, 176, true},
-    {"Q6_K", 256, 210, false}};
+    {"Q6_K", 256, 210, false}, {"IQ4_NL", 32, 18, false},     {"IQ4_XS", 256, 136, false}};
 constexpr const Format& format_of(Dtype dtype) { return FORMATS[size_t(dtype)]; }
-constexpr int N_DTYPES = int(Dtype::Q6_K) + 1;
-inline bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
+constexpr int N_DTYPES = int(Dtype::IQ4_XS) + 1;
+static_assert(std::endian::native == std::endian::little && sizeof(size_t) == 8,
+              "files are mapped and read as they lie: little-endian, and sizes of 64 bits");
+constexpr bool quantised(Dtype dtype) { return dtype >= Dtype::Q4_0; }
+constexpr bool looked_up(Dtype dtype) { return dtype >= Dtype::IQ4_NL; }   // integers from a table: 2.3
 
 constexpr int SCALE_BLOCK = 128;
 
@@ -571,12 +575,13 @@ using Vector = std::vector<real>;
 
 // -- 2.3  blocks of small integers ---------------------------------------------------------------
 //
-// A quantised block is a few small integers q and what they are worth. The ten formats differ only in how
+// A quantised block is a few small integers q and what they are worth. The twelve formats differ only in how
 // they are packed; unpacked, each of them says for its value i, in group g = i / 16:
 //
 //      x_i = d scale_g q_i  -  m minimum_g          d, m: f16 of the block;  scale, minimum: small integers
 //
-// Such weights are llama.cpp's, and gguf.h packs and unpacks them.
+// Two of them, IQ4_NL and IQ4_XS, store places in a table of sixteen integers, which lie closer near zero, as
+// weights do. Such weights are llama.cpp's, and gguf.h packs and unpacks them.
 
 // =================================================================================================
 // Chapter 3. Files
@@ -607,9 +612,12 @@ using Vector = std::vector<real>;
     fail("%s: %s", where.c_str(), wrong.c_str());
 }
 
-// A line on stderr about what the user may not expect. --quiet: none, nor progress, nor statistics.
+// A line on stderr about what the user may not expect, once. --quiet: none, nor progress, nor statistics.
 inline bool quiet = false;
-inline void notice(const std::string& line) { if (!quiet) std::fprintf(stderr, "%s\n", line.c_str()); }
+inline void notice(const std::string& line) {
+    static std::set<std::string> said;
+    if (said.insert(line).second && !quiet) std::fprintf(stderr, "%s\n", line.c_str());
+}
 
 using Json = simdjson::dom::element;
 
@@ -648,19 +656,18 @@ public:
     }
     Fields object(const char* key) const { return {get(key), where_ + ": " + key}; }
     int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        intmax_t value = typed<int64_t>(key, "not an integer");
+        intmax_t value = absent && !has(key) ? *absent : typed<int64_t>(key, "not an integer");
         if (value < low || value > high)
             refuse(where_, "'%s' is %jd, outside %jd to %jd", key, value, intmax_t(low), intmax_t(high));
         return value;
     }
     double number(const char* key, double low, double high, std::optional<double> absent = {}) const {
-        if (absent && !has(key)) return *absent;
-        double value = typed<double>(key, "not a number");
+        double value = absent && !has(key) ? *absent : typed<double>(key, "not a number");
         if (!(value >= low && value <= high))
             refuse(where_, "'%s' is %g, outside %g to %g", key, value, low, high);
         return value;
     }
+    double number(const char* key, double absent) const { return number(key, -1e300, 1e300, absent); }
     bool boolean(const char* key, std::optional<bool> absent = {}) const {
         return absent && !has(key) ? *absent : typed<bool>(key, "neither true nor false");
     }
@@ -753,6 +760,8 @@ struct RopeConfig {
     double factor = 1, original_context = 0;
     double low_freq_factor = 1, high_freq_factor = 1;                     // llama3
     double beta_fast = 32, beta_slow = 1, mscale = 1, mscale_all_dim = 0;  // yarn
+    double attention_factor = 0;                  // of cos and sin; 0: what the two mscales give
+    bool truncate = true;                         // beta_fast and beta_slow mean whole pairs
 };
 
 struct Config {
@@ -762,7 +771,8 @@ struct Config {
     int Rq = 0, Rkv = 0, Dn = 0, Dr = 0, Dv = 0;            // MLA; Rq = 0: queries are not compressed
     int E = 0, K = 0, F = 0, n_shared = 0, first_dense = 0, moe_freq = 1, n_group = 1, topk_group = 1;
     Gate gate = Gate::GREEDY;
-    bool sigmoid_affinity = false, norm_topk = false, qkv_bias = false, tied = false;
+    bool sigmoid_affinity = false, norm_topk = false, tied = false;
+    bool qkv_bias = false, qk_norm = false;                 // GQA: biases; norms of each head of q and k
     bool fp8 = false, ue8m0 = false;                        // weights in F8_E4M3; scales powers of two
     double routed_scale = 1, eps = 1e-6;
     RopeConfig rope;
@@ -782,65 +792,94 @@ constexpr int MOST = 1 << 24;
 constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
 constexpr int MOST_EXPERTS_IN_ALL = 1 << 16;   // layers times experts: each has its entry in the model
 
+// What must hold of a RopeConfig, whatever file it is from.
+inline void check_rope(const RopeConfig& r, const std::string& where) {
+    const struct { const char* field; double value, low, high; } ranges[] = {
+        {"rope_theta", r.theta, 1.1, 1e12}, {"factor", r.factor, 1, 1e6},
+        {"low_freq_factor", r.low_freq_factor, 1e-6, 1e6}, {"beta_fast", r.beta_fast, 1e-6, 1e6},
+        {"high_freq_factor", r.high_freq_factor, 1e-6, 1e6}, {"beta_slow", r.beta_slow, 1e-6, 1e6},
+        {"mscale", r.mscale, 0, 100}, {"mscale_all_dim", r.mscale_all_dim, 0, 100}};
+    for (auto [field, value, low, high] : ranges)
+        if (!(value >= low && value <= high))
+            refuse(where, "'%s' is %g, outside %g to %g", field, value, low, high);
+    if (r.scaling == Scaling::LLAMA3 && r.high_freq_factor <= r.low_freq_factor)
+        refuse(where, "'high_freq_factor' is not above 'low_freq_factor'");
+    if (r.scaling == Scaling::YARN && r.beta_fast <= r.beta_slow)
+        refuse(where, "'beta_fast' is not above 'beta_slow'");
+}
+
+// Of the two mscales transformers reads both or none; DeepSeek's model.py, MLA's other reference, each for
+// itself. R1-0528-Qwen3-8B has an `attn_factor`, which transformers does not know.
+void parse_yarn(RopeConfig& r, const Fields& f, bool mla) {
+    r.beta_fast = f.number("beta_fast", r.beta_fast), r.beta_slow = f.number("beta_slow", r.beta_slow);
+    r.truncate = f.boolean("truncate", true);
+    if (f.has("attention_factor")) r.attention_factor = f.number("attention_factor", 1e-6, 100);
+    double mscale = f.number("mscale", 0), all_dim = f.number("mscale_all_dim", 0);
+    if (mscale != 0 && all_dim != 0) r.mscale = mscale, r.mscale_all_dim = all_dim;
+    else if (mla && (all_dim != 0 || (f.has("mscale") && mscale != 1)))
+        refuse(f.where(), "'mscale' without 'mscale_all_dim', or the reverse: published programs disagree");
+    if (f.has("attn_factor") && f.number("attn_factor", 1) != 1)
+        notice(f.where() + ": 'attn_factor' is passed over, as by transformers (vLLM and llama.cpp use it)");
+}
+
 // rope_scaling and rope_theta; newer files keep both in rope_parameters.
 RopeConfig parse_rope(const Fields& top, bool mla) {
     static const std::set<std::string> KNOWN = {
         "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-        "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"};
+        "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+        "attn_factor", "truncate", "partial_rotary_factor"};
+    auto given = [&](const char* key) { return top.has(key) && simdjson::minify(top.get(key)) != "{}"; };
     RopeConfig rope;
-    bool newer = top.has("rope_parameters"), has_theta = top.has("rope_theta");
+    bool newer = given("rope_parameters");
     const char* place = newer ? "rope_parameters" : "rope_scaling";
-    if (newer && top.has("rope_scaling")) refuse(top.where(), "both 'rope_parameters' and 'rope_scaling'");
-    if (!newer || has_theta) rope.theta = top.number("rope_theta", 1.1, 1e12);
-    if (!top.has(place)) return rope;
+    const char* original = "original_max_position_embeddings";
+    if (newer && given("rope_scaling")) refuse(top.where(), "both 'rope_parameters' and 'rope_scaling'");
+    rope.theta = top.number("rope_theta", rope.theta);
+    check_rope(rope, top.where()), top.number("partial_rotary_factor", 1, 1, 1);
+    if (!given(place)) return rope;
     Fields f = top.object(place);
-    if (!has_theta) f.number("rope_theta", 1.1, 1e12);   // one of the two places must have it
     for (auto& [key, value] : f.all())
         if (!KNOWN.count(key)) refuse(f.where(), "unknown field '%s'", Fields::printable(key).c_str());
-    rope.theta = f.number("rope_theta", 1.1, 1e12, rope.theta);
+    f.number("partial_rotary_factor", 1, 1, 1), rope.theta = f.number("rope_theta", rope.theta);
     const char* type = f.has("type") ? "type" : "rope_type";
-    rope.scaling = Scaling(f.choice(type, {"default", "llama3", "yarn"}));
-    if (rope.scaling == Scaling::NONE) return rope;
-    if ((rope.scaling == Scaling::YARN) != mla)
-        refuse(f.where(), "'%s' \"%s\" is not used by this architecture", type, f.text(type).c_str());
-    rope.factor = f.number("factor", 1, 1e6);
-    rope.original_context = double(f.integer("original_max_position_embeddings", 1, MOST));
+    if (f.has("type") || f.has("rope_type") || f.has("factor"))
+        rope.scaling = Scaling(f.choice(type, {"default", "llama3", "yarn"}));
+    if (f.text("rope_type", f.text(type, "")) != f.text(type, ""))
+        refuse(f.where(), "'type' and 'rope_type' differ");
+    for (const char* key : {"rope_theta", original})    // transformers' versions differ in which one counts
+        if (f.has(key) && top.has(key) && f.number(key, 0) != top.number(key, 0))
+            refuse(f.where(), "'%s' is another one than beside it", key);
+    if (rope.scaling != Scaling::NONE) {
+        rope.original_context = double((top.has(original) ? top : f).integer(original, 1, MOST));
+        rope.factor = f.number("factor", 1, 1e6);
+    }
     if (rope.scaling == Scaling::LLAMA3) {
+        if (mla) refuse(f.where(), "'%s' \"llama3\" is not used by this architecture", type);
         rope.low_freq_factor = f.number("low_freq_factor", 1e-6, 1e6);
         rope.high_freq_factor = f.number("high_freq_factor", 1e-6, 1e6);
-        if (rope.high_freq_factor <= rope.low_freq_factor)
-            refuse(f.where(), "'high_freq_factor' is not above 'low_freq_factor'");
-    } else {
-        rope.beta_fast = f.number("beta_fast", 1e-6, 1e6, 32);
-        rope.beta_slow = f.number("beta_slow", 1e-6, 1e6, 1);
-        if (rope.beta_fast <= rope.beta_slow) refuse(f.where(), "'beta_fast' is not above 'beta_slow'");
-        rope.mscale = f.number("mscale", 0, 100, 1);
-        rope.mscale_all_dim = f.number("mscale_all_dim", 0, 100, 0);
     }
+    if (rope.scaling == Scaling::YARN) parse_yarn(rope, f, mla);
+    check_rope(rope, f.where());
     return rope;
 }
 
 void parse_mla(Config& c, const Fields& f) {
     f.get("q_lora_rank");   // null is a statement (V2-Lite), an absent field is a mistake
-    c.Rq = int(f.integer("q_lora_rank", 1, MOST, 0));
-    c.Rkv = int(f.integer("kv_lora_rank", 1, MOST));
-    c.Dn = int(f.integer("qk_nope_head_dim", 1, MOST));
-    c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST));
-    c.Dv = int(f.integer("v_head_dim", 1, MOST));
+    c.Rq = f.has("q_lora_rank") ? int(f.integer("q_lora_rank", 1, MOST)) : 0;
+    c.Rkv = int(f.integer("kv_lora_rank", 1, MOST)), c.Dn = int(f.integer("qk_nope_head_dim", 1, MOST));
+    c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST)), c.Dv = int(f.integer("v_head_dim", 1, MOST));
     if (f.integer("num_key_value_heads", 1, MOST, c.H) != c.H)
         refuse(c.file, "'num_key_value_heads' differs from 'num_attention_heads', which MLA does not have");
 }
 
 void parse_gqa(Config& c, const Fields& f) {
+    c.qkv_bias = c.model_type == "qwen2", c.qk_norm = c.model_type == "qwen3";
     c.G = int(f.integer("num_key_value_heads", 1, MOST, c.H));
     if (c.H % c.G)
         refuse(c.file, "'num_key_value_heads' %d does not divide 'num_attention_heads' %d", c.G, c.H);
-    if (!f.has("head_dim") && c.D % c.H)
+    if (!f.has("head_dim") && !c.qk_norm && c.D % c.H)
         refuse(c.file, "'num_attention_heads' %d does not divide 'hidden_size' %d", c.H, c.D);
-    c.head_dim = int(f.integer("head_dim", 2, MOST, c.D / c.H));
-    for (const char* key : {"use_sliding_window", "mlp_bias"})
-        if (f.boolean(key, false)) refuse(c.file, "'%s' true is not supported", key);
-    c.qkv_bias = c.model_type == "qwen2";
+    c.head_dim = int(f.integer("head_dim", 2, MOST, c.qk_norm ? 128 : c.D / c.H));
 }
 
 void check_heads(const Config& c) {
@@ -857,13 +896,19 @@ void parse_moe(Config& c, const Fields& f) {
     c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
     c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
     c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
-    c.gate = Gate(f.choice("topk_method", {"greedy", "group_limited_greedy", "noaux_tc"}));
-    c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}) == 1;
-    c.norm_topk = f.boolean("norm_topk_prob");
-    c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6);
+    const bool v3 = c.model_type == "deepseek_v3";      // the defaults are those of the classes
+    const char* method = v3 ? "noaux_tc" : "greedy";
+    c.gate = Gate(f.choice("topk_method", {"greedy", "group_limited_greedy", "noaux_tc"}, method));
+    c.sigmoid_affinity = f.choice("scoring_func", {"softmax", "sigmoid"}, v3 ? "sigmoid" : "softmax") == 1;
+    if ((c.gate == Gate::NOAUX_TC) != v3 || c.sigmoid_affinity != v3)
+        refuse(c.file, "'topk_method' and 'scoring_func' are not those of %s", c.model_type.c_str());
+    c.norm_topk = f.boolean("norm_topk_prob", v3);
+    c.routed_scale = f.number("routed_scaling_factor", 1e-6, 1e6, v3 ? 2.5 : 1);
     if (c.gate == Gate::GREEDY) return;
-    c.n_group = int(f.integer("n_group", 1, c.E));
-    c.topk_group = int(f.integer("topk_group", 1, c.n_group));
+    auto group = [&](const char* key, int most, int64_t v3s) {                     // a null has no default
+        return int(f.integer(key, 1, most, v3 && !f.all().count(key) ? std::optional(v3s) : std::nullopt));
+    };
+    c.n_group = group("n_group", c.E, 8), c.topk_group = group("topk_group", c.n_group, 4);
 }
 
 void check_moe(const Config& c) {
@@ -882,38 +927,52 @@ void check_moe(const Config& c) {
         refuse(c.file, "'topk_method' noaux_tc needs groups of 2 experts or more ('n_group' %d)", c.n_group);
 }
 
+// Fields by which transformers computes something else, at any value but the one that this program has.
+void refuse_other_arithmetic(const Fields& f, bool qwen) {
+    for (const char* key : {"attention_bias", "mlp_bias", "use_sliding_window"})
+        if (f.boolean(key, false)) refuse(f.where(), "'%s' true is not supported", key);
+    for (const char* key : {"is_causal", "rope_interleave"})
+        if (!f.boolean(key, true)) refuse(f.where(), "'%s' false is not supported", key);
+    const char* window = qwen ? "per_layer_config" : "sliding_window";   // Qwen's has a switch, above
+    for (const char* key : {"attention_chunk_size", "per_layer_config", window})
+        if (f.has(key)) refuse(f.where(), "'%s' is not supported", key);
+    f.choice("hidden_act", {"silu", "swish"}, "silu");
+    std::string types = f.has("layer_types") ? simdjson::minify(f.get("layer_types")) : "[]";
+    for (size_t at; (at = types.find("\"full_attention\"")) != types.npos;) types.erase(at, 16);
+    if (types.find_first_not_of("[,]") != types.npos)
+        refuse(f.where(), "'layer_types' is no list of \"full_attention\" alone");
+}
+
+void parse_quantization(Config& c, const Fields& q) {
+    q.choice("quant_method", {"fp8"}), q.choice("fmt", {"e4m3"}, "e4m3");
+    q.choice("activation_scheme", {"dynamic"}, "dynamic"), q.choice("expert_dtype", {"fp8"}, "fp8");
+    c.ue8m0 = q.choice("scale_fmt", {"ue8m0", "float"}, "float") == 0;
+    if (q.all().count("weight_block_size") && simdjson::minify(q.get("weight_block_size")) != "[128,128]")
+        refuse(q.where(), "'weight_block_size' is not [128, 128]");
+    c.fp8 = true;
+}
+
 // config.json, from its text. `file` is for messages.
 Config parse_config(std::string_view json, const std::string& file) {
     Document document(json, file);
     Fields f(document.root, file);
     Config c;
     c.file = file, c.model_type = f.text("model_type");
-    int kind = f.choice("model_type", {"deepseek_v2", "deepseek_v3", "qwen2", "llama"});
+    int kind = f.choice("model_type", {"deepseek_v2", "deepseek_v3", "qwen2", "llama", "qwen3"});
     bool mla = kind < 2;
-    c.D = int(f.integer("hidden_size", 1, MOST_WIDTH));
-    c.V = int(f.integer("vocab_size", 1, MOST));
-    c.n_layers = int(f.integer("num_hidden_layers", 1, MOST_LAYERS));
-    c.H = int(f.integer("num_attention_heads", 1, 1 << 16));
-    c.ffn_width = int(f.integer("intermediate_size", 1, MOST));
-    c.max_context = int(f.integer("max_position_embeddings", 1, MOST));
+    auto size = [&](const char* key, int most) { return int(f.integer(key, 1, most)); };
+    c.D = size("hidden_size", MOST_WIDTH), c.V = size("vocab_size", MOST);
+    c.n_layers = size("num_hidden_layers", MOST_LAYERS), c.H = size("num_attention_heads", 1 << 16);
+    c.ffn_width = size("intermediate_size", MOST), c.max_context = size("max_position_embeddings", MOST);
     c.eps = f.number("rms_norm_eps", 0, 1);
     c.tied = f.boolean("tie_word_embeddings", false);
-    f.choice("hidden_act", {"silu"}, "silu");
-    if (f.boolean("attention_bias", false)) refuse(file, "'attention_bias' true is not supported");
+    refuse_other_arithmetic(f, kind == 2 || kind == 4);
     if (mla) parse_mla(c, f);
     else parse_gqa(c, f);
     if (mla && f.has("n_routed_experts")) parse_moe(c, f), check_moe(c);
-    if (kind == 1) c.n_mtp = int(f.integer("num_nextn_predict_layers", 0, 1, 0));
-    if (f.has("quantization_config")) {
-        Fields q = f.object("quantization_config");
-        q.choice("quant_method", {"fp8"});
-        q.choice("fmt", {"e4m3"}, "e4m3");
-        q.choice("activation_scheme", {"dynamic"}, "dynamic");
-        c.ue8m0 = q.choice("scale_fmt", {"ue8m0", "float"}, "float") == 0;
-        if (simdjson::minify(q.get("weight_block_size")) != "[128,128]")
-            refuse(q.where(), "'weight_block_size' is not [128, 128]");
-        c.fp8 = true;
-    }
+    const char* mtp = f.has("num_nextn_predict_layers") ? "num_nextn_predict_layers" : "num_mtp_layers";
+    if (kind == 1) c.n_mtp = int(f.integer(mtp, 0, 1, 0));
+    if (f.has("quantization_config")) parse_quantization(c, f.object("quantization_config"));
     c.rope = parse_rope(f, mla);
     check_heads(c);
     c.eos = parse_ids(f, "eos_token_id", c.V);
@@ -997,6 +1056,9 @@ public:
         if (size == 0) refuse(path, "empty");
         if (p == MAP_FAILED) refuse(path, "cannot be mapped: %s", std::strerror(errno));
         bytes_ = {static_cast<const std::byte*>(p), size};
+        std::string_view begin(static_cast<const char*>(p), std::min(size, size_t(40)));
+        if (begin == "version https://git-lfs.github.com/spec/")
+            refuse(path, "a git-lfs pointer and not yet the file: \"git lfs pull\" in its folder fetches it");
     }
     ~Mapping() { if (data()) munmap(const_cast<std::byte*>(data()), size()); }
     Mapping(Mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
@@ -1254,12 +1316,13 @@ struct Tensor {
 struct Checkpoint {
     std::vector<Mapping> files;
     std::map<std::string, Tensor> tensors;
+    std::deque<std::vector<float>> widened;   // scales that a file has in fewer bits
     bool gguf = false;                     // made from a GGUF file, which has other names for the tensors
 };
 
 // The dtype called so, if weights may have it.
 inline std::optional<Dtype> weights_dtype(const std::string& name) {
-    for (int i = int(Dtype::F32); i < N_DTYPES; i++)
+    for (int i = 0; i < N_DTYPES; i++)
         if (name == format_of(Dtype(i)).name) return Dtype(i);
     return {};
 }
@@ -1281,7 +1344,11 @@ inline Matrix matrix_of(const Checkpoint& checkpoint, const std::string& name) {
 struct Sampling {
     double temperature = 0.6, top_p = 0.95, min_p = 0;   // DeepSeek's advice for R1
     int top_k = 0;                                       // 0: off
-    double repeat_penalty = 1;                           // 1: none
+    double repeat_penalty = 1;                           // of tokens that are there already; 1: none
+};
+struct GenerationConfig {
+    Sampling sampling;
+    std::vector<int> eos;                                // what ends an answer
 };
 
 // -- 4.5  a model: a folder, or one file of llama.cpp's ------------------------------------------
@@ -1295,42 +1362,62 @@ inline bool has_tokenizer(const fs::path& model) {
     if (is_gguf(model)) return open_gguf(model).keys.has("tokenizer.ggml.tokens");
     return fs::exists(model / "tokenizer.json");
 }
+
+// Each GGUF file of a folder is a model of its own, or the first part of one.
+inline void refuse_folder_of_gguf(const fs::path& folder) {
+    std::error_code error;
+    std::set<fs::path> files;
+    for (auto& entry : fs::directory_iterator(folder, error))
+        if (entry.path().extension() == ".gguf") files.insert(entry.path());
+    if (!files.empty()) refuse(folder, "of GGUF files; give the file: -m %s", files.begin()->c_str());
+}
+
 inline Tokenizer load_tokenizer(const fs::path& model) {
-    return is_gguf(model) ? gguf_tokenizer(model) : Tokenizer::load(model.string());
+    if (is_gguf(model)) return gguf_tokenizer(model);
+    if (!fs::exists(model / "tokenizer.json")) refuse_folder_of_gguf(model);
+    return Tokenizer::load(model.string());
 }
 
-inline Config read_config(const fs::path& model) {
-    fs::path file = model / "config.json";
-    if (!fs::exists(model)) refuse(model, "no such file or folder");
-    if (is_gguf(model)) return gguf_config(model);
-    if (!fs::exists(file)) refuse(model, "no config.json (not a model folder?)");
-    return parse_config(read_json_file(file), file);
-}
+// What would change which tokens come and is not done here: at any other value, or at any at all.
+constexpr std::pair<const char*, double> ONLY_AT[] = {
+    {"num_beams", 1}, {"num_beam_groups", 1}, {"typical_p", 1}, {"encoder_repetition_penalty", 1},
+    {"guidance_scale", 1}, {"epsilon_cutoff", 0}, {"eta_cutoff", 0}, {"penalty_alpha", 0},
+    {"diversity_penalty", 0}, {"no_repeat_ngram_size", 0}, {"encoder_no_repeat_ngram_size", 0},
+    {"min_length", 0}, {"min_new_tokens", 0}};
+constexpr const char* NOT_AT_ALL[] = {
+    "top_h", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
+    "max_time", "constraints", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "watermarking_config", "dola_layers"};
 
-struct GenerationConfig {
-    Sampling sampling;
-    std::vector<int> eos;
-};
-
-// generation_config.json, from its text. `do_sample` false means greedy.
+// generation_config.json, from its text, as transformers reads it: without `do_sample` greedy, and with its
+// defaults for what is left out.
 inline GenerationConfig parse_generation_config(std::string_view json, const std::string& file, int V) {
     Document document(json, file);
     Fields f(document.root, file);
+    for (auto [key, value] : ONLY_AT)
+        if (f.number(key, value) != value) refuse(file, "'%s' other than %g is not supported", key, value);
+    for (const char* key : NOT_AT_ALL)
+        if (f.has(key) && simdjson::minify(f.get(key)) != "[]") refuse(file, "'%s' is not supported", key);
+    if (f.boolean("token_healing", false)) refuse(file, "'token_healing' true is not supported");
     GenerationConfig g;
-    g.sampling.temperature = f.number("temperature", 0, 100, g.sampling.temperature);
-    g.sampling.top_p = f.number("top_p", 1e-9, 1, g.sampling.top_p);
-    g.sampling.min_p = f.number("min_p", 0, 1, 0);
-    g.sampling.top_k = int(f.integer("top_k", 0, MOST, 0));
+    g.sampling = {f.number("temperature", 0, 100, 1), f.number("top_p", 1e-9, 1, 1),
+                  f.number("min_p", 0, 1, 0), int(f.integer("top_k", 0, MOST, 50)),
+                  f.number("repetition_penalty", 1e-9, 100, 1)};
     if (!f.boolean("do_sample", false)) g.sampling.temperature = 0;
     g.eos = parse_ids(f, "eos_token_id", V);
     return g;
 }
 
-inline GenerationConfig read_generation_config(const fs::path& model, int V) {
+// A model's, and what ends its answers: what generation_config.json says, else config.json, else the
+// tokenizer, whose id is -1 if it has none.
+inline GenerationConfig read_generation_config(const fs::path& model, const Config& c, int tokenizer_eos) {
     fs::path file = model / "generation_config.json";
-    if (is_gguf(model)) return {gguf_sampling(model), {}};
-    if (!fs::exists(file)) return {};
-    return parse_generation_config(read_json_file(file), file, V);
+    GenerationConfig g;
+    if (is_gguf(model)) g = gguf_generation(model, c.V);
+    else if (fs::exists(file)) g = parse_generation_config(read_json_file(file), file, c.V);
+    if (g.eos.empty()) g.eos = c.eos;
+    if (g.eos.empty() && tokenizer_eos >= 0) g.eos = {tokenizer_eos};
+    return g;
 }
 
 // tensor -> file name, from model.safetensors.index.json.
@@ -1365,12 +1452,25 @@ inline void protect_model(const fs::path& model) {
         for (auto& [tensor, shard] : parse_index(read_json_file(index), index)) protect(model / shard);
 }
 
+// Scales in BF16, F16 or F64 become f32, as which they are multiplied.
+inline void widen_scales(Checkpoint& checkpoint, Tensor& t) {
+    std::optional<Dtype> dtype = weights_dtype(t.dtype);
+    if (!dtype || *dtype > Dtype::F16 || t.dtype == "F32") return;
+    size_t n = t.bytes / row_bytes(*dtype, 1);
+    if (n > size_t(MOST)) refuse(t.file, "more than %d scales in one tensor", MOST);
+    Vector wide(n);
+    widen_plain(wide.data(), {t.data, nullptr, *dtype, 1, int(n)}, 0);
+    auto& scales = checkpoint.widened.emplace_back(wide.begin(), wide.end());
+    t.dtype = "F32", t.data = reinterpret_cast<const std::byte*>(scales.data()), t.bytes = 4 * n;
+}
+
 void add_tensors(Checkpoint& checkpoint, const fs::path& path) {
     std::string file = path.string();
     Mapping& mapping = checkpoint.files.emplace_back(path);
     TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, file);
     for (TensorInfo& t : parsed.tensors) {
         Tensor tensor{file, t.dtype, t.shape, mapping.data() + parsed.data_begin + t.begin, t.end - t.begin};
+        if (t.name.ends_with("_scale_inv")) widen_scales(checkpoint, tensor);
         auto [at, is_new] = checkpoint.tensors.emplace(t.name, tensor);
         if (!is_new)
             refuse(file, "tensor '%s' is also in %s", Fields::printable(t.name).c_str(),
@@ -1384,9 +1484,10 @@ inline bool has_weights(const fs::path& folder) {
 
 // The tensors of a model. Those of a folder must be the ones that its index lists, if it has one.
 inline Checkpoint open_checkpoint(const fs::path& model) {
-    if (is_gguf(model)) return gguf_checkpoint(model);
+    if (is_gguf(model)) return make_gguf_checkpoint(open_gguf(model));
     fs::path index = model / "model.safetensors.index.json";
     Checkpoint checkpoint;
+    if (!has_weights(model)) refuse_folder_of_gguf(model);
     if (!has_weights(model))
         refuse(model, "neither model.safetensors nor model.safetensors.index.json (not a model folder, or "
                       "not fetched whole?)");
@@ -1397,6 +1498,8 @@ inline Checkpoint open_checkpoint(const fs::path& model) {
     auto weight_map = parse_index(read_json_file(index), index);
     std::set<std::string> shards;
     for (auto& [name, shard] : weight_map) shards.insert(model / shard);
+    if (fs::exists(model / "model.safetensors") && !shards.count(model / "model.safetensors"))
+        refuse(model, "two models: model.safetensors.index.json does not name model.safetensors");
     for (const std::string& shard : shards) add_tensors(checkpoint, shard);
     for (auto& [name, shard] : weight_map) {
         std::string file = model / shard;
@@ -1408,6 +1511,41 @@ inline Checkpoint open_checkpoint(const fs::path& model) {
         if (!weight_map.count(name))
             refuse(tensor.file, "tensor '%s' is not in the index", Fields::printable(name).c_str());
     return checkpoint;
+}
+
+// Names that are a tensor of layer n_layers, where V3 has its MTP module.
+inline bool of_mtp(const Config& c, const std::string& name) {
+    return c.model_type == "deepseek_v3" && name.starts_with(text_of("model.layers.%d.", c.n_layers));
+}
+
+// config.json and the files may disagree about the MTP module: transformers leaves its tensors out, and
+// writes that it is there. It is there when both say so.
+inline void settle_mtp(Config& c, const fs::path& folder) {
+    fs::path index = folder / "model.safetensors.index.json", file = folder / "model.safetensors";
+    if (c.model_type != "deepseek_v3" || !has_weights(folder)) return;
+    bool there = false;
+    if (fs::exists(index)) {
+        for (auto& [name, shard] : parse_index(read_json_file(index), index)) there |= of_mtp(c, name);
+    } else {
+        Mapping bytes(file);
+        for (const TensorInfo& t : parse_safetensors({bytes.data(), bytes.size()}, file).tensors)
+            there |= of_mtp(c, t.name);
+    }
+    if (there == (c.n_mtp > 0)) return;
+    notice(folder.string() + (there ? ": the files have an MTP module, config.json has not: it is left out"
+                                    : ": config.json has an MTP module, the files have not: it is left out"));
+    c.n_mtp = 0;
+}
+
+inline Config read_config(const fs::path& model) {
+    fs::path file = model / "config.json";
+    if (!fs::exists(model)) refuse(model, "no such file or folder");
+    if (is_gguf(model)) return parse_gguf_config(open_gguf(model));
+    if (!fs::exists(file)) refuse_folder_of_gguf(model);
+    if (!fs::exists(file)) refuse(model, "no config.json (not a model folder?)");
+    Config c = parse_config(read_json_file(file), file);
+    settle_mtp(c, model);
+    return c;
 }
 
 // The model in weights/, beside the program or above it.
@@ -1435,6 +1573,7 @@ public:
         parameters += uint64_t(rows) * uint64_t(cols);
         Matrix m{nullptr, nullptr, Dtype::BF16, rows, cols, 0};
         if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
+        if (m.dtype == Dtype::F64) wrong(name, "is F64, which only vectors may be");
         if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
         if (quantiser_) m = quantiser_->apply(name, m);
         bytes += uint64_t(rows) * row_bytes(m.dtype, cols);
@@ -1453,16 +1592,28 @@ public:
             if (!std::isfinite(v)) wrong(name, "holds a number that is not finite");
         return out;
     }
-    // A tensor that the file may carry and the model does not need: a second copy, or old buffers.
+    // A second copy of a tensor, which the file may carry and the model does not need.
     void ignore(const std::string& name, int rows, int cols) {
         if (has(name)) place(name, {uint64_t(rows), uint64_t(cols)});
     }
+    // The head of a model whose head is its embedding: the same, or config.json is wrong.
+    void same(const std::string& name, const std::string& as) {
+        if (!has(name)) return;
+        const Tensor &t = checkpoint_->tensors.at(name), &other = place(as, t.shape);
+        if (t.dtype != other.dtype || std::memcmp(t.data, other.data, t.bytes))
+            wrong(name, text_of("is not '%s', but 'tie_word_embeddings' is true", as.c_str()));
+        used_.insert(name);
+    }
     bool has(const std::string& name) const { return checkpoint_ && checkpoint_->tensors.count(name); }
-    // Every tensor of the files must have found its place.
+    // Every tensor of the files must have found its place; old files have buffers that compute nothing.
     void finish() const {
-        for (auto& [name, tensor] : checkpoint_->tensors)
-            if (!used_.count(name) && !name.ends_with("rotary_emb.inv_freq"))
-                wrong(name, "has no place in this model");
+        for (auto& [name, tensor] : checkpoint_->tensors) {
+            bool buffer = false;
+            for (const char* end : {"rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached",
+                                    "self_attn.masked_bias", "self_attn.bias", "causal_mask"})
+                buffer |= name.ends_with(end);
+            if (!used_.count(name) && !buffer) wrong(name, "has no place in this model");
+        }
     }
 
 private:
@@ -1776,7 +1927,10 @@ inline void rounded(real* x, int64_t n) { if (kernels.round) kernels.round(x, n)
 
 // -- 5.5  matmul: y = W x for T tokens -----------------------------------------------------------
 
-inline bool in_integers(const Matrix& w) { return kernels.integers && quantised(w.dtype); }
+// Where a table stands between the stored bits and the integers, weights are always dequantised.
+inline bool in_integers(const Matrix& w) {
+    return kernels.integers && quantised(w.dtype) && !looked_up(w.dtype);
+}
 
 // W[r] . x in the arithmetic that was asked for
 inline real times_row(const Matrix& w, int r, const real* x) {
@@ -1849,7 +2003,7 @@ inline void softmax(Rows z, real scale, int T, int n) {
 
 //   y = w * x / sqrt(mean(x^2) + eps)      Zhang, Sennrich 2019
 // out, x: (T, n), `x` may be `out`; w: (n)
-inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, double eps) {
+inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int64_t T, double eps) {
     int n = int(w.size());
     parallel_for(T, [&](int64_t t) {
         real scale = 1 / std::sqrt(kernels.dot_real(x[t], x[t], n) / real(n) + real(eps));
@@ -1899,7 +2053,8 @@ inline void top_k(int* idx, const real* v, int n, int k) {
 // original context by `factor`, keeps those that turn more than `beta_fast` times, and blends in between.
 // It also sharpens the softmax: DeepSeek multiplies the attention scores by mscale(mscale_all_dim)^2, at
 // every length. Leaving it out is invisible at position 0 and wrong by a factor of 1.59 (V2-Lite) or 1.87
-// (V3) after it.
+// (V3) after it. The newest distill, R1-0528-Qwen3-8B, scales by YaRN too, as the paper has it: cos and sin
+// are multiplied by 0.1 ln(factor) + 1, the scores are not.
 
 // -- 6.1  frequencies ----------------------------------------------------------------------------
 
@@ -1921,8 +2076,9 @@ inline double yarn_pair(const RopeConfig& c, int dim, double turns) {
 }
 
 inline void scale_yarn(Rope& rope, const RopeConfig& c, int dim) {
-    double low = std::max(std::floor(yarn_pair(c, dim, c.beta_fast)), 0.0);
-    double high = std::min(std::ceil(yarn_pair(c, dim, c.beta_slow)), dim - 1.0);
+    double low = yarn_pair(c, dim, c.beta_fast), high = yarn_pair(c, dim, c.beta_slow);
+    if (c.truncate) low = std::floor(low), high = std::ceil(high);
+    low = std::max(low, 0.0), high = std::min(high, dim - 1.0);
     if (low == high) high += 0.001;
     for (int i = 0; i < dim / 2; i++) {
         double& f = rope.frequency[size_t(i)];
@@ -1930,7 +2086,7 @@ inline void scale_yarn(Rope& rope, const RopeConfig& c, int dim) {
         f = f / c.factor * ramp + f * (1 - ramp);
     }
     double all = yarn_mscale(c.factor, c.mscale_all_dim);
-    rope.magnitude = yarn_mscale(c.factor, c.mscale) / all;
+    rope.magnitude = c.attention_factor > 0 ? c.attention_factor : yarn_mscale(c.factor, c.mscale) / all;
     rope.score_scale = all * all;
 }
 
@@ -2124,6 +2280,7 @@ inline void store(const Matrix& cache, std::span<const int> n, ConstRows x) {
 struct Gqa {
     Matrix wq, wk, wv, wo;                 // (H * d, D), (G * d, D), (G * d, D), (D, H * d)
     std::span<const real> bq, bk, bv;      // Qwen2 only
+    std::span<const real> q_norm = {}, k_norm = {};   // (d), of each head before it is turned; Qwen3 only
 };
 
 // out (T, H, d) = attention of q (T, H, d) over layer l of the cache; query heads h H / G and on share a key
@@ -2597,7 +2754,7 @@ template <class F> void each_matrix(Model& m, const F& f) {
 template <class F> void each_vector(Model& m, const F& f) {
     auto layer = [&](Layer& l) {
         for (auto* v : {&l.attn_norm, &l.ffn_norm, &l.mla.q_norm, &l.mla.kv_norm, &l.gqa.bq, &l.gqa.bk,
-                        &l.gqa.bv, &l.moe.gate_bias})
+                        &l.gqa.bv, &l.gqa.q_norm, &l.gqa.k_norm, &l.moe.gate_bias})
             f(*v);
     };
     f(m.norm);
@@ -2763,10 +2920,15 @@ inline Gqa bind_gqa(Binder& b, const Config& c, const std::string& p) {
     Gqa w{b.matrix(p + "q_proj.weight", q_rows, c.D), b.matrix(p + "k_proj.weight", kv_rows, c.D),
           b.matrix(p + "v_proj.weight", kv_rows, c.D), b.matrix(p + "o_proj.weight", c.D, q_rows),
           {}, {}, {}};
-    if (!c.qkv_bias) return w;
-    w.bq = b.vector(p + "q_proj.bias", q_rows);
-    w.bk = b.vector(p + "k_proj.bias", kv_rows);
-    w.bv = b.vector(p + "v_proj.bias", kv_rows);
+    if (c.qkv_bias) {
+        w.bq = b.vector(p + "q_proj.bias", q_rows);
+        w.bk = b.vector(p + "k_proj.bias", kv_rows);
+        w.bv = b.vector(p + "v_proj.bias", kv_rows);
+    }
+    if (c.qk_norm) {
+        w.q_norm = b.vector(p + "q_norm.weight", c.head_dim);
+        w.k_norm = b.vector(p + "k_norm.weight", c.head_dim);
+    }
     return w;
 }
 
@@ -2812,7 +2974,7 @@ inline void bind_model(Binder& b, Model& m) {
     if (m.embed.dtype == Dtype::F8_E4M3) refuse(c.file, "F8_E4M3 embeddings are not supported");
     m.norm = b.vector("model.norm.weight", c.D);
     m.head = c.tied ? m.embed : b.matrix("lm_head.weight", c.V, c.D);
-    if (c.tied) b.ignore("lm_head.weight", c.V, c.D);
+    if (c.tied) b.same("lm_head.weight", "model.embed_tokens.weight");
     for (int l = 0; l < c.n_layers; l++) m.layers.push_back(bind_layer(b, c, l));
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
     m.vectors = std::move(b.vectors);
@@ -2824,6 +2986,8 @@ inline Model open_model(const fs::path& folder) {
     m.config = read_config(folder);
     m.rope = make_rope(m.config.rope, m.config.rope_dim());
     m.checkpoint = open_checkpoint(folder);
+    auto left_out = [&](auto& tensor) { return !m.config.n_mtp && of_mtp(m.config, tensor.first); };
+    std::erase_if(m.checkpoint.tensors, left_out);
     return m;
 }
 
@@ -2861,6 +3025,10 @@ inline void gqa(Session& s, const Gqa& w, int l, int T) {
         {{a.q, c.H * d}, u, &w.wq, T}, {{k, width}, u, &w.wk, T}, {{v, width}, u, &w.wv, T}};
     matmul(products);
     if (c.qkv_bias) add_bias(a.q, w.bq, T), add_bias(k, w.bk, T), add_bias(v, w.bv, T);
+    if (c.qk_norm) {                                                       // a head is a row
+        rmsnorm({a.q, d}, {a.q, d}, w.q_norm, int64_t(T) * c.H, c.eps);
+        rmsnorm({k, d}, {k, d}, w.k_norm, int64_t(T) * c.G, c.eps);
+    }
     rope_half({a.q, c.H * d, d, T, c.H}, a.cos_sin, d);
     rope_half({k, width, d, T, c.G}, a.cos_sin, d);
     std::span<const int> n{a.seen, size_t(T)};
@@ -2932,10 +3100,10 @@ inline void mla(Session& s, const Mla& w, int l, int T) {
     matmul({a.y, c.D}, {a.o, c.H * c.Dv}, w.wo, T);
 }
 
-// V2's published code, when told to normalise, does not scale; noaux_tc always scales.
+// V2's published code, when told to normalise, does not scale; V3's always does.
 inline GateShape gate_shape(const Config& c) {
     return {c.E, c.K, c.n_group, c.topk_group, c.sigmoid_affinity ? Affinity::SIGMOID : Affinity::SOFTMAX,
-            c.norm_topk, c.gate == Gate::NOAUX_TC, c.routed_scale};
+            c.norm_topk, c.sigmoid_affinity || c.gate == Gate::NOAUX_TC, c.routed_scale};
 }
 
 // a.y (T, D) = experts' mixture of a.u (T, D)
@@ -4266,7 +4434,7 @@ inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
     }
     if (is_gguf(folder) || has_weights(folder))
         for (Checkpoint all = open_checkpoint(folder); auto& [name, t] : all.tensors)
-            b.bytes[t.dtype] += t.bytes;
+            if (c.n_mtp || !of_mtp(c, name)) b.bytes[t.dtype] += t.bytes;
     b.kv = uint64_t(c.n_layers) * row_bytes(kv, c.cache_width());
     b.full_kv = uint64_t(c.n_layers) * uint64_t(c.H) * row_bytes(kv, c.q_dim() + c.v_dim());
     return b;
@@ -5197,14 +5365,12 @@ inline SessionOptions session_options(const Options& o, const Config& c, int def
 
 inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
                                   const Tokenizer& t) {
-    auto [defaults, eos] = read_generation_config(folder, c.V);
+    auto [defaults, eos] = read_generation_config(folder, c, t.eos);
     Generation g;
     g.sampling = {o.temperature.value_or(defaults.temperature), o.top_p.value_or(defaults.top_p),
                   o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k),
                   o.repeat_penalty.value_or(defaults.repeat_penalty)};
-    g.stops = c.eos;
-    g.stops.insert(g.stops.end(), eos.begin(), eos.end());
-    if (t.eos >= 0) g.stops.push_back(t.eos);
+    g.stops = eos;
     if (o.max_tokens >= 0) g.max_tokens = o.max_tokens;
     g.think_begin = t.token_id("<think>"), g.think_end = t.token_id("</think>");
     g.think_budget = o.think_budget;
@@ -5446,9 +5612,13 @@ inline void command_quantize(const Options& o) {
     AtomicFile file(o.out, o.force);
     Model model = load_model(source);                    // finds what is wrong with it
     Progress progress("writing", 100, " %");
-    write_gguf(file, model.checkpoint, model.config, source, type, [&](uint64_t done, uint64_t total) {
+    if (is_quantised(model.checkpoint) && !o.allow_requantize)
+        refuse(source, "its weights are quantised; --allow-requantize adds the errors of another type");
+    auto at = [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
-    });
+    };
+    const GenerationConfig generation = read_generation_config(source, model.config, -1);
+    write_gguf(file, model.checkpoint, model.config, source, type, generation, at);
     const Bill bill = make_bill(model.config, source, REAL);
     const uint64_t bytes = fs::file_size(o.out);
     const double bits = 8 * double(bytes) / double(bill.total + bill.mtp);

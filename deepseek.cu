@@ -206,7 +206,7 @@ template <Dtype D> __device__ float block_value(const std::byte* row, int i) {
     if constexpr (L.high.bits > 0) q |= L.high.get(p, group * GROUP, at % GROUP) << L.low.bits;
     float scale = f16_at(p + L.d) * float(s.scale);
     float minimum = L.m < 0 ? 0 : f16_at(p + (L.m < 0 ? 0 : L.m)) * float(s.minimum);
-    return scale * float(int8_t(q - L.zero)) - minimum;
+    return scale * float(integer_of<D>(q)) - minimum;
 }
 
 // Number i of a token of 656 bytes.
@@ -511,7 +511,7 @@ __global__ void rmsnorm_kernel(Rows out, ConstRows x, const float* w, int n, flo
     __syncthreads();                       // `out` may be `x`, which others still read
     for (int i = int(threadIdx.x); i < n; i += THREADS) out[blockIdx.x][i] = row[i] * scale * w[i];
 }
-inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int T, double eps) {
+inline void rmsnorm(Rows out, ConstRows x, std::span<const real> w, int64_t T, double eps) {
     start(rmsnorm_kernel, dim3(unsigned(T)), out, x, w.data(), int(w.size()), float(eps));
 }
 TWIN(rmsnorm);
@@ -1285,6 +1285,10 @@ inline void gqa(Session& s, const Gqa& w, int l, int T) {
     cuda::matmul({k, width}, u, w.wk, T);
     cuda::matmul({v, width}, u, w.wv, T);
     if (c.qkv_bias) cuda::add_bias(a.q, w.bq, T), cuda::add_bias(k, w.bk, T), cuda::add_bias(v, w.bv, T);
+    if (c.qk_norm) {
+        cuda::rmsnorm({a.q, d}, {a.q, d}, w.q_norm, int64_t(T) * c.H, c.eps);
+        cuda::rmsnorm({k, d}, {k, d}, w.k_norm, int64_t(T) * c.G, c.eps);
+    }
     cuda::rope_half({a.q, c.H * d, d, T, c.H}, a.cos_sin, d);
     cuda::rope_half({k, width, d, T, c.G}, a.cos_sin, d);
     std::span<const int> n{a.seen, size_t(T)};

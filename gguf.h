@@ -43,7 +43,7 @@ struct GgufCursor {
     uint64_t at = 0;
 
     const std::byte* take(uint64_t n, const std::string& what) {
-        if (n > bytes.size() - at) fail("%s: cut off in %s", file.c_str(), what.c_str());
+        if (n > bytes.size() - at) refuse(file, "cut off in %s", what.c_str());
         at += n;
         return bytes.data() + (at - n);
     }
@@ -55,12 +55,12 @@ struct GgufCursor {
     std::string name(size_t longest, const std::string& what) {
         std::string_view out = text(what);
         if (out.empty() || out.size() > longest || out.find('\0') != out.npos)
-            fail("%s: %s has a name of %zu bytes, or one with a NUL", file.c_str(), what.c_str(), out.size());
+            refuse(file, "%s has a name of %zu bytes, or one with a NUL", what.c_str(), out.size());
         return std::string(out);
     }
     GgufType type(const std::string& what) {
         uint32_t t = number<uint32_t>(what);
-        if (t >= std::size(GGUF_WIDTH)) fail("%s: %s has the unknown type %u", file.c_str(), what.c_str(), t);
+        if (t >= std::size(GGUF_WIDTH)) refuse(file, "%s has the unknown type %u", what.c_str(), t);
         return GgufType(t);
     }
 };
@@ -76,15 +76,15 @@ struct GgufValue {
 inline GgufValue take_gguf_value(GgufCursor& in, const std::string& what) {
     GgufValue v{in.type(what), false, 1, {}};
     if (v.type == GgufType::ARRAY) v = {in.type(what), true, in.number<uint64_t>(what), {}};
-    if (v.type == GgufType::ARRAY) fail("%s: %s is an array of arrays", in.file.c_str(), what.c_str());
+    if (v.type == GgufType::ARRAY) refuse(in.file, "%s is an array of arrays", what.c_str());
     uint64_t begin = in.at, width = GGUF_WIDTH[size_t(v.type)];
-    if (width && v.count > in.bytes.size() / width) fail("%s: cut off in %s", in.file.c_str(), what.c_str());
+    if (width && v.count > in.bytes.size() / width) refuse(in.file, "cut off in %s", what.c_str());
     if (width) in.take(v.count * width, what);
     else for (uint64_t i = 0; i < v.count; i++) in.text(what);
     v.bytes = in.bytes.subspan(begin, in.at - begin);
     if (v.type != GgufType::BOOL) return v;
     for (std::byte b : v.bytes)
-        if (b > std::byte{1}) fail("%s: %s is neither true nor false", in.file.c_str(), what.c_str());
+        if (b > std::byte{1}) refuse(in.file, "%s is neither true nor false", what.c_str());
     return v;
 }
 
@@ -104,6 +104,8 @@ inline std::optional<int64_t> gguf_integer(const GgufValue& v, uint64_t i) {
     }
 }
 
+constexpr const char* NOT_HERE = "says something that is not supported";
+
 inline double shortest_decimal(float f) {
     char text[32] = {};
     std::to_chars(text, text + sizeof text - 1, f);
@@ -119,8 +121,8 @@ public:
     bool has(const std::string& key) const { return values.count(full(key)); }
     const GgufValue& get(const std::string& key, bool array = false) const {
         auto at = values.find(full(key));
-        if (at == values.end()) fail("%s: no key '%s'", file.c_str(), full(key).c_str());
-        if (at->second.array && !array) fail("%s: '%s' is an array", file.c_str(), full(key).c_str());
+        if (at == values.end()) refuse(file, "no key '%s'", full(key).c_str());
+        if (at->second.array && !array) wrong(key, "is an array");
         return at->second;
     }
     // An array is a value for each layer. Here all layers are alike.
@@ -129,7 +131,7 @@ public:
         if (absent && !has(key)) return *absent;
         std::vector<int64_t> all = integers(key, low, high);
         if (all.empty() || std::count(all.begin(), all.end(), all[0]) != int64_t(all.size()))
-            fail("%s: '%s' is not the same for all layers", file.c_str(), full(key).c_str());
+            wrong(key, "is not the same for all layers");
         return all[0];
     }
     std::vector<int64_t> integers(const std::string& key, int64_t low, int64_t high) const {
@@ -137,10 +139,10 @@ public:
         std::vector<int64_t> out;
         for (uint64_t i = 0; i < v.count; i++) {
             std::optional<int64_t> n = gguf_integer(v, i);
-            if (!n) fail("%s: '%s' is not an integer", file.c_str(), full(key).c_str());
+            if (!n) wrong(key, "is not an integer");
             if (*n < low || *n > high)
-                fail("%s: '%s' is %lld, outside %lld to %lld", file.c_str(), full(key).c_str(), (long long)*n,
-                     (long long)low, (long long)high);
+                wrong(key, text_of("is %jd, outside %jd to %jd", intmax_t(*n), intmax_t(low),
+                                   intmax_t(high)));
             out.push_back(*n);
         }
         return out;
@@ -148,27 +150,28 @@ public:
     double number(const std::string& key, double low, double high, std::optional<double> absent = {}) const {
         if (absent && !has(key)) return *absent;
         const GgufValue& v = get(key);
+        std::optional<int64_t> whole = gguf_integer(v, 0);
         bool single = v.type == GgufType::F32;
-        if (!single && v.type != GgufType::F64) return double(integer(key, int64_t(low), int64_t(high)));
-        double n = single ? shortest_decimal(load<float>(v.bytes.data())) : load<double>(v.bytes.data());
-        if (!(n >= low && n <= high))
-            fail("%s: '%s' is %g, outside %g to %g", file.c_str(), full(key).c_str(), n, low, high);
+        if (!whole && !single && v.type != GgufType::F64) wrong(key, "is not a number");
+        double n = whole ? double(*whole) : single ? shortest_decimal(load<float>(v.bytes.data()))
+                                                   : load<double>(v.bytes.data());
+        if (!(n >= low && n <= high)) wrong(key, text_of("is %g, outside %g to %g", n, low, high));
         return n;
     }
     bool boolean(const std::string& key, bool absent) const {
         if (!has(key)) return absent;
-        if (get(key).type != GgufType::BOOL) fail("%s: '%s' is no bool", file.c_str(), full(key).c_str());
+        if (get(key).type != GgufType::BOOL) wrong(key, "is no bool");
         return get(key).bytes[0] == std::byte{1};
     }
     std::vector<std::string_view> texts(const std::string& key) const {
         const GgufValue& v = get(key, true);
-        if (v.type != GgufType::STRING) fail("%s: '%s' is no text", file.c_str(), full(key).c_str());
+        if (v.type != GgufType::STRING) wrong(key, "is no text");
         GgufCursor in{v.bytes, file};
         std::vector<std::string_view> out;
         for (uint64_t i = 0; i < v.count; i++) {
             out.push_back(in.text(key));
             if (!simdjson::validate_utf8(out.back().data(), out.back().size()))
-                fail("%s: '%s' is not valid UTF-8", file.c_str(), full(key).c_str());
+                wrong(key, "is not valid UTF-8");
         }
         return out;
     }
@@ -176,6 +179,9 @@ public:
         if (absent && !has(key)) return *absent;
         get(key);
         return std::string(texts(key)[0]);
+    }
+    [[noreturn]] void wrong(const std::string& key, const std::string& how) const {
+        refuse(file, "'%s' %s", full(key).c_str(), how.c_str());
     }
 
 private:
@@ -192,9 +198,11 @@ struct Gguf {
 
 // What ggml calls its types, by their numbers. Ours have the same names.
 inline constexpr const char* GGML_TYPES[] = {
-    "F32",    "F16",   "Q4_0",  "Q4_1",   "",       "",      "Q5_0",    "Q5_1",    "Q8_0",   "Q8_1",  "Q2_K",
-    "Q3_K",   "Q4_K",  "Q5_K",  "Q6_K",   "Q8_K",   "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL",
-    "IQ3_S",  "IQ2_S", "IQ4_XS", "I8",    "I16",    "I32",   "I64",     "F64",     "IQ1_M",  "BF16"};
+    "F32",      "F16",      "Q4_0",    "Q4_1",   "Q4_2",  "Q4_3",   "Q5_0",  "Q5_1",   "Q8_0",     "Q8_1",
+    "Q2_K",     "Q3_K",     "Q4_K",    "Q5_K",   "Q6_K",  "Q8_K",   "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S",
+    "IQ4_NL",   "IQ3_S",    "IQ2_S",   "IQ4_XS", "I8",    "I16",    "I32",   "I64",    "F64",      "IQ1_M",
+    "BF16",     "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8",
+    "IQ4_NL_8_8", "MXFP4",  "NVFP4",   "Q1_0",   "Q2_0"};
 
 inline uint32_t ggml_type(Dtype dtype) {
     for (uint32_t i = 0; i < std::size(GGML_TYPES); i++)
@@ -216,18 +224,17 @@ inline uint64_t gguf_bytes(Dtype dtype, const std::vector<uint64_t>& shape) {
 
 // One line of the table of tensors. `offset` counts from the start of the data.
 inline Tensor take_gguf_tensor(GgufCursor& in, const std::string& name, uint64_t& offset) {
-    std::string what = "tensor '" + Fields::printable(name) + "'";
-    const char *file = in.file.c_str(), *tensor = what.c_str();
+    std::string what = "tensor '" + Fields::printable(name) + "'", where = in.file + ": " + what;
     uint32_t axes = in.number<uint32_t>(what);
-    if (axes < 1 || axes > 4) fail("%s: %s has %u axes, 1 to 4 are possible", file, tensor, axes);
+    if (axes < 1 || axes > 4) refuse(where, "%u axes, 1 to 4 are possible", axes);
     Tensor t{in.file, "", std::vector<uint64_t>(axes), nullptr, 0};
     for (uint32_t i = axes; i-- > 0;) t.shape[i] = in.number<uint64_t>(what);
     uint32_t type = in.number<uint32_t>(what);
     t.dtype = type < std::size(GGML_TYPES) ? GGML_TYPES[type] : "";
     std::optional<Dtype> dtype = weights_dtype(t.dtype);
-    if (!dtype) fail("%s: %s is of type %u %s, which is not supported", file, tensor, type, t.dtype.c_str());
+    if (!dtype || *dtype == Dtype::F64) refuse(where, "type %u %s is not supported", type, t.dtype.c_str());
     t.bytes = gguf_bytes(*dtype, t.shape);
-    if (t.bytes == 0) fail("%s: %s: its axes are impossible for %s", file, tensor, t.dtype.c_str());
+    if (t.bytes == 0) refuse(where, "its axes are impossible for %s", t.dtype.c_str());
     offset = in.number<uint64_t>(what);
     return t;
 }
@@ -239,13 +246,10 @@ inline void place_gguf_tensors(const GgufPlaces& places, std::span<const std::by
     uint64_t at = 0;
     for (auto& [offset, entry] : places) {
         Tensor& t = entry->second;
-        std::string name = Fields::printable(entry->first);
-        if (offset != at)
-            fail("%s: tensor '%s' %s", t.file.c_str(), name.c_str(),
-                 offset < at ? "overlaps another one" : "leaves a gap before it");
+        std::string where = t.file + ": tensor '" + Fields::printable(entry->first) + "'";
+        if (offset != at) refuse(where, offset < at ? "overlaps another one" : "leaves a gap before it");
         if (offset > data.size() || t.bytes > data.size() - offset)
-            fail("%s: tensor '%s' reaches beyond the end of the file (cut off?)", t.file.c_str(),
-                 name.c_str());
+            refuse(where, "reaches beyond the end of the file (cut off?)");
         t.data = data.data() + offset;
         at = (offset + t.bytes + alignment - 1) / alignment * alignment;
     }
@@ -254,26 +258,29 @@ inline void place_gguf_tensors(const GgufPlaces& places, std::span<const std::by
 // Adds the file, and returns its keys.
 inline GgufKeys parse_gguf(Gguf& g, std::span<const std::byte> bytes, const std::string& file) {
     GgufCursor in{bytes, file};
-    if (bytes.size() < 24 || std::memcmp(in.take(4, ""), "GGUF", 4) != 0)
-        fail("%s: not a GGUF file", file.c_str());
-    if (uint32_t version = in.number<uint32_t>("version"); version != 3)
-        fail("%s: GGUF version %u, only 3 is supported", file.c_str(), version);
+    if (file.ends_with(".safetensors"))
+        refuse(file, "one file of a model; -m %s names the folder", fs::absolute(file).parent_path().c_str());
+    if (bytes.size() < 24 || std::memcmp(in.take(4, ""), "GGUF", 4) != 0) refuse(file, "not a GGUF file");
+    const uint32_t version = in.number<uint32_t>("version");
+    if (version == __builtin_bswap32(3))
+        refuse(file, "big-endian, which is not supported (llama.cpp's gguf_convert_endian.py turns it)");
+    if (version != 3) refuse(file, "GGUF version %u, only 3 is supported", version);
     uint64_t n_tensors = in.number<uint64_t>("header"), n_keys = in.number<uint64_t>("header");
     GgufKeys keys{file, "", {}};
     for (uint64_t i = 0; i < n_keys; i++) {
         std::string key = in.name(65535, text_of("key %llu", (unsigned long long)i));
         std::string what = "key '" + Fields::printable(key) + "'";
         if (!keys.values.emplace(key, take_gguf_value(in, what)).second)
-            fail("%s: %s is there twice", file.c_str(), what.c_str());
+            refuse(file, "%s is there twice", what.c_str());
     }
     uint64_t alignment = uint64_t(keys.integer("general.alignment", 1, 1 << 20, 32));
-    if (!std::has_single_bit(alignment)) fail("%s: 'general.alignment' is no power of two", file.c_str());
+    if (!std::has_single_bit(alignment)) refuse(file, "'general.alignment' is no power of two");
     GgufPlaces places;
     for (uint64_t i = 0; i < n_tensors; i++) {
         std::string name = in.name(64, text_of("tensor %llu", (unsigned long long)i));
         uint64_t offset = 0;
         auto [at, is_new] = g.tensors.emplace(name, take_gguf_tensor(in, name, offset));
-        if (!is_new) fail("%s: tensor '%s' is there twice", file.c_str(), Fields::printable(name).c_str());
+        if (!is_new) refuse(file, "tensor '%s' is there twice", Fields::printable(name).c_str());
         places.emplace(offset, &*at);
     }
     uint64_t begin = std::min((in.at + alignment - 1) / alignment * alignment, uint64_t(bytes.size()));
@@ -290,7 +297,7 @@ inline std::vector<fs::path> gguf_files(const fs::path& path) {
     if (n <= 1) return {path};
     std::string name = path.filename().string(), tail = text_of("-of-%05d.gguf", n);
     if (name.size() < tail.size() + 5 || !name.ends_with(tail))
-        fail("%s: one of %d parts, and not called NAME-00001%s", path.c_str(), n, tail.c_str());
+        refuse(path, "one of %d parts, and not called NAME-00001%s", n, tail.c_str());
     name.resize(name.size() - tail.size() - 5);
     std::vector<fs::path> all;
     for (int i = 1; i <= n; i++)
@@ -306,19 +313,19 @@ inline Gguf open_gguf(const fs::path& path) {
         GgufKeys keys = parse_gguf(g, {m.data(), m.size()}, files[i].string());
         if (files.size() > 1 && (keys.integer("split.no", 0, 99999) != int64_t(i) ||
                                  keys.integer("split.count", 0, 99999) != int64_t(files.size())))
-            fail("%s: not part %zu of %zu, by what it says", files[i].c_str(), i + 1, files.size());
+            refuse(files[i], "not part %zu of %zu, by what it says", i + 1, files.size());
         if (i == 0) g.keys = keys;
     }
     int64_t n = int64_t(g.tensors.size());
     if (g.keys.integer("split.tensors.count", 0, 1 << 24, n) != n)
-        fail("%s: not as many tensors as 'split.tensors.count' says", path.c_str());
+        refuse(path, "not as many tensors as 'split.tensors.count' says");
     g.keys.architecture = g.keys.text("general.architecture");
     return g;
 }
 
 // -- 2  blocks of small integers -----------------------------------------------------------------
 //
-// How are the integers of a block (chapter 2.3) packed? Ten formats, and one idea: some bytes hold the low
+// How are the integers of a block (chapter 2.3) packed? Twelve formats, and one idea: some bytes hold the low
 // bits of all values, others their high bits. A byte has those of 8 / bits values, which do not lie side by
 // side but a `run` apart, so that one shift and one mask unpack a register full of neighbours.
 //
@@ -364,9 +371,22 @@ inline constexpr BlockLayout BLOCK_LAYOUTS[] = {
     {108, -1, 96, {32, 2, 32}, {0, 1, 32}, 4},    // Q3_K
     {0, 2, 4, {16, 4, 32}, {}, 0},                // Q4_K
     {0, 2, 4, {48, 4, 32}, {16, 1, 32}, 0},       // Q5_K
-    {208, -1, 192, {0, 4, 64}, {128, 2, 32}, 32}};   // Q6_K
+    {208, -1, 192, {0, 4, 64}, {128, 2, 32}, 32},    // Q6_K
+    {0, -1, -1, {2, 4, 16}, {}, 0},               // IQ4_NL
+    {0, -1, 2, {8, 4, 16}, {}, 0}};               // IQ4_XS
 constexpr const BlockLayout& layout_of(Dtype dtype) {
     return BLOCK_LAYOUTS[size_t(dtype) - size_t(Dtype::Q4_0)];
+}
+
+// What four bits stand for in IQ4_NL and IQ4_XS.
+inline constexpr std::array<int8_t, 16> IQ4_TABLE = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                     1,    13,   25,  38,  53,  69,  89,  113};
+
+// The integer that a block of format D means by q, which its fields say.
+template <Dtype D> EVERYWHERE constexpr int8_t integer_of(int q) {
+    constexpr auto EIGHT = std::bit_cast<std::array<uint64_t, 2>>(IQ4_TABLE);   // for a kernel: no array
+    if constexpr (looked_up(D)) return int8_t((q < 8 ? EIGHT[0] : EIGHT[1]) >> q % 8 * 8);
+    else return int8_t(q - layout_of(D).zero);
 }
 
 inline float f16_at(Bytes p) { return f16_to_float(load<uint16_t>(p)); }
@@ -386,6 +406,12 @@ EVERYWHERE inline GroupScale six_bits(Bytes s, int j) {
     return {(s[j + 4] & 15) | (s[j - 4] >> 6) << 4, s[j + 4] >> 4 | (s[j] >> 6) << 4};
 }
 
+// IQ4_XS: six bits for each of eight groups of 32, the upper two first.
+EVERYWHERE inline int iq4_xs_scale(Bytes s, int j) {
+    int four = s[2 + j / 2] >> j % 2 * 4 & 15, two = s[j / 4] >> j % 4 * 2 & 3;
+    return (four | two << 4) - 32;
+}
+
 inline void pack_six_bits(uint8_t* s, const Block& b) {
     for (int j = 0; j < 4; j++) {
         int scale = b.scale[2 * j], minimum = b.minimum[2 * j];
@@ -402,24 +428,20 @@ template <Dtype D> EVERYWHERE GroupScale group_scale(Bytes p, int g) {
     else if constexpr (D == Dtype::Q3_K) return q3_k_scale(p + L.scales, g);
     else if constexpr (D == Dtype::Q4_K || D == Dtype::Q5_K) return six_bits(p + L.scales, g / 2);
     else if constexpr (D == Dtype::Q6_K) return {int8_t(p[L.scales + g]), 0};
+    else if constexpr (D == Dtype::IQ4_XS) return {iq4_xs_scale(p + L.scales, g / 2), 0};
     else return {1, format_of(D).minimums ? -1 : 0};                         // x = d q + m there
 }
 
-// body.operator()<D>() for a quantised dtype
-template <class Body> void for_format(Dtype dtype, const Body& body) {
-    switch (dtype) {
-    case Dtype::Q4_0: return body.template operator()<Dtype::Q4_0>();
-    case Dtype::Q4_1: return body.template operator()<Dtype::Q4_1>();
-    case Dtype::Q5_0: return body.template operator()<Dtype::Q5_0>();
-    case Dtype::Q5_1: return body.template operator()<Dtype::Q5_1>();
-    case Dtype::Q8_0: return body.template operator()<Dtype::Q8_0>();
-    case Dtype::Q2_K: return body.template operator()<Dtype::Q2_K>();
-    case Dtype::Q3_K: return body.template operator()<Dtype::Q3_K>();
-    case Dtype::Q4_K: return body.template operator()<Dtype::Q4_K>();
-    case Dtype::Q5_K: return body.template operator()<Dtype::Q5_K>();
-    case Dtype::Q6_K: return body.template operator()<Dtype::Q6_K>();
-    default: CHECK(false, "%s has no blocks", format_of(dtype).name);
-    }
+// body.operator()<D>() for D = dtype, which is quantised. `last`: D is not beyond it.
+template <Dtype D = Dtype::Q4_0, Dtype last = Dtype::IQ4_XS, class Body>
+void for_format(Dtype dtype, const Body& body) {
+    if (dtype == D) return body.template operator()<D>();
+    if constexpr (D < last) for_format<Dtype(1 + int(D)), last>(dtype, body);
+    else CHECK(false, "%s has no such blocks", format_of(dtype).name);
+}
+// The same where blocks hold the integers themselves.
+template <class Body> void for_integers(Dtype dtype, const Body& body) {
+    for_format<Dtype::Q4_0, Dtype::Q6_K>(dtype, body);
 }
 
 // Fills the values, scales and minimums of one block.
@@ -435,7 +457,7 @@ template <Dtype D> void unpack_block(Block& b, Bytes p) {
         for (int j = 0; j < 16; j++) {
             int q = L.low.get(p, i, j);
             if constexpr (L.high.bits > 0) q |= L.high.get(p, i, j) << L.low.bits;
-            b.q[i + j] = int8_t(q - L.zero);
+            b.q[i + j] = integer_of<D>(q);
         }
     }
 }
@@ -443,7 +465,7 @@ inline void unpack(Block& b, const std::byte* block, Dtype dtype) {
     for_format(dtype, [&]<Dtype D>() { unpack_block<D>(b, reinterpret_cast<Bytes>(block)); });
 }
 
-// The inverse. Q2_K and Q3_K are not written.
+// The inverse. Q2_K, Q3_K and those with a table are not written.
 inline void pack(std::byte* block, const Block& b, Dtype dtype) {
     uint8_t* p = reinterpret_cast<uint8_t*>(block);
     auto put = [p](int at, float f) {
@@ -451,7 +473,7 @@ inline void pack(std::byte* block, const Block& b, Dtype dtype) {
         if (at >= 0) std::memcpy(p + at, &half, 2);
     };
     std::fill_n(p, format_of(dtype).bytes, uint8_t(0));
-    for_format(dtype, [&]<Dtype D>() {
+    for_integers(dtype, [&]<Dtype D>() {
         constexpr BlockLayout L = layout_of(D);
         put(L.d, b.d), put(L.m, b.m);
         for (int i = 0; i < format_of(D).values; i++) {
@@ -511,23 +533,18 @@ inline constexpr TensorName MODEL_NAMES[] = {{"token_embd.weight", "model.embed_
                                              {"output_norm.weight", "model.norm.weight"},
                                              {"output.weight", "lm_head.weight"}};
 inline constexpr TensorName LAYER_NAMES[] = {
-    {"attn_norm.weight", "input_layernorm.weight"},
-    {"attn_q_a.weight", "self_attn.q_a_proj.weight"},
+    {"attn_norm.weight", "input_layernorm.weight"}, {"attn_q_a.weight", "self_attn.q_a_proj.weight"},
     {"attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"},
-    {"attn_q_b.weight", "self_attn.q_b_proj.weight"},
-    {"attn_q.weight", "self_attn.q_proj.weight"},
+    {"attn_q_b.weight", "self_attn.q_b_proj.weight"}, {"attn_q.weight", "self_attn.q_proj.weight"},
     {"attn_kv_a_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight"},
     {"attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight"},
     {"attn_k_b.weight", "self_attn.k_b_proj.weight"},     // (H * Rkv, Dn), not in Hugging Face's files
     {"attn_v_b.weight", "self_attn.v_b_proj.weight"},     // (H * Dv, Rkv), nor this
-    {"attn_k.weight", "self_attn.k_proj.weight"},
-    {"attn_v.weight", "self_attn.v_proj.weight"},
-    {"attn_output.weight", "self_attn.o_proj.weight"},
-    {"attn_q.bias", "self_attn.q_proj.bias"},
-    {"attn_k.bias", "self_attn.k_proj.bias"},
-    {"attn_v.bias", "self_attn.v_proj.bias"},
-    {"ffn_norm.weight", "post_attention_layernorm.weight"},
-    {"ffn_gate_inp.weight", "mlp.gate.weight"},
+    {"attn_k.weight", "self_attn.k_proj.weight"}, {"attn_v.weight", "self_attn.v_proj.weight"},
+    {"attn_output.weight", "self_attn.o_proj.weight"}, {"attn_q.bias", "self_attn.q_proj.bias"},
+    {"attn_k.bias", "self_attn.k_proj.bias"}, {"attn_v.bias", "self_attn.v_proj.bias"},
+    {"attn_q_norm.weight", "self_attn.q_norm.weight"}, {"attn_k_norm.weight", "self_attn.k_norm.weight"},
+    {"ffn_norm.weight", "post_attention_layernorm.weight"}, {"ffn_gate_inp.weight", "mlp.gate.weight"},
     {"exp_probs_b.bias", "mlp.gate.e_score_correction_bias"},
     {"ffn_gate_exps.weight", "mlp.experts.*.gate_proj.weight"},   // (E, F, D): one tensor for all experts
     {"ffn_up_exps.weight", "mlp.experts.*.up_proj.weight"},
@@ -535,20 +552,14 @@ inline constexpr TensorName LAYER_NAMES[] = {
     {"ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"},
     {"ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"},
     {"ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"},
-    {"ffn_gate.weight", "mlp.gate_proj.weight"},
-    {"ffn_up.weight", "mlp.up_proj.weight"},
+    {"ffn_gate.weight", "mlp.gate_proj.weight"}, {"ffn_up.weight", "mlp.up_proj.weight"},
     {"ffn_down.weight", "mlp.down_proj.weight"},
-    {"nextn.enorm.weight", "enorm.weight"},
-    {"nextn.hnorm.weight", "hnorm.weight"},
-    {"nextn.shared_head_norm.weight", "shared_head.norm.weight"},
-    {"nextn.eh_proj.weight", "eh_proj.weight"},
-};
+    {"nextn.enorm.weight", "enorm.weight"}, {"nextn.hnorm.weight", "hnorm.weight"},
+    {"nextn.shared_head_norm.weight", "shared_head.norm.weight"}, {"nextn.eh_proj.weight", "eh_proj.weight"}};
 // Read, but not written: the same in one piece, and copies of the model's.
 inline constexpr TensorName OTHER_LAYER_NAMES[] = {
-    {"attn_kv_b.weight", "self_attn.kv_b_proj.weight"},
-    {"nextn.embed_tokens.weight", "embed_tokens.weight"},
-    {"nextn.shared_head_head.weight", "shared_head.head.weight"},
-};
+    {"attn_kv_b.weight", "self_attn.kv_b_proj.weight"}, {"nextn.embed_tokens.weight", "embed_tokens.weight"},
+    {"nextn.shared_head_head.weight", "shared_head.head.weight"}};
 
 // Those of which the file has one tensor with an axis more: of all heads' W^UK and W^UV.
 inline bool of_all_heads(const std::string& ours) {
@@ -603,52 +614,59 @@ inline std::string name_in_gguf(const std::string& name) {
 // What does such a file say about the network? The same as config.json, in other words. So its keys become a
 // Config, and its tensors get the names that chapter 11 asks for.
 
-// Keys of these kinds change what is computed, so one that is not read here must not be passed over.
+// An architecture's key that is not read here may change what is computed, so it must not be passed over.
 inline void refuse_unknown_keys(const GgufKeys& k) {
-    static const std::set<std::string> KNOWN = {
+    static const std::set<std::string> ALL = {
+        "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
         "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-        "attention.key_length", "attention.value_length", "attention.key_length_mla",
-        "attention.value_length_mla", "attention.q_lora_rank", "attention.kv_lora_rank", "expert_count",
-        "expert_used_count", "expert_shared_count", "expert_feed_forward_length", "expert_weights_scale",
-        "expert_weights_norm", "expert_gating_func", "expert_group_count", "expert_group_used_count",
-        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-        "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast",
+        "attention.key_length", "attention.value_length", "attention.causal", "rope.dimension_count",
+        "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast",
         "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
-        "rope.scaling.attn_factor"};
-    std::string prefix = k.architecture + ".";
+        "rope.scaling.attn_factor", "expert_count", "expert_used_count", "nextn_predict_layers",
+        "tensor_data_layout"};
+    static const std::set<std::string> MLA = {
+        "attention.key_length_mla", "attention.value_length_mla", "attention.q_lora_rank",
+        "attention.kv_lora_rank", "leading_dense_block_count", "expert_shared_count",
+        "expert_feed_forward_length", "expert_weights_scale", "expert_weights_norm", "expert_gating_func",
+        "expert_group_count", "expert_group_used_count", "rope.scaling.yarn_log_multiplier"};
+    const std::string prefix = k.architecture + ".";
     for (auto& [key, value] : k.values) {
-        if (!key.starts_with(prefix)) continue;
-        std::string rest = key.substr(prefix.size());
-        bool matters = rest.starts_with("attention.") || rest.starts_with("expert_") ||
-                       rest.starts_with("rope.scaling.");
-        if (matters && !KNOWN.count(rest))
-            fail("%s: unknown key '%s'", k.file.c_str(), Fields::printable(key).c_str());
+        std::string rest = key.starts_with(prefix) ? key.substr(prefix.size()) : "vocab_size";
+        if (!ALL.count(rest) && !(k.architecture == "deepseek2" && MLA.count(rest)))
+            refuse(k.file, "unknown key '%s'", Fields::printable(key).c_str());
     }
+    if (!k.boolean(".attention.causal", true)) k.wrong(".attention.causal", NOT_HERE);
 }
 
-// YaRN is told by 0.1 mscale_all_dim; mscale is taken to be the same, as it is in every published model.
-inline RopeConfig gguf_rope(const GgufKeys& k, bool mla) {
+// As llama.cpp reads it: no type means linear, a factor has an older name, 0 stands for 1. Of MLA it is told
+// 0.1 mscale_all_dim and takes mscale to be the same, as it is in every published model; 0 it computes in a
+// way of its own. Elsewhere cos and sin are longer by 0.1 ln(factor) + 1.
+inline RopeConfig gguf_rope(const GgufKeys& k, const Config& c) {
     RopeConfig rope;
-    rope.theta = k.number(".rope.freq_base", 1, 1e12, 10000);
-    for (const char* key : {"yarn_ext_factor", "yarn_attn_factor", "attn_factor"})
-        k.number(std::string(".rope.scaling.") + key, 1, 1, 1);
-    std::string type = k.text(".rope.scaling.type", "none");
+    rope.theta = k.number(".rope.freq_base", 1.1, 1e12, 10000);
+    k.number(".rope.scaling.attn_factor", 1, 1, 1), k.number(".rope.scaling.yarn_ext_factor", 1, 1, 1);
+    k.number(".rope.scaling.yarn_attn_factor", c.mla() ? 1 : 0, c.mla() ? 1 : 100, 1);   // GQA: not used
+    std::string type = k.text(".rope.scaling.type", "linear");
     if (type == "none") return rope;
-    if (type != "yarn" || !mla)
-        fail("%s: '%s.rope.scaling.type' \"%s\" is not used by this architecture", k.file.c_str(),
-             k.architecture.c_str(), Fields::printable(type).c_str());
+    const char* factor = k.has(".rope.scaling.factor") ? ".rope.scaling.factor" : ".rope.scale_linear";
+    rope.factor = k.number(factor, 0, 1e6, 1);
+    if (rope.factor == 0) rope.factor = 1;
+    if (type == "linear" && rope.factor == 1) return rope;
+    if (type == "linear") k.wrong(factor, "stretches positions evenly (type linear), which is not supported");
+    if (type != "yarn") k.wrong(".rope.scaling.type", "\"" + Fields::printable(type) + "\" is not known");
     rope.scaling = Scaling::YARN;
-    rope.factor = k.number(".rope.scaling.factor", 1, 1e6);
-    rope.original_context = double(k.integer(".rope.scaling.original_context_length", 1, MOST));
+    rope.original_context =
+        double(k.integer(".rope.scaling.original_context_length", 1, MOST, c.max_context));
     rope.beta_fast = k.number(".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
     rope.beta_slow = k.number(".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
-    double multiplier = k.number(".rope.scaling.yarn_log_multiplier", 0, 10);
+    if (!c.mla()) return rope;
+    double multiplier = k.number(".rope.scaling.yarn_log_multiplier", 1e-6, 10);
     rope.mscale = rope.mscale_all_dim = std::round(multiplier * 1e10) / 1e9;   // 0.0707 is 0.707
     return rope;
 }
 
 constexpr double TURN = 6.28318530717958647692;         // radians
-
 // Radians a token of pair i of dim / 2, before any scaling (chapter 6.1).
 inline double unscaled_frequency(const RopeConfig& c, int i, int dim) {
     return std::pow(c.theta, -2.0 * i / dim);
@@ -670,8 +688,9 @@ inline std::vector<double> llama3_divisors(const RopeConfig& c, int dim) {
 // how often its pair turns over the original context. The published parameters of the other two are 1 and 4.
 // Whatever this rule does not give back is not Llama 3.1's and is refused.
 inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
+    std::string where = t.file + ": tensor 'rope_freqs.weight'";
     if (t.dtype != "F32" || t.shape != std::vector<uint64_t>{uint64_t(dim / 2)})
-        fail("%s: tensor 'rope_freqs.weight' is not %d F32", t.file.c_str(), dim / 2);
+        refuse(where, "not %d F32", dim / 2);
     std::vector<double> d;
     for (int i = 0; i < dim / 2; i++) d.push_back(double(load<float>(t.data + 4 * i)));
     rope.scaling = Scaling::LLAMA3, rope.low_freq_factor = 1, rope.high_freq_factor = 4;
@@ -682,11 +701,10 @@ inline RopeConfig gguf_llama3(RopeConfig rope, const Tensor& t, int dim) {
         if (blend > 0) rope.original_context = blend < 1 ? std::round(context) : std::ceil(context);
     }
     std::vector<double> again = llama3_divisors(rope, dim);
-    for (size_t i = 0; i < d.size(); i++) {
-        // The writer's f32: a few roundings of a number up to 4, divided by 3, times the factor.
-        if (!(std::abs(again[i] / d[i] - 1) < 16 * rope.factor * 0x1p-24))
-            fail("%s: tensor 'rope_freqs.weight' is not Llama 3.1's scaling", t.file.c_str());
-    }
+    // The writer's f32: a few roundings of a number up to 4, divided by 3, times the factor; up to 64, twice
+    // what any published model has.
+    for (size_t i = 0; i < d.size(); i++)
+        if (!(std::abs(again[i] / d[i] - 1) < 0x1p-14)) refuse(where, "not Llama 3.1's scaling");
     return rope;
 }
 
@@ -694,30 +712,37 @@ inline void gguf_mla(Config& c, const GgufKeys& k) {
     c.Rq = int(k.integer(".attention.q_lora_rank", 0, MOST, 0));
     c.Rkv = int(k.integer(".attention.kv_lora_rank", 1, MOST));
     c.Dr = int(k.integer(".rope.dimension_count", 2, MOST));
-    const char* mla =
-        k.has(".attention.key_length_mla") ? "_mla" : "";   // there the plain ones are 576 and 512
+    const char* mla = k.has(".attention.key_length_mla") ? "_mla" : "";   // then the plain ones are 576, 512
     c.Dn = int(k.integer(std::string(".attention.key_length") + mla, c.Dr + 1, MOST)) - c.Dr;
     c.Dv = int(k.integer(std::string(".attention.value_length") + mla, 1, MOST));
 }
 
 inline void gguf_gqa(Config& c, const GgufKeys& k) {
     c.G = int(k.integer(".attention.head_count_kv", 1, MOST, c.H));
-    if (c.H % c.G) fail("%s: %d key heads do not divide %d heads", c.file.c_str(), c.G, c.H);
+    if (c.H % c.G) refuse(c.file, "%d key heads do not divide %d heads", c.G, c.H);
+    if (!k.has(".attention.key_length") && c.D % c.H)
+        refuse(c.file, "%d heads do not divide a width of %d", c.H, c.D);
     c.head_dim = int(k.integer(".attention.key_length", 2, MOST, c.D / c.H));
     for (const char* key : {".attention.value_length", ".rope.dimension_count"})
         k.integer(key, c.head_dim, c.head_dim, c.head_dim);
-    c.qkv_bias = c.model_type == "qwen2";
+    for (const char* key : {".expert_count", ".expert_used_count"}) k.integer(key, 0, 0, 0);
+    c.qkv_bias = c.model_type == "qwen2", c.qk_norm = c.model_type == "qwen3";
 }
 
 // Older files do not say how the experts are grouped. The two models that came with groups are known by
-// their numbers of experts; without groups such a file would be another model than DeepSeek's.
-inline void gguf_groups(Config& c, const GgufKeys& k) {
-    bool v3 = c.E == 256 && c.K == 8 && c.sigmoid_affinity, v2 = c.E == 160 && c.K == 6;
-    c.n_group = int(k.integer(".expert_group_count", 0, c.E, v3 || v2 ? 8 : 1));
-    c.n_group = std::max(c.n_group, 1);
-    c.topk_group = int(k.integer(".expert_group_used_count", 1, c.n_group, v3 ? 4 : v2 ? 3 : c.n_group));
+// their numbers of experts; of another one with V3's gate it cannot be known.
+inline void gguf_groups(Config& c, const GgufKeys& k, bool biased) {
+    bool v3 = c.E == 256 && c.K == 8 && biased, v2 = c.E == 160 && c.K == 6 && !biased;
+    std::optional<int64_t> groups, used;
+    if (v3 || v2) groups = 8, used = v3 ? 4 : 3;
+    if (!groups && !biased) groups = 1;
+    c.n_group = std::max(int(k.integer(".expert_group_count", 0, c.E, groups)), 1);
+    c.topk_group = 1;
+    if (c.n_group > 1) c.topk_group = int(k.integer(".expert_group_used_count", 1, c.n_group, used));
 }
 
+// In llama.cpp weights that were made to add up to 1 are scaled all the same, as V3's gate does and V2's do
+// not; and the two best of a group are its score, as in V3's gate, which needs its biases.
 inline void gguf_moe(Config& c, const GgufKeys& k, bool biased) {
     c.E = int(k.integer(".expert_count", 0, MOST_EXPERTS, 0));
     if (c.E == 0) return;
@@ -725,21 +750,38 @@ inline void gguf_moe(Config& c, const GgufKeys& k, bool biased) {
     c.F = int(k.integer(".expert_feed_forward_length", 1, MOST));
     c.n_shared = int(k.integer(".expert_shared_count", 0, 1024, 0));
     c.first_dense = int(k.integer(".leading_dense_block_count", 0, c.n_layers, 0));
-    c.sigmoid_affinity = k.integer(".expert_gating_func", 1, 2, 1) == 2;
+    std::optional<int64_t> softmax = biased ? std::nullopt : std::optional<int64_t>(1);
+    c.sigmoid_affinity = k.integer(".expert_gating_func", 1, 2, softmax) == 2;
     c.norm_topk = k.boolean(".expert_weights_norm", false);
     c.routed_scale = k.number(".expert_weights_scale", 1e-6, 1e6, 1);
-    gguf_groups(c, k);
+    if (c.norm_topk && c.K == 1) k.wrong(".expert_weights_norm", "true is not supported for one expert");
+    if (!biased && c.norm_topk && c.routed_scale != 1)
+        k.wrong(".expert_weights_scale", "beside normed weights needs biases (tensor 'exp_probs_b.bias')");
+    gguf_groups(c, k, biased);
+    if (!biased && c.sigmoid_affinity && c.n_group > 1)
+        k.wrong(".expert_group_count", "beside sigmoids needs biases (tensor 'exp_probs_b.bias')");
     c.gate = biased ? Gate::NOAUX_TC : c.n_group > 1 ? Gate::GROUP_LIMITED_GREEDY : Gate::GREEDY;
     check_moe(c);
+}
+
+// What ends an answer: the end of a text, of a turn, of a message to a tool.
+constexpr const char* STOP_KEYS[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
+                                     "tokenizer.ggml.eom_token_id"};
+inline std::vector<int> gguf_stops(const GgufKeys& k, int V) {
+    std::vector<int> ids;
+    for (const char* key : STOP_KEYS)
+        if (int id = int(k.integer(key, 0, V - 1, -1)); id >= 0 && !std::count(ids.begin(), ids.end(), id))
+            ids.push_back(id);
+    return ids;
 }
 
 inline Config parse_gguf_config(const Gguf& g) {
     const GgufKeys& k = g.keys;
     Config c;
     c.file = k.file, c.model_type = k.architecture;
-    if (!std::set<std::string>{"deepseek2", "qwen2", "llama"}.count(c.model_type))
-        fail("%s: 'general.architecture' is \"%s\", which this program does not know", c.file.c_str(),
-             Fields::printable(c.model_type).c_str());
+    if (!std::set<std::string>{"deepseek2", "qwen2", "qwen3", "llama"}.count(c.model_type))
+        k.wrong("general.architecture", "\"" + Fields::printable(c.model_type) + "\" is not known");
+    if (k.text("general.type", "model") != "model") k.wrong("general.type", NOT_HERE);
     refuse_unknown_keys(k);
     auto tensor = [&](const std::string& name) {
         auto at = g.tensors.find(name);
@@ -747,7 +789,7 @@ inline Config parse_gguf_config(const Gguf& g) {
     };
     const Tensor *embed = tensor("token_embd.weight"), *divisors = tensor("rope_freqs.weight");
     if (!embed || embed->shape.size() != 2 || embed->shape[0] > MOST)
-        fail("%s: no tensor 'token_embd.weight' with two axes", c.file.c_str());
+        refuse(c.file, "no tensor 'token_embd.weight' with two axes");
     bool mla = c.model_type == "deepseek2";
     c.V = int(embed->shape[0]), c.D = int(k.integer(".embedding_length", 1, MOST_WIDTH));
     int blocks = int(k.integer(".block_count", 1, MOST_LAYERS));
@@ -757,31 +799,30 @@ inline Config parse_gguf_config(const Gguf& g) {
     c.H = int(k.integer(".attention.head_count", 1, 1 << 16));
     c.ffn_width = int(k.integer(".feed_forward_length", 1, MOST));
     c.max_context = int(k.integer(".context_length", 1, MOST));
-    c.eps = k.number(".attention.layer_norm_rms_epsilon", 0, 1);
-    c.tied = !tensor("output.weight");
+    c.eps = k.number(".attention.layer_norm_rms_epsilon", 0, 1), c.tied = !tensor("output.weight");
     if (mla) gguf_mla(c, k), gguf_moe(c, k, tensor(text_of("blk.%d.exp_probs_b.bias", c.n_layers - 1)));
-    else gguf_gqa(c, k), k.integer(".expert_count", 0, 0, 0);
-    c.rope = gguf_rope(k, mla);
+    else gguf_gqa(c, k);
     check_heads(c);
-    if (divisors) c.rope = gguf_llama3(c.rope, *divisors, c.rope_dim());
+    c.rope = gguf_rope(k, c);
+    bool unscaled = !mla && c.rope.scaling == Scaling::NONE;
+    if (divisors && unscaled) c.rope = gguf_llama3(c.rope, *divisors, c.head_dim);
+    check_rope(c.rope, c.file);
+    c.eos = gguf_stops(k, c.V);
     return c;
 }
 
-// One tensor under our names: stacks of experts cut, stacks of heads as one tall matrix. pairs: rows of a
-// head whose order is that of the other RoPE, or 0.
-inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Tensor t, int pairs) {
-    std::string ours = name_from_gguf(name);
-    if (ours.empty())
-        fail("%s: tensor '%s' has no place in this model", t.file.c_str(), Fields::printable(name).c_str());
-    if (of_turned_heads(ours)) t.pairs = pairs;
+// One tensor under our names: stacks of experts cut, of which there must be as many as the keys say; stacks
+// of heads as one tall matrix.
+inline void add_gguf_tensor(Checkpoint& checkpoint, const Config& c, const std::string& name, Tensor t) {
+    std::string ours = name_from_gguf(name), where = t.file + ": tensor '" + Fields::printable(name) + "'";
+    if (ours.empty() || split_layer(name, "blk.").first >= c.n_layers + c.n_mtp)
+        refuse(where, "has no place in this model");
+    if (of_turned_heads(ours) && c.model_type == "llama") t.pairs = c.head_dim;
     size_t star = ours.find('*');
-    bool stack = t.shape.size() == 3 && t.shape[0] <= 1 << 16;
     if (of_all_heads(ours) && t.shape.size() == 3) t.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-    if (star == std::string::npos || !stack) {
-        checkpoint.tensors.emplace(ours, t);
-        return;
-    }
+    if (star == std::string::npos) return void(checkpoint.tensors.emplace(ours, t));
     uint64_t n = t.shape[0];
+    if (t.shape.size() != 3 || n != uint64_t(c.E)) refuse(where, "is no stack of %d experts", c.E);
     t.bytes /= n, t.shape.erase(t.shape.begin());
     for (uint64_t e = 0; e < n; e++, t.data += t.bytes)
         checkpoint.tensors.emplace(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1), t);
@@ -791,9 +832,10 @@ inline void add_gguf_tensor(Checkpoint& checkpoint, const std::string& name, Ten
 inline Checkpoint make_gguf_checkpoint(Gguf g) {
     Checkpoint checkpoint;
     checkpoint.gguf = true;
-    int pairs = g.keys.architecture == "llama" ? parse_gguf_config(g).head_dim : 0;
+    const Config c = parse_gguf_config(g);
     for (auto& [name, tensor] : g.tensors)
-        if (name != "rope_freqs.weight") add_gguf_tensor(checkpoint, name, tensor, pairs);
+        if (name != "rope_freqs.weight" || c.rope.scaling != Scaling::LLAMA3)
+            add_gguf_tensor(checkpoint, c, name, tensor);
     checkpoint.files = std::move(g.files);
     return checkpoint;
 }
@@ -814,9 +856,6 @@ inline void undo_pairs(real* x, int n, int pairs) {
 inline bool is_gguf(const fs::path& model) {
     return model.extension() == ".gguf" || fs::is_regular_file(model);
 }
-
-inline Config gguf_config(const fs::path& file) { return parse_gguf_config(open_gguf(file)); }
-inline Checkpoint gguf_checkpoint(const fs::path& file) { return make_gguf_checkpoint(open_gguf(file)); }
 
 // -- 5  the vocabulary ---------------------------------------------------------------------------
 //
@@ -865,24 +904,26 @@ inline const std::vector<PreTokenizer>& pre_tokenizers() {
 
 inline const PreTokenizer& pre_tokenizer(const std::string& name, const std::string& file) {
     for (const PreTokenizer& p : pre_tokenizers()) if (name == p.name) return p;
-    fail("%s: 'tokenizer.ggml.pre' is \"%s\", which this program does not know", file.c_str(),
+    refuse(file, "'tokenizer.ggml.pre' is \"%s\", which this program does not know",
          Fields::printable(name).c_str());
 }
 
 inline Vocabulary gguf_vocabulary(const GgufKeys& k) {
     Vocabulary v;
     if (k.text("tokenizer.ggml.model") != "gpt2")
-        fail("%s: 'tokenizer.ggml.model' is not \"gpt2\", a byte-level BPE", k.file.c_str());
+        refuse(k.file, "'tokenizer.ggml.model' is not \"gpt2\", a byte-level BPE");
     for (std::string_view token : k.texts("tokenizer.ggml.tokens")) v.tokens.emplace_back(token);
     for (std::string_view merge : k.texts("tokenizer.ggml.merges")) v.merges.emplace_back(merge);
     v.types = k.integers("tokenizer.ggml.token_type", NORMAL, UNUSED);
     if (v.types.size() != v.tokens.size())
-        fail("%s: %zu tokens and %zu types of tokens", k.file.c_str(), v.tokens.size(), v.types.size());
+        refuse(k.file, "%zu tokens and %zu types of tokens", v.tokens.size(), v.types.size());
     v.pre = k.text("tokenizer.ggml.pre");
     int last = int(std::min<size_t>(v.tokens.size(), MOST)) - 1;
     v.bos = int(k.integer("tokenizer.ggml.bos_token_id", 0, last, -1));
     v.eos = int(k.integer("tokenizer.ggml.eos_token_id", 0, last, -1));
     v.add_bos = k.boolean("tokenizer.ggml.add_bos_token", v.pre == "llama-bpe");
+    if (k.boolean("tokenizer.ggml.add_eos_token", false)) k.wrong("tokenizer.ggml.add_eos_token", NOT_HERE);
+    if (k.has("tokenizer.ggml.suppress_tokens")) k.wrong("tokenizer.ggml.suppress_tokens", NOT_HERE);
     v.chat_template = k.text("tokenizer.chat_template", "");
     return v;
 }
@@ -926,15 +967,23 @@ inline Tokenizer gguf_tokenizer(const fs::path& file) {
     return make_tokenizer(gguf_vocabulary(open_gguf(file).keys), file.string());
 }
 
-// What generation_config.json says elsewhere.
-inline Sampling gguf_sampling(const fs::path& file) {
-    Gguf g = open_gguf(file);
-    Sampling s;
-    s.temperature = g.keys.number("general.sampling.temp", 0, 100, s.temperature);
-    s.top_p = g.keys.number("general.sampling.top_p", 1e-9, 1, s.top_p);
-    s.min_p = g.keys.number("general.sampling.min_p", 0, 1, s.min_p);
-    s.top_k = int(g.keys.integer("general.sampling.top_k", 0, MOST, s.top_k));
-    return s;
+// What generation_config.json says elsewhere. What would change the choice and is not done here is refused.
+inline GenerationConfig gguf_generation(const fs::path& file, int V) {
+    const Gguf opened = open_gguf(file);
+    const GgufKeys& k = opened.keys;
+    const std::string p = "general.sampling.";
+    GenerationConfig g;
+    g.sampling.temperature = k.number(p + "temp", 0, 100, g.sampling.temperature);
+    g.sampling.top_p = k.number(p + "top_p", 1e-9, 1, g.sampling.top_p);
+    g.sampling.min_p = k.number(p + "min_p", 0, 1, g.sampling.min_p);
+    g.sampling.top_k = int(k.integer(p + "top_k", 0, MOST, g.sampling.top_k));
+    g.sampling.repeat_penalty = k.number(p + "penalty_repeat", 1e-6, 100, 1);
+    k.number(p + "xtc_probability", 0, 0, 0);
+    k.integer(p + "mirostat", 0, 0, 0);
+    if (k.has(p + "sequence")) k.wrong(p + "sequence", NOT_HERE);
+    g.eos = gguf_stops(k, V);
+    if (g.eos.empty()) notice(file.string() + ": no '" + STOP_KEYS[0] + "': no token ends an answer");
+    return g;
 }
 
 // -- 6  quantising: what a group of weights is worth ---------------------------------------------
@@ -957,17 +1006,12 @@ struct Scheme {
     int scale_low, scale_high;           // range of the integer scales; 0: there are none
 };
 inline Scheme scheme_of(Dtype dtype) {
-    switch (dtype) {
-    case Dtype::Q4_0: return {32, -8, 7, 0, 0};
-    case Dtype::Q4_1: return {32, 0, 15, 0, 0};
-    case Dtype::Q5_0: return {32, -16, 15, 0, 0};
-    case Dtype::Q5_1: return {32, 0, 31, 0, 0};
-    case Dtype::Q8_0: return {32, -127, 127, 0, 0};
-    case Dtype::Q4_K: return {32, 0, 15, 0, 63};
-    case Dtype::Q5_K: return {32, 0, 31, 0, 63};
-    case Dtype::Q6_K: return {16, -32, 31, -128, 127};
-    default: CHECK(false, "%s cannot be written", format_of(dtype).name);
-    }
+    CHECK(quantised(dtype) && dtype != Dtype::Q2_K && dtype != Dtype::Q3_K && !looked_up(dtype),
+          "%s cannot be written", format_of(dtype).name);
+    if (dtype == Dtype::Q8_0) return {32, -127, 127, 0, 0};
+    if (dtype == Dtype::Q6_K) return {16, -32, 31, -128, 127};
+    const BlockLayout& l = layout_of(dtype);
+    return {32, -l.zero, (1 << (l.low.bits + l.high.bits)) - 1 - l.zero, 0, l.scales < 0 ? 0 : 63};
 }
 
 // x ~ scale q - minimum
@@ -1137,13 +1181,9 @@ inline bool narrow_row(std::byte* out, const float* x, int n, Dtype dtype) {
     const Format& f = format_of(dtype);
     bool good = true;
     for (int i = 0; i < n; i += f.values, out += f.bytes) {
-        if (quantised(dtype)) {
-            good &= quantise_block(out, x + i, dtype);
-            continue;
-        }
-        uint16_t half = dtype == Dtype::F32   ? 0
-                        : dtype == Dtype::F16 ? float_to_f16(x[i])
-                                              : float_to_bf16(x[i]);
+        if (quantised(dtype)) good &= quantise_block(out, x + i, dtype);
+        if (quantised(dtype)) continue;
+        uint16_t half = dtype == Dtype::F16 ? float_to_f16(x[i]) : float_to_bf16(x[i]);
         std::memcpy(out, dtype == Dtype::F32 ? static_cast<const void*>(x + i) : &half, size_t(f.bytes));
         good &= std::isfinite(dtype == Dtype::F16 ? f16_to_float(half) : x[i]);
     }
@@ -1228,7 +1268,10 @@ inline std::optional<Dtype> target_dtype(const FileType& t, const std::string& n
     bool last = rest == "attn_v.weight" || rest == "attn_kv_b.weight" || rest.starts_with("ffn_down");
     bool six =
         head ? quantised(t.dtype) && t.dtype != Dtype::Q8_0 : t.mixed && last && matters(layer, c.n_layers);
+    // llama-quantize's "70B": eight heads share each W^V, so that more bits cost little.
+    bool shared = c.n_layers == 80 && !c.mla() && !c.qk_norm && (c.qkv_bias || c.G < c.H);
     Dtype d = six ? Dtype::Q6_K : t.dtype;
+    if (shared && rest == "attn_v.weight" && d == Dtype::Q4_K) d = Dtype::Q5_K;
     auto fits = [&] { return cols % format_of(d).values == 0; };
     if (!fits()) d = d == Dtype::Q4_K ? Dtype::Q5_0 : d == Dtype::Q5_K ? Dtype::Q5_1 : Dtype::Q8_0;
     return fits() ? d : Dtype::F32;
@@ -1285,9 +1328,7 @@ struct GgufHead {
     std::string bytes;
     uint64_t count = 0;
 
-    template <class T> void raw(T value) {
-        bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
-    }
+    template <class T> void raw(T v) { bytes.append(reinterpret_cast<const char*>(&v), sizeof v); }
     void string(std::string_view text) { raw(uint64_t(text.size())), bytes += text; }
     void key(const std::string& name, GgufType type) { string(name), raw(type), count++; }
     void u32(const std::string& name, int64_t v) { key(name, GgufType::U32), raw(uint32_t(v)); }
@@ -1296,6 +1337,11 @@ struct GgufHead {
     void text(const std::string& name, std::string_view v) { key(name, GgufType::STRING), string(v); }
     void array(const std::string& name, GgufType type, size_t n) {
         key(name, GgufType::ARRAY), raw(type), raw(uint64_t(n));
+    }
+    void value(const std::string& name, const GgufValue& v) {
+        if (v.array) array(name, v.type, v.count);
+        else key(name, v.type);
+        bytes.append(reinterpret_cast<const char*>(v.bytes.data()), v.bytes.size());
     }
     void texts(const std::string& name, const std::vector<std::string>& list) {
         array(name, GgufType::STRING, list.size());
@@ -1306,73 +1352,81 @@ struct GgufHead {
 // What the keys cannot say must not be lost on the way.
 inline void require_tellable(const Config& c) {
     const RopeConfig& r = c.rope;
-    if (c.moe_freq != 1) fail("%s: 'moe_layer_freq' has no place in a GGUF file", c.file.c_str());
-    if (r.scaling == Scaling::YARN && r.mscale != r.mscale_all_dim)
-        fail("%s: 'mscale' that is not 'mscale_all_dim' has no place in a GGUF file", c.file.c_str());
+    if (c.moe_freq != 1) refuse(c.file, "'moe_layer_freq' has no place in a GGUF file");
+    if (c.gate == Gate::GROUP_LIMITED_GREEDY && c.sigmoid_affinity && c.topk_group < c.n_group)
+        refuse(c.file, "'scoring_func' sigmoid has groups in a GGUF file only with 'topk_method' noaux_tc");
+    const double all = r.mscale_all_dim;
+    bool usual = c.mla() ? r.mscale == all && all > 1e-5 : r.mscale == 1 && all == 0;
+    if (r.scaling == Scaling::YARN && !(usual && r.attention_factor == 0 && r.truncate))
+        refuse(c.file, "its 'mscale', 'attention_factor' or 'truncate' has no place in a GGUF file");
     if (r.scaling == Scaling::LLAMA3 && (r.low_freq_factor != 1 || r.high_freq_factor != 4))
-        fail("%s: only Llama 3.1's 'low_freq_factor' 1 and 'high_freq_factor' 4 are supported in a GGUF file",
-             c.file.c_str());
+        refuse(c.file, "'low_freq_factor' 1 and 'high_freq_factor' 4 alone have a place in a GGUF file");
 }
 
-inline void put_rope_keys(GgufHead& h, const std::string& p, const RopeConfig& r) {
+inline void put_rope_keys(GgufHead& h, const std::string& p, const RopeConfig& r, bool mla) {
     h.f32(p + "rope.freq_base", r.theta);
     if (r.scaling != Scaling::YARN) return;
-    h.text(p + "rope.scaling.type", "yarn");
-    h.f32(p + "rope.scaling.factor", r.factor);
+    h.text(p + "rope.scaling.type", "yarn"), h.f32(p + "rope.scaling.factor", r.factor);
     h.u32(p + "rope.scaling.original_context_length", int64_t(r.original_context));
     h.f32(p + "rope.scaling.yarn_beta_fast", r.beta_fast);
     h.f32(p + "rope.scaling.yarn_beta_slow", r.beta_slow);
-    h.f32(p + "rope.scaling.yarn_log_multiplier", 0.1 * r.mscale_all_dim);
+    if (mla) h.f32(p + "rope.scaling.yarn_log_multiplier", 0.1 * r.mscale_all_dim);
 }
 
 // The MLA keys speak of the absorbed form: one key head, as wide as a row of the cache.
 inline void put_mla_keys(GgufHead& h, const std::string& p, const Config& c) {
     if (c.Rq) h.u32(p + "attention.q_lora_rank", c.Rq);
-    h.u32(p + "attention.kv_lora_rank", c.Rkv);
-    h.u32(p + "attention.head_count_kv", 1);
-    h.u32(p + "attention.key_length", c.Rkv + c.Dr);
-    h.u32(p + "attention.value_length", c.Rkv);
-    h.u32(p + "attention.key_length_mla", c.Dn + c.Dr);
-    h.u32(p + "attention.value_length_mla", c.Dv);
-    h.u32(p + "rope.dimension_count", c.Dr);
+    h.u32(p + "attention.kv_lora_rank", c.Rkv), h.u32(p + "attention.head_count_kv", 1);
+    h.u32(p + "attention.key_length", c.Rkv + c.Dr), h.u32(p + "attention.value_length", c.Rkv);
+    h.u32(p + "attention.key_length_mla", c.Dn + c.Dr), h.u32(p + "attention.value_length_mla", c.Dv);
+    h.u32(p + "rope.dimension_count", c.Dr), h.u32(p + "expert_shared_count", c.n_shared);
     h.u32(p + "leading_dense_block_count", c.E ? c.first_dense : c.n_layers);
     h.u32(p + "expert_feed_forward_length", c.E ? c.F : c.ffn_width);
-    h.u32(p + "expert_shared_count", c.n_shared);
     if (c.E == 0) return;
     bool grouped = c.gate != Gate::GREEDY && c.topk_group < c.n_group;   // else all groups are the best ones
-    h.u32(p + "expert_count", c.E);
-    h.u32(p + "expert_used_count", c.K);
-    h.u32(p + "expert_gating_func", c.sigmoid_affinity ? 2 : 1);
-    h.f32(p + "expert_weights_scale", c.routed_scale);
-    h.boolean(p + "expert_weights_norm", c.norm_topk);
+    bool norm = c.norm_topk && c.K > 1, v2_norm = norm && c.gate != Gate::NOAUX_TC;   // which is not scaled
+    h.u32(p + "expert_count", c.E), h.u32(p + "expert_used_count", c.K);
+    h.u32(p + "expert_gating_func", c.sigmoid_affinity ? 2 : 1), h.boolean(p + "expert_weights_norm", norm);
+    h.f32(p + "expert_weights_scale", v2_norm ? 1 : c.routed_scale);
     h.u32(p + "expert_group_count", grouped ? c.n_group : 1);
     h.u32(p + "expert_group_used_count", grouped ? c.topk_group : 1);
 }
 
 inline std::string gguf_architecture(const Config& c) {
-    return c.mla() ? "deepseek2" : c.qkv_bias ? "qwen2" : "llama";
+    return c.mla() ? "deepseek2" : c.qk_norm ? "qwen3" : c.qkv_bias ? "qwen2" : "llama";
+}
+
+// What a file says about where it comes from and how it is sampled is kept; of a folder, what llama.cpp's
+// converter keeps. A temperature of 0 is greedy there, too.
+inline void put_general_keys(GgufHead& h, const fs::path& source, const Sampling& s) {
+    static const std::set<std::string> OURS = {"general.architecture", "general.type", "general.file_type",
+                                               "general.quantization_version", "general.alignment"};
+    if (is_gguf(source)) {
+        for (const Gguf g = open_gguf(source); auto& [key, v] : g.keys.values)
+            if (key.starts_with("general.") && !OURS.count(key)) h.value(key, v);
+        return;
+    }
+    h.text("general.name", fs::canonical(source).filename().string());
+    if (!fs::exists(source / "generation_config.json")) return;
+    h.f32("general.sampling.temp", s.temperature), h.f32("general.sampling.top_p", s.top_p);
+    h.f32("general.sampling.min_p", s.min_p), h.u32("general.sampling.top_k", s.top_k);
+    h.f32("general.sampling.penalty_repeat", s.repeat_penalty);
 }
 
 inline void put_config_keys(GgufHead& h, const Config& c, const FileType& type) {
     std::string arch = gguf_architecture(c), p = arch + ".";
-    h.text("general.architecture", arch);
-    h.text("general.type", "model");
-    h.u32("general.file_type", type.number);
-    h.u32("general.quantization_version", 2);
+    h.text("general.architecture", arch), h.text("general.type", "model");
+    h.u32("general.file_type", type.number), h.u32("general.quantization_version", 2);
     h.u32(p + "block_count", c.n_layers + c.n_mtp);
     if (c.n_mtp) h.u32(p + "nextn_predict_layers", c.n_mtp);
-    h.u32(p + "context_length", c.max_context);
-    h.u32(p + "embedding_length", c.D);
-    h.u32(p + "feed_forward_length", c.ffn_width);
-    h.u32(p + "vocab_size", c.V);
+    h.u32(p + "context_length", c.max_context), h.u32(p + "embedding_length", c.D);
+    h.u32(p + "feed_forward_length", c.ffn_width), h.u32(p + "vocab_size", c.V);
     h.u32(p + "attention.head_count", c.H);
     h.f32(p + "attention.layer_norm_rms_epsilon", c.eps);
-    put_rope_keys(h, p, c.rope);
+    put_rope_keys(h, p, c.rope, c.mla());
     if (c.mla()) return put_mla_keys(h, p, c);
-    h.u32(p + "attention.head_count_kv", c.G);
-    h.u32(p + "attention.key_length", c.head_dim);
-    h.u32(p + "attention.value_length", c.head_dim);
-    h.u32(p + "rope.dimension_count", c.head_dim);
+    h.u32(p + "attention.head_count_kv", c.G), h.u32(p + "attention.key_length", c.head_dim);
+    h.u32(p + "attention.value_length", c.head_dim), h.u32(p + "rope.dimension_count", c.head_dim);
 }
 
 // -- 10  writing: the vocabulary of a folder -----------------------------------------------------
@@ -1469,8 +1523,8 @@ inline Vocabulary folder_vocabulary(const fs::path& folder, int V) {
     return v;
 }
 
-// A folder without a tokenizer gives a file without one.
-inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
+// A folder without a tokenizer gives a file without one.   stops: ids that end an answer
+inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V, std::vector<int> stops) {
     if (!is_gguf(model) && !fs::exists(model / "tokenizer.json"))
         return h.text("tokenizer.ggml.model", "none");
     Vocabulary v = is_gguf(model) ? gguf_vocabulary(open_gguf(model).keys) : folder_vocabulary(model, V);
@@ -1481,7 +1535,11 @@ inline void put_vocabulary_keys(GgufHead& h, const fs::path& model, int V) {
     for (int64_t type : v.types) h.raw(int32_t(type));
     h.texts("tokenizer.ggml.merges", v.merges);
     if (v.bos >= 0) h.u32("tokenizer.ggml.bos_token_id", v.bos);
-    if (v.eos >= 0) h.u32("tokenizer.ggml.eos_token_id", v.eos);
+    std::erase(stops, v.eos);
+    if (v.eos >= 0) stops.insert(stops.begin(), v.eos);      // first, as the chat template may ask for it
+    if (stops.size() > std::size(STOP_KEYS))
+        refuse(model, "%zu tokens end an answer; a GGUF file has keys for 3", stops.size());
+    for (size_t i = 0; i < stops.size(); i++) h.u32(STOP_KEYS[i], stops[i]);
     h.boolean("tokenizer.ggml.add_bos_token", v.add_bos);
     if (!v.chat_template.empty()) h.text("tokenizer.chat_template", v.chat_template);
 }
@@ -1528,8 +1586,7 @@ inline std::vector<Matrix> parts_of(const Checkpoint& from, const Config& c, con
     size_t star = ours.find('*');
     if (of_all_heads(ours)) return head_parts(from, c, ours);
     if (star == ours.npos) add(ours);
-    else
-        for (int e = 0; e < c.E; e++) add(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1));
+    else for (int e = 0; e < c.E; e++) add(ours.substr(0, star) + std::to_string(e) + ours.substr(star + 1));
     return parts;
 }
 
@@ -1611,14 +1668,22 @@ inline uint64_t write_gguf_head(AtomicFile& file, const GgufHead& keys,
     return total;
 }
 
+// Some weights have been made small integers before. (FP8 is what models are published in.)
+inline bool is_quantised(const Checkpoint& from) {
+    for (auto& [name, t] : from.tensors) if (auto d = weights_dtype(t.dtype); d && quantised(*d)) return true;
+    return false;
+}
+
 // Writes the tensors of a checkpoint that has been found whole (load_model, chapter 11.2).   source: the
 // folder or file that they came from, for its vocabulary;   progress: bytes done, in all
 inline void write_gguf(AtomicFile& file, const Checkpoint& from, const Config& c, const fs::path& source,
-                       const FileType& type, const std::function<void(uint64_t, uint64_t)>& progress) {
+                       const FileType& type, const GenerationConfig& generation,
+                       const std::function<void(uint64_t, uint64_t)>& progress) {
     require_tellable(c);
     GgufHead keys;
     put_config_keys(keys, c, type);
-    put_vocabulary_keys(keys, source, c.V);
+    put_general_keys(keys, source, generation.sampling);
+    put_vocabulary_keys(keys, source, c.V, generation.eos);
     std::vector<float> divisors;         // of Llama 3.1's scaling only its effect is kept
     if (c.rope.scaling == Scaling::LLAMA3)
         for (double d : llama3_divisors(c.rope, c.rope_dim())) divisors.push_back(float(d));

@@ -118,7 +118,8 @@ template <int MOST_R, int MOST_T, class Body> INLINE void with_constants(int R, 
     });
 }
 
-constexpr bool of_32(Dtype d) { return d < Dtype::Q2_K; }
+constexpr bool of_32(Dtype d) { return format_of(d).values == 32; }
+constexpr bool of_256(Dtype d) { return quantised(d) && !of_32(d) && !looked_up(d); }
 constexpr bool has_minimums(Dtype d) { return format_of(d).minimums; }
 // What makes the values of a block unsigned bytes.
 constexpr int offset_of(Dtype d) { return d == Dtype::Q8_0 ? 128 : layout_of(d).zero; }
@@ -204,7 +205,7 @@ inline void restored_rows(Rows out, const IntRows& x, const Matrix& w, int T, in
     kernels.target->int_rows({out[0] + begin, out.stride}, x, rows, T, 0, end - begin);
 }
 
-inline bool can_interleave(const Matrix& w) { return w.dtype >= Dtype::Q2_K && w.rows % SIDE == 0; }
+inline bool can_interleave(const Matrix& w) { return of_256(w.dtype) && w.rows % SIDE == 0; }
 
 // Copies W to `to` with its rows interleaved, and lets it point there.
 inline void interleave_rows(Matrix& w, std::byte* to) {
@@ -385,6 +386,10 @@ INLINE Bytes32 fifth_bits(uint32_t mask) {
     Bytes32 bit = (Bytes32)_mm256_set1_epi64x(int64_t(0x8040201008040201));
     return (Bytes32)((b & bit) == bit) & all8(16);
 }
+INLINE Bytes32 in_table(Bytes32 q) {
+    __m256i table = _mm256_broadcastsi128_si256(load<__m128i>(IQ4_TABLE.data()));
+    return (Bytes32)_mm256_shuffle_epi8(table, (__m256i)q);
+}
 using Shorts16 = __m256i;
 INLINE Shorts16 shorts(Bytes16 b) { return _mm256_cvtepi8_epi16((__m128i)b); }
 
@@ -439,6 +444,8 @@ INLINE Bytes32 fifth_bits(uint32_t mask) {
     };
     return {half(mask), half(mask >> 16)};
 }
+INLINE Bytes16 in_table(Bytes16 q) { return vqtbl1q_u8(load<Bytes16>(IQ4_TABLE.data()), q); }
+INLINE Bytes32 in_table(Bytes32 q) { return {in_table(q.low), in_table(q.high)}; }
 using Shorts16 = Two<int16x8_t>;
 INLINE Shorts16 shorts(Bytes16 b) {
     return {vmovl_s8(vget_low_s8((int8x16_t)b)), vmovl_high_s8((int8x16_t)b)};
@@ -473,7 +480,10 @@ template <BitField F> INLINE Bytes32 bits(const std::byte* p, int i, int to) {
 template <Dtype D, class Sink> INLINE void bytes(const std::byte* p, const Sink& sink) {
     constexpr BlockLayout L = layout_of(D);
     constexpr bool HIGH = L.high.bits > 0;
-    if constexpr (D == Dtype::Q8_0) {
+    if constexpr (looked_up(D)) {
+        for (int i = 0; i < format_of(D).values / 32; i++)
+            sink(i, in_table(nibbles(p + L.low.at + 16 * i)));
+    } else if constexpr (D == Dtype::Q8_0) {
         sink(0, load<Bytes32>(p + L.low.at) ^ all8(128));
     } else if constexpr (of_32(D)) {
         const Bytes32 q = nibbles(p + L.low.at);
@@ -531,7 +541,9 @@ template <Dtype D> struct Factors {
 
     INLINE explicit Factors(const std::byte* p) : d(half_at(p + layout_of(D).d)) {
         if (has_minimums(D)) m = half_at(p + layout_of(D).m);
-        if constexpr (!of_32(D)) {
+        if constexpr (looked_up(D)) {
+            for (int g = 0; !of_32(D) && g < 16; g++) scale[g] = int16_t(group_scale<D>(Bytes(p), g).scale);
+        } else if constexpr (!of_32(D)) {
             Scales s = scales<D>(p);
             store(scale, shorts(s.scale)), store(minimum, shorts(s.minimum));
         }
@@ -1577,7 +1589,7 @@ template <Dtype D> void many_ints(Rows out, const IntRows& x, const Matrix& w, i
 }
 
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
-    for_format(w.dtype, [&]<Dtype D>() {
+    for_integers(w.dtype, [&]<Dtype D>() {
         if (T >= MANY_TOKENS) many_ints<D>(out, x, w, T, begin, end);
         else with_constant<MANY_TOKENS - 1>(T, [&]<int N>() { few_ints<D, N>(out, x, w, begin, end); });
     });
@@ -1742,7 +1754,7 @@ template <Dtype D, int T> void side_rows(Rows out, const IntRows& x, const Matri
 
 inline void interleaved_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     if (T >= MANY_TOKENS) return restored_rows(out, x, w, T, begin, end);
-    for_format(w.dtype, [&]<Dtype D>() {
+    for_integers(w.dtype, [&]<Dtype D>() {
         if constexpr (!of_32(D))
             with_constant<MANY_TOKENS - 1>(T, [&]<int N>() { side_rows<D, N>(out, x, w, begin, end); });
     });
@@ -2050,7 +2062,7 @@ template <Dtype D> void int_rows_of(Rows out, const IntRows& x, const Matrix& w,
 inline void int_rows(Rows out, const IntRows& x, const Matrix& w, int T, int begin, int end) {
     constexpr int WORTH_IT = 8;                        // tokens, of a tile's 16
     if (T < WORTH_IT) return avx512::int_rows(out, x, w, T, begin, end);
-    for_format(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
+    for_integers(w.dtype, [&]<Dtype D>() { int_rows_of<D>(out, x, w, T, begin, end); });
 }
 
 // A process asks the system for the registers of the tiles before it uses them.

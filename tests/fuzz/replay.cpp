@@ -21,6 +21,9 @@ namespace fuzz {
 #define LLVMFuzzerTestOneInput fuzz_config
 #include "config.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_generation_config
+#include "generation_config.cpp"
+#undef LLVMFuzzerTestOneInput
 #define LLVMFuzzerTestOneInput fuzz_tokenizer_json
 #include "tokenizer_json.cpp"
 #undef LLVMFuzzerTestOneInput
@@ -38,6 +41,7 @@ struct Target {
 constexpr Target TARGETS[] = {{"safetensors", fuzz_safetensors},
                               {"index", fuzz_index},
                               {"config", fuzz_config},
+                              {"generation_config", fuzz_generation_config},
                               {"tokenizer_json", fuzz_tokenizer_json},
                               {"messages", fuzz_messages},
                               {"gguf", fuzz_gguf}};

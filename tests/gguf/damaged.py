@@ -8,7 +8,12 @@ import struct
 import tiny_gguf
 from gguf_model import TYPES, container, text
 
-NOT_READ = 16  # IQ2_XXS: a type that exists, and that is not supported
+# Types that exist and are not supported, by the numbers that llama.cpp's ggml.h gives them.
+NOT_READ = {
+    "Q8_1": 9, "Q8_K": 15, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ3_S": 21, "IQ2_S": 22,
+    "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28, "IQ1_M": 29, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
+    "NVFP4": 40, "Q1_0": 41, "Q2_0": 42,
+}
 # MLA has keys of its own for these.
 IGNORED = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
 
@@ -27,7 +32,7 @@ def container_cases(keys, tensors):
     yield "version 1", put(4, "<I", 1), "version 1"
     yield "version 2", put(4, "<I", 2), "version 2"
     yield "version 9", put(4, "<I", 9), "version 9"
-    yield "big endian", put(4, ">I", 3), "version 50331648"
+    yield "big endian", put(4, ">I", 3), "big-endian"
     yield "a key longer than the file", put(24, "<Q", 1 << 40), "key 0"
     yield "a key's length wraps", put(24, "<Q", 2**64 - 8), "key 0"
     yield "a key of no bytes", put(24, "<Q", 0), "key 0"
@@ -66,7 +71,7 @@ def value_cases(keys, tensors):
 
 def key_cases(keys, tensors):
     """Every number of the model: missing where it is needed, of a wrong type, out of range."""
-    needed = (".block_count", "context_length", "embedding_length", "2.feed_forward_length", "kv_lora_rank")
+    needed = (".block_count", ".context_length", "embedding_length", "2.feed_forward_length", "kv_lora_rank")
     for key in keys:
         kind, _ = keys[key]
         if not key.startswith("deepseek2.") or key.endswith(IGNORED) or kind not in ("u32", "f32"):
@@ -122,7 +127,8 @@ def table_cases(keys, tensors):
     yield "axes that wrap", make(name, (2**40, 2**40), kind, offset), "axes are impossible"
     yield "an axis of 0", make(name, (0, *shape), kind, offset), "axes are impossible"
     yield "part of a block", make(name, (33,), TYPES["Q8_0"], offset), "axes are impossible"
-    yield "a type not read", make(name, shape, NOT_READ, offset), "IQ2_XXS"
+    for other, number in NOT_READ.items():
+        yield f"type {other}", make(name, shape, number, offset), f"type {number} {other} is not"
     yield "a type that is none", make(name, shape, 9999, offset), "9999"
     yield "overlap", make(name, shape, kind, offset - 32), f"'{name}'"
     yield "a gap", make(name, shape, kind, offset + 32), ""

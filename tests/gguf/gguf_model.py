@@ -22,6 +22,8 @@ TYPES = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
     "BF16": 30,
 }
 WIDTH = {"F32": 4, "F16": 2, "BF16": 2}
@@ -73,6 +75,29 @@ def container(keys, tensors, alignment=32):
     return head + b"\0" * (-len(head) % alignment) + data
 
 
+def read_keys(path):
+    """{name: value} of a file's keys; an array is a list."""
+    data, at = path.read_bytes(), 24
+    forms = dict(SCALAR.values())
+
+    def take(kind):
+        nonlocal at
+        if kind == 9:
+            inner, n = struct.unpack_from("<IQ", data, at)
+            at += 12
+            return [take(inner) for _ in range(n)]
+        n = struct.unpack_from("<Q", data, at)[0] if kind == 8 else struct.calcsize(forms[kind])
+        begin, at = at, at + n + 8 * (kind == 8)
+        return data[begin + 8 : at].decode() if kind == 8 else struct.unpack_from(forms[kind], data, begin)[0]
+
+    keys = {}
+    for _ in range(struct.unpack_from("<Q", data, 16)[0]):
+        name = take(8)
+        at += 4
+        keys[name] = take(struct.unpack_from("<I", data, at - 4)[0])
+    return keys
+
+
 # -- a folder ----------------------------------------------------------------------------------------
 
 
@@ -117,6 +142,8 @@ PLAIN = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_a_proj": "attn_q_a",
     "self_attn.q_a_layernorm": "attn_q_a_norm",
     "self_attn.q_b_proj": "attn_q_b",
@@ -254,6 +281,22 @@ def common_keys(c, blocks):
         keys["rope.dimension_count"] = ("u32", d)
     if c.get("head_dim"):
         keys |= {"attention.key_length": ("u32", d), "attention.value_length": ("u32", d)}
+    return keys | yarn_keys(c)
+
+
+def yarn_keys(c):
+    """Of RoPE's scaling, if it is YaRN."""
+    s = c.get("rope_scaling") or {}
+    if s.get("rope_type", s.get("type")) != "yarn":
+        return {}
+    keys = {
+        "rope.scaling.type": ("str", "yarn"),
+        "rope.scaling.factor": ("f32", s["factor"]),
+        "rope.scaling.original_context_length": ("u32", s["original_max_position_embeddings"]),
+    }
+    for field in ("attn_factor", "beta_fast", "beta_slow"):
+        if field in s:
+            keys[f"rope.scaling.yarn_{field}"] = ("f32", s[field])
     return keys
 
 
@@ -279,15 +322,8 @@ def deepseek_keys(c, layout):
             "attention.value_length": ("u32", v),
         }
     if s := c.get("rope_scaling"):
-        keys |= {
-            "rope.scaling.type": ("str", "yarn"),
-            "rope.scaling.factor": ("f32", s["factor"]),
-            "rope.scaling.original_context_length": ("u32", s["original_max_position_embeddings"]),
-            "rope.scaling.yarn_log_multiplier": ("f32", 0.1 * s["mscale_all_dim"]),
-            "rope.scaling.yarn_beta_fast": ("f32", s["beta_fast"]),
-            "rope.scaling.yarn_beta_slow": ("f32", s["beta_slow"]),
-        }
-    return keys
+        keys["rope.scaling.yarn_log_multiplier"] = ("f32", 0.1 * s["mscale_all_dim"])
+    return keys | yarn_keys(c)
 
 
 def expert_keys(c, layout):

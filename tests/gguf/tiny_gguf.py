@@ -38,6 +38,10 @@ def random_values(rng, dtype, n):
     if dtype == "Q8_0":
         blocks = [struct.pack("<e32b", 1 / 512, *rng.choices(range(-127, 128), k=32)) for _ in range(n // 32)]
         return b"".join(blocks)
+    if dtype == "IQ4_XS":                     # scales from -32 to 31
+        return b"".join(struct.pack("<e", 1 / 8192) + rng.randbytes(134) for _ in range(n // 256))
+    if dtype == "IQ4_NL":
+        return b"".join(struct.pack("<e", 1 / 512) + rng.randbytes(16) for _ in range(n // 32))
     if dtype == "Q4_0":
         return b"".join(struct.pack("<e", 1 / 32) + rng.randbytes(16) for _ in range(n // 32))
     values = [rng.uniform(-0.25, 0.25) for _ in range(n)]
@@ -59,43 +63,45 @@ class Tensors(dict):
         self[name] = (dtype, shape, random_values(self.rng, dtype, n))
 
 
-def add_ffn(t, prefix):
-    t.add(prefix + "ffn_gate.weight", FFN, D)
-    t.add(prefix + "ffn_up.weight", FFN, D)
-    t.add(prefix + "ffn_down.weight", D, FFN)
+def add_ffn(t, prefix, width=D):
+    t.add(prefix + "ffn_gate.weight", width, width)
+    t.add(prefix + "ffn_up.weight", width, width)
+    t.add(prefix + "ffn_down.weight", width, width)
 
 
-def add_ends(t):
-    t.add("token_embd.weight", VOCAB, D)
-    t.add("output_norm.weight", D)
-    t.add("output.weight", VOCAB, D)
+def add_ends(t, width=D):
+    t.add("token_embd.weight", VOCAB, width)
+    t.add("output_norm.weight", width)
+    t.add("output.weight", VOCAB, width)
 
 
-def gqa(architecture, dtype, pre):
-    """One layer of qwen2 or llama."""
+def gqa(architecture, dtype, pre, width=D):
+    """One layer of qwen2, qwen3 or llama."""
     keys = {"general.architecture": ("str", architecture)} | {
         f"{architecture}.{name}": value
         for name, value in {
             "block_count": ("u32", 1),
             "context_length": ("u32", 64),
-            "embedding_length": ("u32", D),
-            "feed_forward_length": ("u32", FFN),
+            "embedding_length": ("u32", width),
+            "feed_forward_length": ("u32", width),
             "attention.head_count": ("u32", HEADS),
             "attention.head_count_kv": ("u32", 1),
             "attention.layer_norm_rms_epsilon": ("f32", 1e-6),
             "rope.freq_base": ("f32", 10000),
         }.items()
     }
-    t, each = Tensors(architecture, dtype), D // HEADS
-    add_ends(t)
-    t.add("blk.0.attn_norm.weight", D)
-    t.add("blk.0.ffn_norm.weight", D)
-    for name, rows in (("q", D), ("k", each), ("v", each)):
-        t.add(f"blk.0.attn_{name}.weight", rows, D)
+    t, each = Tensors(architecture, dtype), width // HEADS
+    add_ends(t, width)
+    t.add("blk.0.attn_norm.weight", width)
+    t.add("blk.0.ffn_norm.weight", width)
+    for name, rows in (("q", width), ("k", each), ("v", each)):
+        t.add(f"blk.0.attn_{name}.weight", rows, width)
         if architecture == "qwen2":
             t.add(f"blk.0.attn_{name}.bias", rows)
-    t.add("blk.0.attn_output.weight", D, D)
-    add_ffn(t, "blk.0.")
+        if architecture == "qwen3" and name != "v":
+            t.add(f"blk.0.attn_{name}_norm.weight", each)
+    t.add("blk.0.attn_output.weight", width, width)
+    add_ffn(t, "blk.0.", width)
     return keys | vocabulary(pre), t
 
 
@@ -180,13 +186,17 @@ def all_models():
         "qwen2_q8_0": gqa("qwen2", "Q8_0", "deepseek-r1-qwen"),
         "llama_f16": gqa("llama", "F16", "llama-bpe"),
         "llama_q4_0": gqa("llama", "Q4_0", "llama-bpe"),
+        "qwen3_q8_0": gqa("qwen3", "Q8_0", "qwen2"),
+        "llama_iq4_nl": gqa("llama", "IQ4_NL", "llama-bpe"),
+        "qwen2_iq4_xs": gqa("qwen2", "IQ4_XS", "qwen2", 256),
         "deepseek2_q4_0": deepseek2("Q4_0"),
     }
 
 
 def main(folder):
     for name, model in all_models().items():
-        (pathlib.Path(folder) / name).write_bytes(container(*model))
+        if len(data := container(*model)) < 1 << 16:             # as much as the fuzzer takes
+            (pathlib.Path(folder) / name).write_bytes(data)
     keys, tensors = all_models()["qwen2_q8_0"]
     part = split(keys, tensors, 2)["-00001-of-00002.gguf"]
     (pathlib.Path(folder) / "first_of_two").write_bytes(part)

@@ -23,7 +23,8 @@
 constexpr double BF16_ERROR = 0x1p-8, E4M3_ERROR = 0x1p-4, SIGMAS = 4;
 constexpr int BF16_RESULTS = 20, LINEAR_LAYERS = 8;
 
-const std::vector<std::string> WITH_ARITH = {"v3-fp8", "v3-ue8m0", "v2-lite", "qwen2", "llama3", "tiny"};
+const std::vector<std::string> WITH_ARITH = {"v3-fp8", "v3-ue8m0", "v2-lite",
+                                             "qwen2",  "qwen3",    "llama3",  "tiny"};
 
 // -- the operations -----------------------------------------------------------------------------------------
 

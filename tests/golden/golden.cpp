@@ -55,7 +55,8 @@ constexpr double U = 0x1p-24, PROMISED = 3, SAME_SIZE = 4, KV_BF16 = 0x1p16;
 const std::vector<std::string> WITH_MLA = {
     "v2-lite", "v2-groups", "v2-noyarn", "v2-ties", "v3-bf16",     "v3-mtp", "v3-f16",
     "v3-ties", "v3-fp8",    "v3-long",   "v3-ue8m0", "v3-negative", "tiny"};
-const std::vector<std::string> WITH_GQA = {"qwen2", "qwen2-tied", "qwen2-f32", "llama3", "llama3-long"};
+const std::vector<std::string> WITH_GQA = {"qwen2",       "qwen2-tied", "qwen2-f32",  "qwen3",
+                                           "qwen3-plain", "llama3",     "llama3-long"};
 
 std::vector<std::string> all_names() {
     std::vector<std::string> names = WITH_MLA;

@@ -20,7 +20,7 @@ f32, f64 = np.float32, np.float64
 LEAST, MOST = f32(1e-4), f32(448)
 FORMULAS = ("v3", "v32", "deepgemm", "deepep", "tilekernels", "flashmla")
 ARITH_MODELS = {"v3-fp8": ("bf16", "fp8"), "v3-ue8m0": ("bf16", "fp8"), "v2-lite": ("bf16",),
-                "qwen2": ("bf16",), "llama3": ("bf16",), "tiny": ("bf16",)}
+                "qwen2": ("bf16",), "qwen3": ("bf16",), "llama3": ("bf16",), "tiny": ("bf16",)}
 KEPT = ("layers.0.attn_out", "layers.0.ffn_out", "layers.1.attn_out", "layers.1.ffn_out", "logits")
 
 

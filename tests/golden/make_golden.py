@@ -56,6 +56,10 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 LLAMA = dict(QWEN, architectures=["LlamaForCausalLM"], model_type="llama", rms_norm_eps=1e-5,
              rope_theta=2000.0, attention_bias=False, mlp_bias=False, rope_scaling=LLAMA3)
 LLAMA = {k: v for k, v in LLAMA.items() if "window" not in k}
+# R1-0528-Qwen3-8B scales by YaRN, with the factor of cos and sin left to be computed: 0.1 ln 4 + 1.
+QWEN3 = dict(QWEN, architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=20, attention_bias=False,
+             rope_theta=1000.0, rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=4,
+                                                  original_max_position_embeddings=16))
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
 SMALL = dict(num_hidden_layers=2)
 SHAPE_FP8 = dict(SMALL, hidden_size=136, intermediate_size=150, moe_intermediate_size=132,
@@ -85,6 +89,9 @@ MODELS = {
     "qwen2-tied": dict(QWEN, **SMALL, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1,
                        rope_theta=1000000.0, rms_norm_eps=1e-5),
     "qwen2-f32": dict(QWEN, **SMALL, vocab_size=151, intermediate_size=50, torch_dtype="float32"),
+    "qwen3": dict(QWEN3),
+    "qwen3-plain": dict(QWEN3, **SMALL, vocab_size=151, head_dim=28, rms_norm_eps=1e-3, rope_scaling=None,
+                        tie_word_embeddings=True),
     "llama3": dict(LLAMA),
     "llama3-long": dict(LLAMA, **SMALL, vocab_size=151, rope_theta=500000.0,
                         rope_scaling=dict(LLAMA3, original_max_position_embeddings=64)),
@@ -172,11 +179,14 @@ def mla_shapes(c, a):
 
 def gqa_shapes(c, a):
     D, H, G, out = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], {}
+    d = c.get("head_dim", D // H)
     for n, k in (("q", H), ("k", G), ("v", G)):
-        out[a + n + "_proj.weight"] = ((k * (D // H), D), "w")
+        out[a + n + "_proj.weight"] = ((k * d, D), "w")
         if c["model_type"] == "qwen2":
-            out[a + n + "_proj.bias"] = ((k * (D // H),), "b")
-    return out | {a + "o_proj.weight": ((D, D), "w")}
+            out[a + n + "_proj.bias"] = ((k * d,), "b")
+        if c["model_type"] == "qwen3" and n != "v":
+            out[a + n + "_norm.weight"] = ((d,), "n")
+    return out | {a + "o_proj.weight": ((D, H * d), "w")}
 
 
 def moe_shapes(c, m):

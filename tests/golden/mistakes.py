@@ -95,7 +95,12 @@ SWAP = """for (int t = 0; t < T; t++) {
         std::swap_ranges(in, in + c.D, in + c.D);
     }
     matmul({a.mtp_x, c.D}, {a.mtp_in, 2 * c.D}, w.proj, T);"""
-MAGNITUDE = "rope.magnitude = «yarn_mscale(c.factor, c.mscale) / all»;"
+MAGNITUDE = "? c.attention_factor : «yarn_mscale(c.factor, c.mscale) / all»;"
+NORM_Q = "if (c.qk_norm) rmsnorm({a.q, d}, {a.q, d}, w.q_norm, int64_t(T) * c.H, c.eps);"
+NORM_K = "if (c.qk_norm) rmsnorm({k, d}, {k, d}, w.k_norm, int64_t(T) * c.G, c.eps);"
+NORM_ALL = """Vector all;
+    for (int h = 0; h < c.H; h++) all.insert(all.end(), w.q_norm.begin(), w.q_norm.end());
+    rmsnorm({a.q, c.H * d}, {a.q, c.H * d}, all, T, c.eps);"""
 MSCALE = "yarn_mscale(c.factor, c.mscale)"
 BITS = "HasTheSameBits"
 CHUNK = "the second chunk of a prompt"
@@ -123,6 +128,23 @@ MISTAKES = [
     Mistake("rope", "interleaved layout in GQA", "llama3", "layers.0.lse",
             [(f"«rope_half({heads});»", f"rope_interleaved({heads});") for heads in GQA_HEADS]),
 
+    # Qwen3's norms of heads.
+    Mistake("heads", "no norms of q and k", "qwen3", "layers.0.attn_out",
+            [("if («c.qk_norm») { // a head", "false")]),
+    Mistake("heads", "norms of q and k after their rotation", "qwen3", "layers.0.attn_out",
+            [("if («c.qk_norm») { // a head", "false"),
+             (f"«rope_half({GQA_HEADS[0]});»", f"rope_half({GQA_HEADS[0]}); {NORM_Q}"),
+             (f"«rope_half({GQA_HEADS[1]});»", f"rope_half({GQA_HEADS[1]}); {NORM_K}")]),
+    Mistake("heads", "one norm over all heads", "qwen3", "layers.0.attn_out",
+            [("«rmsnorm({a.q, d}, {a.q, d}, w.q_norm, int64_t(T) * c.H, c.eps);»", NORM_ALL)]),
+    Mistake("heads", "norms of q and k exchanged", "qwen3", "layers.0.attn_out",
+            [('w.q_norm = b.vector(p + «"q_norm.weight"»', '"k_norm.weight"'),
+             ('w.k_norm = b.vector(p + «"k_norm.weight"»', '"q_norm.weight"')]),
+    Mistake("heads", "1e-6 for the config's eps in the norms of heads", "qwen3-plain", "layers.0.attn_out",
+            [("w.k_norm, int64_t(T) * c.G, «c.eps»", "1e-6")]),
+    Mistake("mscale", "YaRN of GQA without its factor of cos and sin", "qwen3", "layers.0.attn_out",
+            [(MAGNITUDE, "1.0")]),
+
     # 3. The correction bias picks experts and must not enter the mixture.
     Mistake("bias", "mixture weights from biased scores", "v3-bf16", "layers.1.expert_weight",
             [(SUM, "sum += r.choice[r.idx[k]];"), (SHARE, "r.choice[r.idx[k]]")]),
@@ -135,7 +157,7 @@ MISTAKES = [
 
     # 4. The gate of another model.
     Mistake("gate", "V2's softmax for V3's sigmoid", "v3-bf16", "layers.1.group_score",
-            [('c.sigmoid_affinity = «f.choice("scoring_func", {"softmax", "sigmoid"}) == 1»;', "false")]),
+            [("«c.sigmoid_affinity ? Affinity::SIGMOID : Affinity::SOFTMAX»", "Affinity::SOFTMAX")]),
     Mistake("gate", "group_limited_greedy for noaux_tc", "v3-bf16", "layers.1.group_score",
             [(GATE, "gate_group_limited_greedy(r, shape);")]),
     Mistake("gate", "a group's score from its best expert alone", "v3-bf16", "layers.1.group_score",

@@ -1,4 +1,5 @@
-"""Float64 reference of the DeepSeek forward pass in NumPy alone: V2, V3 (FP8 and MTP included), Qwen2, Llama.
+"""Float64 reference of the DeepSeek forward pass in NumPy alone: V2, V3 (FP8 and MTP included), Qwen2, Qwen3,
+Llama.
 
     reference.py MODEL_FOLDER --ids 1,2,3 --out taps.safetensors [--float32] [--arith bf16|fp8]
 
@@ -198,13 +199,13 @@ def rope_frequencies(c, dim):
     assert kind == "yarn", kind
     factor, old = s["factor"], s["original_max_position_embeddings"]
     corr = lambda n: dim * math.log(old / (n * 2 * math.pi)) / (2 * math.log(base))
-    low = max(math.floor(corr(s.get("beta_fast", 32))), 0)
-    high = min(math.ceil(corr(s.get("beta_slow", 1))), dim - 1)
+    floor, ceil = (math.floor, math.ceil) if s.get("truncate", True) else (float, float)
+    low, high = max(floor(corr(s.get("beta_fast", 32))), 0), min(ceil(corr(s.get("beta_slow", 1))), dim - 1)
     ramp = np.clip((np.arange(dim // 2, dtype=F) - low) / ((high - low) or 0.001), 0, 1)
     mscale = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
     all_dim = s.get("mscale_all_dim", 0)
     magnitude, scores = mscale(s.get("mscale", 1)) / mscale(all_dim), mscale(all_dim) ** 2 if all_dim else 1.0
-    return f / factor * ramp + f * (1 - ramp), magnitude, scores
+    return f / factor * ramp + f * (1 - ramp), s.get("attention_factor", magnitude), scores
 
 
 def rope_interleaved(x, pos, f, m):      # pairs (2i, 2i+1), written back in place
@@ -263,9 +264,11 @@ def gqa(u, w, p, c, pos, tap):
     T, H = len(u), c["num_attention_heads"]
     G, d = c.get("num_key_value_heads", H), c.get("head_dim") or c["hidden_size"] // H
     lin = lambda n: linear(u, w, p + n + ".weight", w.get(p + n + ".bias", 0.0))
+    # Qwen3: RMSNorm of each head
+    norm = lambda x, n: rmsnorm(x, w[p + n + ".weight"], c["rms_norm_eps"]) if p + n + ".weight" in w else x
     f, m, _ = rope_frequencies(c, d)
-    q = rope_half(lin("q_proj").reshape(T, H, d), pos, f, m)
-    k = rope_half(lin("k_proj").reshape(T, G, d), pos, f, m)
+    q = rope_half(norm(lin("q_proj").reshape(T, H, d), "q_norm"), pos, f, m)
+    k = rope_half(norm(lin("k_proj").reshape(T, G, d), "k_norm"), pos, f, m)
     v = lin("v_proj").reshape(T, G, d)
     o, _, tap["lse"] = attend(q, np.repeat(k, H // G, 1), np.repeat(v, H // G, 1), d ** -0.5)
     tap["o"] = o

@@ -155,11 +155,13 @@ def tensor(name, dtype=None, shape=None, data=None):
 def lost(name):
     """The good folder without one tensor, neither in its shard nor in the index."""
     shards = tuple({key: value for key, value in shard.items() if key != name} for shard in TENSORS)
-    return (
-        GOOD
-        | {file: safetensors(shard) for file, shard in zip(SHARDS, shards)}
-        | {INDEX: json.dumps(good_model.index_of(shards)).encode()}
-    )
+    return packed(shards)
+
+
+def packed(shards):
+    """The good folder with other tensors in its shards."""
+    index = json.dumps(good_model.index_of(shards)).encode()
+    return GOOD | {file: safetensors(shard) for file, shard in zip(SHARDS, shards)} | {INDEX: index}
 
 
 def extra(name, dtype="BF16", shape=(2, 2)):
@@ -385,6 +387,12 @@ def index_cases():
         WEIGHTS,
     )
     yield Case(
+        "index_and_another_model",
+        GOOD | {"model.safetensors": GOOD[FIRST]},
+        (INDEX, "does not name model.safetensors"),
+        WEIGHTS,
+    )
+    yield Case(
         "index_lacks_a_tensor", json_file(INDEX, {"weight_map/" + ONE: DROP}), (FIRST, ONE, "index"), WEIGHTS
     )
     twice = GOOD[INDEX].replace(
@@ -430,14 +438,21 @@ NUMBERS = {
     "num_nextn_predict_layers": (-1, 2),
     "tie_word_embeddings": ("no",),
     "attention_bias": (True, 0),
+    "mlp_bias": (True,),
+    "is_causal": (False, 1),
+    "rope_interleave": (False,),
+    "partial_rotary_factor": (0.5,),
+    "sliding_window": (4096,),
     "rope_theta": (0, 1, -10000, "10000", 1e13),
     "eos_token_id": (-1, 512, "1", [1, -1], [1, 512], [1.5], [[1]], {}),
 }
 CHOICES = {
     "model_type": ("deepseek_v9", "", "DEEPSEEK_V3", 3, "deepseek_v3\0", "x" * 5000, "a\nb"),
     "hidden_act": ("gelu", 1),
-    "topk_method": ("best", 1),
-    "scoring_func": ("tanh",),
+    "topk_method": ("best", 1, "greedy"),
+    "scoring_func": ("tanh", "softmax"),
+    "layer_types": ("full_attention", ["full_attention", "sliding_attention"]),
+    "per_layer_config": ({"0": {"head_dim": 8}},),
 }
 REQUIRED = (
     "model_type",
@@ -456,13 +471,7 @@ REQUIRED = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "first_k_dense_replace",
-    "topk_method",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "n_group",
-    "topk_group",
-    "rope_theta",
+    "n_group",                                                     # its default does not fit 4 experts
 )
 
 
@@ -534,7 +543,8 @@ def nested_cases():
         "fmt": ("e5m2",),
         "activation_scheme": ("static",),
         "scale_fmt": ("e8m0",),
-        "weight_block_size": ([64, 64], [128], [128, 128, 128], [128, 1.5], "128", [128, -128], DROP),
+        "weight_block_size": ([64, 64], [128], [128, 128, 128], [128, 1.5], "128", [128, -128], None),
+        "expert_dtype": ("fp4",),
     }
     scaling = {
         "type": ("longrope", "llama3", 1, DROP),
@@ -544,8 +554,11 @@ def nested_cases():
         "beta_slow": (0, 32, 100),
         "mscale": (-1, 101),
         "mscale_all_dim": (-1, 101),
-        "attention_factor": (1,),
-        "rope_theta": (0,),
+        "attention_factor": (0, "1"),
+        "truncate": (1,),
+        "partial_rotary_factor": (0.5,),
+        "rope_type": ("llama3",),
+        "rope_theta": (0, 20000),
     }
     for parent, table in (("quantization_config", quantization), ("rope_scaling", scaling)):
         for value in (1, [], "fp8", True):
@@ -631,11 +644,8 @@ def shape_of(name):
 
 def dtype_cases():
     for kind, name in KINDS.items():
-        for dtype in (
-            ("F64", "I32")
-            if kind != "expert"
-            else ("F64", "I64", "I16", "I8", "U8", "BOOL", "F8_E5M2", "F8_E8M0")
-        ):
+        few = ("I32",) if len(shape_of(name)) == 1 else ("F64", "I32")
+        for dtype in few if kind != "expert" else ("F64", "I64", "I16", "I8", "U8", "BOOL", "F8_E5M2", "F8_E8M0"):
             yield Case(f"{kind}_is_{dtype}", tensor(name, dtype), (name, dtype), BINDING)
     for kind in ("norm", "q_norm", "gate_bias", "mtp_norm"):
         yield Case(f"{kind}_is_F8_E4M3", tensor(KINDS[kind], "F8_E4M3"), (KINDS[kind], "F8_E4M3"), BINDING)
@@ -674,7 +684,7 @@ def value_cases():
     )
     yield Case("scale_nan", tensor(scale, data=nan), (scale, "finite"), BINDING)
     yield Case("scale_infinite", tensor(scale, data=infinity), (scale, "finite"), BINDING)
-    for dtype in ("BF16", "F64", "F8_E8M0", "U8"):
+    for dtype in ("F8_E8M0", "U8"):
         yield Case(f"scale_is_{dtype}", tensor(scale, dtype), (scale, dtype), BINDING)
     yield Case("scale_too_wide", tensor(scale, shape=[1, 2]), (scale, "shape"), BINDING)
     yield Case("scale_missing", lost(scale), (scale,), BINDING)
@@ -711,12 +721,6 @@ def count_cases():
         BINDING,
     )
     yield Case(
-        "config_without_mtp",
-        json_file(CONFIG, {"num_nextn_predict_layers": 0}),
-        ("model.layers.2", "no place"),
-        BINDING,
-    )
-    yield Case(
         "config_one_expert_pair_more",
         json_file(CONFIG, {"n_routed_experts": 6}),
         ("model.layers.1.mlp",),
@@ -740,6 +744,11 @@ def generation_cases():
         "min_p": (-1, 2),
         "do_sample": (1, "yes"),
         "eos_token_id": (-1, 512, [1, "2"], 1 << 40),
+        "repetition_penalty": (0, 101, "1.1"),
+        "num_beams": (4, "1"),
+        "no_repeat_ngram_size": (3,),
+        "bad_words_ids": ([[3]],),
+        "token_healing": (True,),
     }
     for field, values in bad.items():
         for value in values:
@@ -965,6 +974,14 @@ def odd_folders():
     yield "norm_in_F16", tensor(KINDS["norm"], "F16", data=struct.pack("<e", 1))
     yield "expert_in_BF16", lost_scale(KINDS["expert"])
     yield "ue8m0", json_file(CONFIG, {"quantization_config/scale_fmt": "ue8m0"})
+    yield "no_mtp_in_config", json_file(CONFIG, {"num_nextn_predict_layers": 0})
+    yield "no_mtp_in_files", packed([{k: v for k, v in shard.items() if ".layers.2." not in k} for shard in TENSORS])
+    yield "scale_in_BF16", tensor(KINDS["q_a"] + "_scale_inv", "BF16", data=struct.pack("<H", 0x3C00))
+    yield "norm_in_F64", tensor(KINDS["norm"], "F64", data=struct.pack("<d", 1))
+    for field in ("topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "rope_theta"):
+        yield f"no_{field}", json_file(CONFIG, {field: DROP})
+    yield "no_weight_block_size", json_file(CONFIG, {"quantization_config/weight_block_size": DROP})
+    yield "no_scaling", json_file(CONFIG, {"rope_scaling": {}})
     yield "odd_regex", pre_tokenizer("(?i:'s|'t)|[^\\s\\p{L}]{1,3}(?!\\S)|(?<=a)b")
 
 
@@ -974,11 +991,13 @@ def lost_scale(name):
         shard.pop(name + "_scale_inv", None)
         if name in shard:
             shard[name] = ("BF16", shard[name][1], bytes(2 * len(shard[name][2])))
-    return (
-        GOOD
-        | {file: safetensors(shard) for file, shard in zip(SHARDS, shards)}
-        | {INDEX: json.dumps(good_model.index_of(shards)).encode()}
-    )
+    return packed(shards)
+
+
+def packed(shards):
+    """The good folder with other tensors in its shards."""
+    index = json.dumps(good_model.index_of(shards)).encode()
+    return GOOD | {file: safetensors(shard) for file, shard in zip(SHARDS, shards)} | {INDEX: index}
 
 
 def main(arguments):

@@ -61,7 +61,9 @@ TEST(Format, EachDtype) {
                             {Dtype::Q3_K, "Q3_K", 256, 32 + 64 + 12 + 2, false},
                             {Dtype::Q4_K, "Q4_K", 256, 4 + 12 + 128, true},
                             {Dtype::Q5_K, "Q5_K", 256, 4 + 12 + 32 + 128, true},
-                            {Dtype::Q6_K, "Q6_K", 256, 128 + 64 + 16 + 2, false}};
+                            {Dtype::Q6_K, "Q6_K", 256, 128 + 64 + 16 + 2, false},
+                            {Dtype::IQ4_NL, "IQ4_NL", 32, 2 + 16, false},
+                            {Dtype::IQ4_XS, "IQ4_XS", 256, 2 + 2 + 4 + 128, false}};
     EXPECT_EQ(std::size(all), std::size(ALL_DTYPES));
     for (const Expected& e : all) {
         const Format& f = format_of(e.dtype);

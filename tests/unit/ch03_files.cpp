@@ -321,18 +321,16 @@ TEST(ConfigRefusal, Experts) {
                              {"first_k_dense_replace", "-1", nullptr},
                              {"first_k_dense_replace", "62", nullptr},
                              {"moe_layer_freq", "0", nullptr},
-                             {"topk_method", nullptr, nullptr},
                              {"topk_method", "\"topk\"", nullptr},
-                             {"scoring_func", nullptr, nullptr},
+                             {"topk_method", "\"greedy\"", nullptr},      // of V2 alone
                              {"scoring_func", "\"relu\"", nullptr},
-                             {"norm_topk_prob", nullptr, nullptr},
+                             {"scoring_func", "\"softmax\"", nullptr},
                              {"norm_topk_prob", "1", nullptr},
-                             {"routed_scaling_factor", nullptr, nullptr},
                              {"routed_scaling_factor", "0", nullptr},
-                             {"n_group", nullptr, nullptr},
+                             {"n_group", "null", nullptr},
                              {"n_group", "0", nullptr},
                              {"n_group", "7", nullptr},
-                             {"topk_group", nullptr, nullptr},
+                             {"topk_group", "null", nullptr},
                              {"topk_group", "0", nullptr},
                              {"topk_group", "9", nullptr}};
     // Two shared experts, so that the product of widths can leave its range.
@@ -350,7 +348,8 @@ TEST(ConfigRefusal, Quantization) {
         {key, R"({"quant_method":"fp8","activation_scheme":"static","weight_block_size":[128,128]})",
          "'activation_scheme'"},
         {key, R"({"quant_method":"fp8","scale_fmt":"e8m0","weight_block_size":[128,128]})", "'scale_fmt'"},
-        {key, R"({"quant_method":"fp8"})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","weight_block_size":null})", "'weight_block_size'"},
+        {key, R"({"quant_method":"fp8","expert_dtype":"fp4"})", "'expert_dtype'"},
         {key, R"({"quant_method":"fp8","weight_block_size":128})", "'weight_block_size'"},
         {key, R"({"quant_method":"fp8","weight_block_size":[128]})", "'weight_block_size'"},
         {key, R"({"quant_method":"fp8","weight_block_size":[64,128]})", "'weight_block_size'"},
@@ -360,11 +359,16 @@ TEST(ConfigRefusal, Quantization) {
 TEST(ConfigRefusal, Yarn) {
     const char* key = "rope_scaling";
     const Refusal cases[] = {
-        {"rope_theta", nullptr, nullptr},
         {"rope_theta", "0", nullptr},
         {"rope_theta", "\"1e4\"", nullptr},
         {key, "4", key},
-        {key, "{}", "'rope_type'"},
+        {key, R"({"factor":2})", "'rope_type'"},
+        {key, R"({"rope_type":"default","beta_max":2})", "'beta_max'"},
+        {key, R"({"type":"default","rope_type":"yarn"})", "'rope_type'"},
+        {key, R"({"rope_type":"default","rope_theta":1e5})", "'rope_theta'"},
+        {key, R"({"rope_type":"default","partial_rotary_factor":0.5})", "'partial_rotary_factor'"},
+        {"original_max_position_embeddings", "8192", nullptr},
+        {"partial_rotary_factor", "0.5", nullptr},
         {key, R"({"type":"linear","factor":2})", "'type'"},
         {key, R"({"type":"dynamic","factor":2})", "'type'"},
         {key, LLAMA3_ROPE, "\"llama3\""},
@@ -376,25 +380,28 @@ TEST(ConfigRefusal, Yarn) {
                           {"original_max_position_embeddings", nullptr, nullptr},
                           {"original_max_position_embeddings", "0", nullptr},
                           {"beta_fast", "0", nullptr},
+                          {"beta_fast", "1", nullptr},            // beta_slow
                           {"beta_slow", "0", nullptr},
                           {"mscale", "-1", nullptr},
                           {"mscale_all_dim", "\"1\"", nullptr},
-                          {"truncate", "false", nullptr}});
+                          {"attention_factor", "0", nullptr},
+                          {"truncate", "0", nullptr}});
+    // DeepSeek's model.py gives 1 for cos and sin here, transformers 1.37.
+    const char one[] = R"({"type":"yarn","factor":40,"original_max_position_embeddings":4096,"mscale_all_dim":1})";
+    EXPECT_TRUE(refuses([&] { config_of(with(v3_keys(), {{key, one}})); }, "published programs disagree"));
 }
 TEST(ConfigRefusal, Dense) {
-    const char* key = "rope_scaling";
-    const std::string yarn = yarn_json("1.0");
     const Refusal cases[] = {
         {"num_key_value_heads", "0", nullptr},
         {"num_key_value_heads", "7", nullptr},
         {"num_attention_heads", "24", "'hidden_size'"},
+        {"num_attention_heads", "4096", "'head_dim'"},            // 4096 / 4096
         {"head_dim", "1", nullptr},
         {"head_dim", "65", "even head dimension"},
         {"head_dim", "16777216", "'num_attention_heads'"},
         {"use_sliding_window", "true", nullptr},
         {"mlp_bias", "true", nullptr},
-        {"attention_bias", "true", nullptr},
-        {key, yarn.c_str(), "\"yarn\""}};
+        {"attention_bias", "true", nullptr}};
     expect_refusals(distill_keys(DISTILLS[4]), cases);
     expect_rope_refusals(distill_keys(DISTILLS[4]), LLAMA3_ROPE,
                          {{"factor", nullptr, nullptr},
@@ -404,9 +411,189 @@ TEST(ConfigRefusal, Dense) {
                           {"high_freq_factor", "1.0", nullptr},
                           {"original_max_position_embeddings", nullptr, nullptr}});
 }
-TEST(ConfigRefusal, RopeParametersWithoutTheta) {
-    Keys keys = without(without(distill_keys(DISTILLS[4]), "rope_scaling"), "rope_theta");
-    EXPECT_TRUE(refuses([&] { config_of(with(keys, {{"rope_parameters", LLAMA3_ROPE}})); }, "'rope_theta'"));
+
+// -- 3.2 config.json: every field of transformers' classes that computes -----------------------------
+
+// All that computes, as text.
+static std::string arithmetic(const Config& c) {
+    const RopeConfig& r = c.rope;
+    Rope rope = make_rope(r, c.rope_dim());
+    std::string text = text_of(
+        "D=%d V=%d L=%d mtp=%d ffn=%d ctx=%d H=%d G=%d d=%d Rq=%d Rkv=%d Dn=%d Dr=%d Dv=%d E=%d K=%d F=%d "
+        "shared=%d dense=%d freq=%d groups=%d/%d gate=%d sigmoid=%d norm=%d bias=%d qk_norm=%d tied=%d fp8=%d "
+        "ue8m0=%d scale=%g eps=%g theta=%g magnitude=%.9f scores=%.9f frequencies:",
+        c.D, c.V, c.n_layers, c.n_mtp, c.ffn_width, c.max_context, c.H, c.G, c.head_dim, c.Rq, c.Rkv, c.Dn, c.Dr,
+        c.Dv, c.E, c.K, c.F, c.n_shared, c.first_dense, c.moe_freq, c.topk_group, c.n_group, int(c.gate),
+        c.sigmoid_affinity, c.norm_topk, c.qkv_bias, c.qk_norm, c.tied, c.fp8, c.ue8m0, c.routed_scale, c.eps,
+        r.theta, rope.magnitude, c.mla() ? rope.score_scale : 1);
+    for (double f : rope.frequency) text += text_of(" %.6e", f);
+    return text;
+}
+
+static const char SAME[] = "=";        // as if the field were absent
+struct Reading {
+    const char *key, *value;           // nullptr: absent
+    const char* expected;              // in arithmetic(): SAME, or a part of it; nullptr: refused by name
+};
+static void expect_readings(const Keys& good, std::span<const Reading> table) {
+    const std::string before = arithmetic(config_of(good));
+    for (const Reading& r : table) {
+        Keys keys = r.value ? with(good, {{r.key, r.value}}) : without(good, r.key);
+        SCOPED_TRACE(text_of("%s = %s", r.key, r.value ? r.value : "absent"));
+        if (!r.expected) {
+            EXPECT_TRUE(refuses([&] { config_of(keys); }, text_of("'%s'", r.key)));
+            continue;
+        }
+        std::string after = arithmetic(config_of(keys));
+        if (r.expected == SAME) EXPECT_EQ(after, arithmetic(config_of(without(good, r.key))));
+        else EXPECT_NE(after.find(r.expected), after.npos) << after;
+        EXPECT_TRUE(r.expected == SAME || after != before || std::string(r.expected).ends_with(' '));
+    }
+}
+
+// The published config.json of R1-0528-Qwen3-8B.
+static Keys qwen3_keys() {
+    return {{"model_type", "\"qwen3\""}, {"hidden_size", "4096"}, {"intermediate_size", "12288"},
+            {"num_hidden_layers", "36"}, {"num_attention_heads", "32"}, {"num_key_value_heads", "8"},
+            {"head_dim", "128"}, {"vocab_size", "151936"}, {"rms_norm_eps", "1e-06"}, {"rope_theta", "1000000"},
+            {"max_position_embeddings", "131072"}, {"tie_word_embeddings", "false"}, {"hidden_act", "\"silu\""},
+            {"attention_bias", "false"}, {"attention_dropout", "0.0"}, {"use_sliding_window", "false"},
+            {"sliding_window", "null"}, {"max_window_layers", "36"}, {"eos_token_id", "151645"},
+            {"rope_scaling", R"({"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":32768,)"
+                             R"("attn_factor":0.8782488562869419})"}};
+}
+TEST(Config, Qwen3) {
+    testing::internal::CaptureStderr();
+    Config c = config_of(qwen3_keys());
+    EXPECT_NE(testing::internal::GetCapturedStderr().find("'attn_factor' is passed over"), std::string::npos);
+    EXPECT_TRUE(c.qk_norm && !c.qkv_bias && c.head_dim == 128);
+    EXPECT_EQ(count_parameters(c), 8190735360u);             // as the model card of Qwen3-8B has it: 8.2 B
+}
+
+// transformers 5.24's inv_freq and attention_scaling of Qwen3RotaryEmbedding, in float64.
+#define FREQUENCY_24 " 5.375321e-03 4.131738e-03 "
+TEST(Config, YarnOfQwen3IsThatOfTransformers) {
+#define YARN "\"rope_type\":\"yarn\",\"factor\":4.0,\"original_max_position_embeddings\":32768"
+    const Reading table[] = {
+        {"rope_scaling", "{" YARN "}", "magnitude=1.138629436 "},
+        {"rope_scaling", "{" YARN "}", FREQUENCY_24},
+        {"rope_scaling", "{" YARN ",\"attn_factor\":0.5}", "magnitude=1.138629436 "},
+        {"rope_scaling", "{" YARN ",\"attention_factor\":null}", "magnitude=1.138629436 "},
+        {"rope_scaling", "{" YARN ",\"truncate\":true}", FREQUENCY_24},
+        {"rope_scaling", "{" YARN ",\"partial_rotary_factor\":1}", FREQUENCY_24},
+        {"rope_scaling", "{" YARN ",\"type\":\"yarn\"}", FREQUENCY_24},
+        {"rope_scaling", "{" YARN ",\"rope_theta\":1e6}", FREQUENCY_24},
+        {"rope_scaling", "{" YARN ",\"attention_factor\":0.9}", "magnitude=0.900000000"},
+        {"rope_scaling", "{" YARN ",\"mscale\":1.0,\"mscale_all_dim\":0.707}", "magnitude=1.036992730"},
+        {"rope_scaling", "{" YARN ",\"mscale\":0.707}", "magnitude=1.138629436 "},
+        {"rope_scaling", "{" YARN ",\"mscale_all_dim\":0.707}", "magnitude=1.138629436 "},
+        {"rope_scaling", "{" YARN ",\"truncate\":false}", " 5.517270e-03 4.234358e-03"},
+        {"rope_scaling", "{" YARN ",\"beta_fast\":16,\"beta_slow\":2}", " 5.623413e-03 4.531584e-03"},
+        {"rope_scaling", "{}", " 5.623413e-03 4.531584e-03 3.651741e-03"},
+        {"rope_scaling", "null", "magnitude=1.000000000"}};
+    expect_readings(qwen3_keys(), table);
+    Keys outer = with(qwen3_keys(), {{"rope_scaling", R"({"rope_type":"yarn","factor":4.0})"}});
+    const Reading beside[] = {{"original_max_position_embeddings", "32768", FREQUENCY_24}};
+    outer["original_max_position_embeddings"] = "4096";
+    expect_readings(outer, beside);
+#undef YARN
+}
+TEST(Config, FieldsOfQwen3) {
+    const Reading table[] = {
+        {"head_dim", nullptr, "d=128 "}, {"head_dim", "64", "d=64"}, {"num_key_value_heads", "4", "G=4 "},
+        {"num_key_value_heads", "null", "G=32 "}, {"rope_theta", nullptr, "theta=10000 "},
+        {"tie_word_embeddings", "true", "tied=1"}, {"tie_word_embeddings", nullptr, "tied=0 "},
+        {"hidden_act", "\"swish\"", SAME}, {"hidden_act", "\"gelu\"", nullptr},
+        {"attention_bias", nullptr, SAME}, {"attention_bias", "true", nullptr},
+        {"use_sliding_window", nullptr, SAME}, {"use_sliding_window", "true", nullptr},
+        {"sliding_window", "4096", SAME}, {"max_window_layers", "1", SAME},
+        {"layer_types", R"(["full_attention", "full_attention"])", SAME},
+        {"layer_types", R"(["full_attention","sliding_attention"])", nullptr}, {"layer_types", "3", nullptr},
+        {"is_causal", "true", SAME}, {"is_causal", "false", nullptr}, {"mlp_bias", "true", nullptr},
+        {"partial_rotary_factor", "1.0", SAME}, {"partial_rotary_factor", "0.5", nullptr},
+        {"per_layer_config", R"({"0":{"head_dim":64}})", nullptr}, {"attention_chunk_size", "8", nullptr},
+        {"attention_dropout", "0.1", SAME}, {"initializer_range", "0.1", SAME}, {"use_cache", "false", SAME},
+        {"pad_token_id", "3", SAME}, {"output_router_logits", "true", SAME}, {"dtype", "\"float32\"", SAME}};
+    expect_readings(qwen3_keys(), table);
+}
+TEST(Config, FieldsOfQwen2AndLlama) {
+    const Reading both[] = {
+        {"head_dim", "64", "d=64"}, {"head_dim", "null", SAME}, {"num_key_value_heads", "2", "G=2 "},
+        {"rope_theta", nullptr, "theta=10000 "}, {"is_causal", "false", nullptr},
+        {"attention_bias", "true", nullptr}, {"mlp_bias", "true", nullptr}, {"mlp_bias", "false", SAME},
+        {"pretraining_tp", "1", SAME}, {"use_sliding_window", "true", nullptr},
+        {"rope_interleave", "false", nullptr}, {"rope_parameters", "{}", SAME},
+        {"layer_types", R"(["full_attention"])", SAME}, {"layer_types", R"(["sliding_attention"])", nullptr}};
+    expect_readings(with(distill_keys(DISTILLS[0]), {{"rope_theta", "20000"}}), both);
+    expect_readings(distill_keys(DISTILLS[4]), both);
+    const Reading llama[] = {{"sliding_window", "4096", nullptr}, {"sliding_window", "null", SAME}};
+    expect_readings(distill_keys(DISTILLS[4]), llama);
+    const Reading qwen[] = {{"sliding_window", "17", SAME}, {"max_window_layers", "0", SAME}};
+    expect_readings(distill_keys(DISTILLS[0]), qwen);
+    Keys newer = without(without(distill_keys(DISTILLS[4]), "rope_scaling"), "rope_theta");
+    EXPECT_EQ(config_of(with(newer, {{"rope_parameters", LLAMA3_ROPE}})).rope.theta, 10000);
+}
+
+// What transformers 5.24 writes for DeepseekV3Config(num_hidden_layers=2), its own names left in.
+static const char SAVED_V3[] =
+    R"({"attention_bias":false,"attention_dropout":0.0,"bos_token_id":0,"dtype":"bfloat16",)"
+    R"("eos_token_id":1,"first_k_dense_replace":1,"head_dim":64,"hidden_act":"silu",)"
+    R"("hidden_size":7168,"initializer_range":0.02,"intermediate_size":18432,"kv_lora_rank":512,)"
+    R"("max_position_embeddings":4096,"model_type":"deepseek_v3","moe_intermediate_size":2048,)"
+    R"("n_group":8,"n_routed_experts":256,"n_shared_experts":1,"norm_topk_prob":true,)"
+    R"("num_attention_heads":128,"num_experts_per_tok":8,"num_hidden_layers":2,)"
+    R"("num_key_value_heads":128,"num_nextn_predict_layers":1,"output_router_logits":false,)"
+    R"("pad_token_id":null,"pretraining_tp":1,"q_lora_rank":1536,"qk_head_dim":192,)"
+    R"("qk_nope_head_dim":128,"qk_rope_head_dim":64,"rms_norm_eps":1e-06,"rope_interleave":true,)"
+    R"("rope_parameters":{"rope_theta":10000.0,"rope_type":"default"},"routed_scaling_factor":2.5,)"
+    R"("tie_word_embeddings":false,"topk_group":4,"transformers_version":"5.24.0","use_cache":true,)"
+    R"("v_head_dim":128,"vocab_size":129280})";
+
+TEST(Config, AV3FolderSavedByTransformersIsWhole) {
+    Config saved = parse_config(SAVED_V3, "config.json");
+    Keys ours = with(without(without(v3_keys(), "rope_scaling"), "quantization_config"),
+                     {{"num_hidden_layers", "2"}, {"first_k_dense_replace", "1"},
+                      {"max_position_embeddings", "4096"}});
+    EXPECT_EQ(arithmetic(saved), arithmetic(config_of(ours)));
+}
+TEST(Config, FieldsOfV3) {
+    const Reading table[] = {
+        {"topk_method", nullptr, "gate=2 "}, {"scoring_func", nullptr, "sigmoid=1 "},
+        {"norm_topk_prob", nullptr, "norm=1 "}, {"norm_topk_prob", "false", "norm=0"},
+        {"routed_scaling_factor", nullptr, "scale=2.5 "}, {"routed_scaling_factor", "1", "scale=1"},
+        {"n_group", nullptr, "groups=4/8 "}, {"topk_group", nullptr, "groups=4/8 "},
+        {"n_group", "16", "groups=4/16"}, {"rope_interleave", "true", SAME},
+        {"rope_interleave", "false", nullptr}, {"num_nextn_predict_layers", "0", "mtp=0"},
+        {"rope_theta", nullptr, "theta=10000 "}, {"rope_scaling", "{}", "scores=1.000000000"},
+        {"attention_bias", "true", nullptr}, {"is_causal", "false", nullptr},
+        {"sliding_window", "9", nullptr},
+        {"head_dim", "64", SAME}, {"aux_loss_alpha", "0.5", SAME}, {"ep_size", "4", SAME},
+        {"quantization_config", R"({"quant_method":"fp8"})", "fp8=1 "},
+        {"quantization_config", R"({"quant_method":"fp8","scale_fmt":"ue8m0"})", "ue8m0=1"},
+        {"rope_scaling", R"({"type":"yarn","factor":40,"original_max_position_embeddings":4096,"mscale":1,)"
+                         R"("mscale_all_dim":1,"attention_factor":0.9})",
+         "magnitude=0.900000000 scores=1.873854207"}};
+    expect_readings(v3_keys(), table);
+    const Reading alias[] = {{"num_mtp_layers", "1", "mtp=1"}};
+    expect_readings(with(without(v3_keys(), "num_nextn_predict_layers"), {{"num_mtp_layers", "0"}}), alias);
+}
+TEST(Config, FieldsOfV2) {
+    const Reading table[] = {
+        {"topk_method", nullptr, "gate=0 "}, {"scoring_func", nullptr, "sigmoid=0 "},
+        {"topk_method", "\"noaux_tc\"", nullptr}, {"scoring_func", "\"sigmoid\"", nullptr},
+        {"norm_topk_prob", nullptr, "norm=0 "}, {"routed_scaling_factor", nullptr, "scale=1 "},
+        {"n_group", "null", "groups=1/1 "}, {"mlp_bias", "true", nullptr}, {"seq_aux", "false", SAME},
+        {"rope_theta", nullptr, "theta=10000 "}, {"is_causal", "false", nullptr}};
+    expect_readings(v2_lite_keys(), table);
+}
+TEST(ConfigRefusal, APrunedV3WithoutGroupsKeepsTheDefaultOfEight) {
+    Keys keys = without(without(v3_keys(), "n_group"), "topk_group");
+    EXPECT_EQ(config_of(keys).n_group, 8);
+    EXPECT_TRUE(refuses([&] { config_of(with(keys, {{"n_routed_experts", "100"}})); }, "'n_group' 8"));
+}
+
+TEST(ConfigRefusal, APlaceForRopeMayBeEmpty) {
+    EXPECT_NO_THROW(config_of(with(v3_keys(), {{"rope_parameters", "{}"}})));
 }
 TEST(ConfigRefusal, TextThatIsNoConfig) {
     for (const char* text :

@@ -8,18 +8,18 @@ constexpr Dtype WRITTEN[] = {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1,
 
 // -- 1 the container --------------------------------------------------------------------------------
 
-// The numbers of ggml.h. It has F64 too, but no weights are in it; F8_E4M3 is not in GGUF files.
+// The numbers of ggml.h. It has F64 too, which files of models do not; F8_E4M3 is not in GGUF files.
 TEST(GgmlType, EachDtype) {
     const std::pair<Dtype, uint32_t> all[] = {
         {Dtype::F32, 0},   {Dtype::F16, 1},   {Dtype::Q4_0, 2},  {Dtype::Q4_1, 3},  {Dtype::Q5_0, 6},
         {Dtype::Q5_1, 7},  {Dtype::Q8_0, 8},  {Dtype::Q2_K, 10}, {Dtype::Q3_K, 11}, {Dtype::Q4_K, 12},
-        {Dtype::Q5_K, 13}, {Dtype::Q6_K, 14}, {Dtype::BF16, 30}};
+        {Dtype::Q5_K, 13}, {Dtype::Q6_K, 14}, {Dtype::IQ4_NL, 20}, {Dtype::IQ4_XS, 23}, {Dtype::BF16, 30}};
     EXPECT_EQ(std::size(all) + 2, std::size(ALL_DTYPES));
     for (auto [dtype, number] : all) {
         EXPECT_EQ(ggml_type(dtype), number) << format_of(dtype).name;
         EXPECT_EQ(weights_dtype(GGML_TYPES[number]), dtype) << number;
     }
-    EXPECT_EQ(weights_dtype("F64"), std::nullopt);
+    EXPECT_EQ(weights_dtype("I64"), std::nullopt);
     EXPECT_EQ(weights_dtype(""), std::nullopt);
     EXPECT_DEATH(ggml_type(Dtype::F8_E4M3), "F8_E4M3 has no place in a GGUF file");
 }

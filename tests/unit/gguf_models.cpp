@@ -77,10 +77,96 @@ TEST(Llama3Divisors, OfAnotherRuleAreRefused) {
     Tensor t = divisors_tensor(memory, llama31(8, 8192), 128);
     memory[40] *= 1.001f;
     EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); },
-                        "'rope_freqs.weight' is not Llama 3.1's scaling"));
-    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 64); }, "'rope_freqs.weight' is not 32 F32"));
+                        "'rope_freqs.weight': not Llama 3.1's scaling"));
+    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 64); }, "'rope_freqs.weight': not 32 F32"));
     t.dtype = "F16";
-    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); }, "'rope_freqs.weight' is not 64 F32"));
+    EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); }, "'rope_freqs.weight': not 64 F32"));
+}
+
+// How far a divisor may be off does not depend on what the file says: 6e-5, whatever its largest one.
+TEST(Llama3Divisors, HaveOneTolerance) {
+    RopeConfig bare;
+    bare.theta = 500000;
+    for (double factor : {8.0, 64.0, 1e5}) {
+        std::vector<float> memory;
+        Tensor t = divisors_tensor(memory, llama31(factor, 8192), 128);
+        if (factor <= 64) { EXPECT_EQ(gguf_llama3(bare, t, 128).factor, factor); }
+        memory[50] = float(factor) * 0.999f;
+        EXPECT_TRUE(refuses([&] { gguf_llama3(bare, t, 128); }, "not Llama 3.1's scaling")) << factor;
+    }
+}
+
+// -- 4 keys -----------------------------------------------------------------------------------------
+
+// Keys of deepseek2 that are whole numbers.
+struct WholeKeys {
+    std::map<std::string, uint32_t> numbers;
+    GgufKeys keys{"file", "deepseek2", {}};
+
+    WholeKeys(std::map<std::string, uint32_t> given) : numbers(std::move(given)) {
+        for (auto& [name, number] : numbers)
+            keys.values["deepseek2." + name] = {GgufType::U32, false, 1,
+                                                std::as_bytes(std::span(&number, 1))};
+    }
+    WholeKeys(const WholeKeys&) = delete;
+};
+struct Groups {
+    int E, K;
+    bool sigmoid, biased;
+    std::map<std::string, uint32_t> keys;
+    int n_group, topk_group;                                 // 0: refused
+};
+
+// V3 (256 experts, 8 used) and V2 (160, 6) came before the keys; of other gates with biases nothing is known.
+TEST(GgufGroups, AreSaidOrKnown) {
+    const char *count = "expert_group_count", *used = "expert_group_used_count";
+    const Groups all[] = {{256, 8, true, true, {}, 8, 4},
+                          {160, 6, false, false, {}, 8, 3},
+                          {64, 6, false, false, {}, 1, 1},
+                          {128, 8, true, true, {}, 0, 0},
+                          {160, 6, true, true, {}, 0, 0},
+                          {256, 4, true, true, {}, 0, 0},
+                          {256, 8, true, true, {{count, 1}, {used, 1}}, 1, 1},
+                          {256, 8, true, true, {{count, 0}}, 1, 1},
+                          {128, 8, true, true, {{count, 4}, {used, 2}}, 4, 2},
+                          {128, 8, true, true, {{count, 4}}, 0, 0},
+                          {128, 8, true, true, {{count, 4}, {used, 5}}, 0, 0}};
+    for (const Groups& g : all) {
+        WholeKeys given(g.keys);
+        Config c;
+        c.E = g.E, c.K = g.K, c.sigmoid_affinity = g.sigmoid;
+        auto read = [&] { gguf_groups(c, given.keys, g.biased); };
+        if (g.n_group == 0) {
+            EXPECT_TRUE(refuses(read, "'deepseek2.expert_group_")) << g.E << " " << g.K;
+            continue;
+        }
+        read();
+        EXPECT_EQ(c.n_group, g.n_group) << g.E;
+        EXPECT_EQ(c.topk_group, g.topk_group) << g.E;
+    }
+}
+TEST(GgufKeys, BoundsOfWholeNumbersAreNotCut) {
+    WholeKeys given({{"zero", 0}, {"one", 1}, {"two", 2}});
+    EXPECT_EQ(given.keys.number(".two", 1.1, 1e12), 2);
+    EXPECT_TRUE(refuses([&] { given.keys.number(".one", 1.1, 1e12); }, "'deepseek2.one' is 1, outside 1.1"));
+    EXPECT_TRUE(refuses([&] { given.keys.number(".zero", 1e-6, 1); }, "'deepseek2.zero' is 0, outside 1e-"));
+    EXPECT_TRUE(refuses([&] { given.keys.number(".two", 0, 1.9); }, "'deepseek2.two' is 2, outside"));
+}
+TEST(CheckRope, HasOneRuleForBothKindsOfFiles) {
+    RopeConfig rope = llama31(8, 8192);
+    EXPECT_NO_THROW(check_rope(rope, "file"));
+    rope.high_freq_factor = 1;
+    EXPECT_TRUE(refuses([&] { check_rope(rope, "file"); }, "'high_freq_factor'"));
+    RopeConfig yarn;
+    yarn.scaling = Scaling::YARN;
+    EXPECT_NO_THROW(check_rope(yarn, "file"));
+    yarn.beta_slow = 32;
+    EXPECT_TRUE(refuses([&] { check_rope(yarn, "file"); }, "file: 'beta_fast' is not above"));
+    for (double factor : {0.5, 2e6, double(NAN)}) {
+        RopeConfig odd;
+        odd.scaling = Scaling::YARN, odd.factor = factor;
+        EXPECT_TRUE(refuses([&] { check_rope(odd, "file"); }, "file: 'factor'")) << factor;
+    }
 }
 
 // Rows in pairs: the product is that of the rows in order, to the bit.
@@ -138,4 +224,44 @@ TEST(Transposed, MultipliesAsWhatIsStoredDoes) {
     matmul({expected2.data(), ROWS}, {wide.data(), COLS}, m, T);
     matmul_transposed({out2.data(), ROWS}, {wide.data(), COLS}, m.transpose(), T);
     EXPECT_TRUE(same_bits(out2, expected2));
+}
+
+// -- 8 which format for which matrix ----------------------------------------------------------------
+
+// llama-quantize (llama-quant.cpp, llama_tensor_get_type_impl): of an 80-layer llama whose heads share keys,
+// and of an 80-layer qwen2, W^V has five bits where it would have four.
+TEST(TargetDtype, OfWVInSeventyBillions) {
+    struct Case {
+        bool bias, norm;
+        int layers, heads, key_heads;
+        Dtype expected;
+    };
+    const Case all[] = {{false, false, 80, 64, 8, Dtype::Q5_K}, {false, false, 80, 64, 64, Dtype::Q4_K},
+                        {true, false, 80, 64, 8, Dtype::Q5_K},  {true, false, 80, 64, 64, Dtype::Q5_K},
+                        {false, true, 80, 64, 8, Dtype::Q4_K},  {false, false, 64, 64, 8, Dtype::Q4_K}};
+    for (const Case& one : all) {
+        Config c;
+        c.qkv_bias = one.bias, c.qk_norm = one.norm, c.n_layers = one.layers;
+        c.H = one.heads, c.G = one.key_heads, c.head_dim = 128;
+        for (int l = 0; l < c.n_layers; l++) {
+            auto at = [&](const char* type, const char* name) {
+                return *target_dtype(file_type(type), text_of("blk.%d.%s.weight", l, name), 8192, c);
+            };
+            bool more = l < c.n_layers / 8 || l >= 7 * c.n_layers / 8 || (l - c.n_layers / 8) % 3 == 2;
+            EXPECT_EQ(at("q4_k_m", "attn_v"), more ? Dtype::Q6_K : one.expected) << l;
+            EXPECT_EQ(at("q5_k_m", "attn_v"), more ? Dtype::Q6_K : Dtype::Q5_K) << l;
+            EXPECT_EQ(at("q4_k_m", "ffn_down"), more ? Dtype::Q6_K : Dtype::Q4_K) << l;
+            EXPECT_EQ(at("q4_k_m", "attn_k"), Dtype::Q4_K) << l;
+            EXPECT_EQ(at("q8_0", "attn_v"), Dtype::Q8_0) << l;
+        }
+    }
+}
+TEST(IsQuantised, ByItsSmallIntegersAlone) {
+    for (Dtype dtype : ALL_DTYPES) {
+        Checkpoint c;
+        c.tensors["norm"].dtype = "F32", c.tensors["ids"].dtype = "I64";
+        EXPECT_FALSE(is_quantised(c));
+        c.tensors["weight"].dtype = format_of(dtype).name;
+        EXPECT_EQ(is_quantised(c), format_of(dtype).values > 1) << format_of(dtype).name;
+    }
 }

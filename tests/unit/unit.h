@@ -241,6 +241,8 @@ inline void list_gqa(Shapes& out, const Keys& k, const std::string& p) {
     for (auto [name, rows] : {std::pair{"q", q}, std::pair{"k", kv}, std::pair{"v", kv}}) {
         out.push_back({p + name + "_proj.weight", {rows, D}});
         if (k.at("model_type") == "\"qwen2\"") out.push_back({p + name + "_proj.bias", {rows}});
+        bool normed = k.at("model_type") == "\"qwen3\"" && *name != 'v';
+        if (normed) out.push_back({p + name + "_norm.weight", {d}});
     }
     out.push_back({p + "o_proj.weight", {D, q}});
 }

@@ -2,11 +2,13 @@
 #pragma once
 #include "unit.h"
 
-constexpr Dtype QUANTISED[] = {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q8_0,
-                               Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K};
+constexpr Dtype QUANTISED[] = {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q8_0, Dtype::Q2_K,
+                               Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K, Dtype::IQ4_NL,
+                               Dtype::IQ4_XS};
 constexpr Dtype ALL_DTYPES[] = {Dtype::F64,  Dtype::F32,  Dtype::BF16, Dtype::F16,  Dtype::F8_E4M3,
                                 Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q8_0,
-                                Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K};
+                                Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K,
+                                Dtype::IQ4_NL, Dtype::IQ4_XS};
 
 // -- values by definition ---------------------------------------------------------------------------
 
@@ -106,6 +108,16 @@ inline void define_q6_k(Defined& b, const uint8_t* p) {
         }
     }
 }
+inline void define_iq4(Defined& b, const uint8_t* p, bool xs) {
+    static const int TABLE[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    b.d = half_at(p);
+    const uint8_t *high = p + 2, *low = p + 4, *q = xs ? p + 8 : p + 2;
+    for (int j = 0; j < (xs ? 8 : 1); j++, q += 16) {
+        int two = (high[0] + 256 * high[1]) >> 2 * j & 3, four = j % 2 ? low[j / 2] / 16 : low[j / 2] % 16;
+        for (int l = 0; l < 32; l++)
+            b.add(TABLE[l < 16 ? q[l] % 16 : q[l - 16] / 16], xs ? 16 * two + four - 32 : 1, 0);
+    }
+}
 inline Defined define(Dtype dtype, const void* block) {
     Defined b;
     const uint8_t* p = static_cast<const uint8_t*>(block);
@@ -120,6 +132,8 @@ inline Defined define(Dtype dtype, const void* block) {
     case Dtype::Q4_K: define_q4_q5_k(b, p, false); break;
     case Dtype::Q5_K: define_q4_q5_k(b, p, true); break;
     case Dtype::Q6_K: define_q6_k(b, p); break;
+    case Dtype::IQ4_NL: define_iq4(b, p, false); break;
+    case Dtype::IQ4_XS: define_iq4(b, p, true); break;
     default: ADD_FAILURE() << "dtype " << int(dtype) << " has no blocks";
     }
     return b;
@@ -161,7 +175,7 @@ inline int extreme_size(Dtype dtype) {
     static const std::map<Dtype, int> SIZE = {
         {Dtype::Q4_0, 8},      {Dtype::Q4_1, 15},     {Dtype::Q5_0, 16},      {Dtype::Q5_1, 31},
         {Dtype::Q8_0, 128},    {Dtype::Q2_K, 15 * 3}, {Dtype::Q3_K, 32 * 4},  {Dtype::Q4_K, 63 * 15},
-        {Dtype::Q5_K, 63 * 31}, {Dtype::Q6_K, 128 * 32}};
+        {Dtype::Q5_K, 63 * 31}, {Dtype::Q6_K, 128 * 32}, {Dtype::IQ4_NL, 127}, {Dtype::IQ4_XS, 32 * 127}};
     return SIZE.at(dtype);
 }
 
