@@ -627,6 +627,7 @@ struct Document {
     Json root;
 
     Document(std::string_view text, const std::string& file) {
+        if (text.starts_with("\xEF\xBB\xBF")) refuse(file, "begins with a byte order mark");
         auto error = parser.parse(text.data(), text.size(), true).get(root);
         if (error) refuse(file, "not valid JSON: %s", simdjson::error_message(error));
     }
@@ -1139,32 +1140,42 @@ inline std::vector<int> parse_id_array(Json json) {
     return ids;
 }
 
-// 1,2,3 or [1, 2, 3]
-inline std::vector<int> parse_id_list(const std::string& text, int V) {
-    auto trimmed = [](std::string s) {
-        s.erase(0, s.find_first_not_of(' '));
-        return s.erase(s.find_last_not_of(' ') + 1);
-    };
-    std::vector<int> ids;
-    std::string list = trimmed(text);
-    if (list.starts_with('[') && list.ends_with(']')) list = list.substr(1, list.size() - 2);
-    std::stringstream in(list + ",");                    // so that nothing after a last comma is an item too
-    for (std::string item; std::getline(in, item, ',');) {
-        item = trimmed(item);
-        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
-        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
-        int id = std::stoi(item);
-        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
-        ids.push_back(id);
-    }
-    return ids;
-}
-
 inline std::string tokens_json(const Tokenizer& t, std::string_view text, bool add_bos) {
     std::vector<int> ids = t.encode(text);
     if (add_bos && t.bos < 0) fail("tokenize --add-bos: this tokenizer has no BOS");
     if (add_bos) ids.insert(ids.begin(), t.bos);
     return json_array(ids);
+}
+
+using Field = tokenizer_detail::Json;                    // says in each complaint which field it is
+struct Chat { Messages messages; bool add_generation_prompt = false; };
+inline Messages messages_of(const Field& list) {
+    Messages out;
+    for (const Field& json : list.items()) {
+        Message& m = out.emplace_back(Message{json.at("role").string()});
+        if (auto content = json.find("content")) m.content = content->string();
+        if (auto prefix = json.find("prefix")) m.prefix = prefix->boolean();
+        auto calls = json.find("tool_calls");
+        if (!calls) continue;
+        m.tool_calls.emplace();
+        for (const Field& call : calls->items()) {
+            Field type = call.at("type"), f = call.at("function");
+            m.tool_calls->push_back({type.string(), f.at("name").string(), f.at("arguments").string()});
+        }
+    }
+    return out;
+}
+
+inline Messages parse_messages(std::string_view json) {          // [{"role": "user", "content": "..."}, ...]
+    return messages_of(tokenizer_detail::Document(json, "messages").root);
+}
+
+// {"messages": [...], "tools": [...] or null, "add_generation_prompt": true or false}
+inline Chat parse_chat(std::string_view json) {
+    tokenizer_detail::Document chat(json, "chat");
+    if (auto tools = chat.root.find("tools")) tools->items();          // no template reads them
+    auto open = chat.root.find("add_generation_prompt");
+    return {messages_of(chat.root.at("messages")), open && open->boolean()};
 }
 
 // The answer to one input: with --lines, input and output are JSON values.
@@ -5084,7 +5095,8 @@ struct Conversation {
     void ask(const std::string& question) {
         messages.push_back({"user", question, {}});
         try {
-            messages.push_back({"assistant", reply(tokenizer.render(messages, true), false), {}});
+            std::string said = reply(tokenizer.render(messages, true), false);
+            messages.push_back({"assistant", tokenizer.as_history(said), {}});
         } catch (...) {
             messages.pop_back();
             throw;
@@ -5549,6 +5561,27 @@ inline void command_tokenize(const Options& o) {
             fail("line %zu: %s", number, e.what());
         }
     }
+}
+
+// 1,2,3 or [1, 2, 3]
+inline std::vector<int> parse_id_list(const std::string& text, int V) {
+    auto trimmed = [](std::string s) {
+        s.erase(0, s.find_first_not_of(' '));
+        return s.erase(s.find_last_not_of(' ') + 1);
+    };
+    std::vector<int> ids;
+    std::string list = trimmed(text);
+    if (list.starts_with('[') && list.ends_with(']')) list = list.substr(1, list.size() - 2);
+    std::stringstream in(list + ",");                    // so that nothing after a last comma is an item too
+    for (std::string item; std::getline(in, item, ',');) {
+        item = trimmed(item);
+        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
+        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
+        int id = std::stoi(item);
+        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
+        ids.push_back(id);
+    }
+    return ids;
 }
 
 inline void command_logits(const Options& o) {

@@ -1493,15 +1493,6 @@ inline void put_merges(Vocabulary& v, const Fields& model) {
     }
 }
 
-inline std::string folder_template(const fs::path& folder) {
-    fs::path jinja = folder / "chat_template.jinja", config = folder / "tokenizer_config.json";
-    if (fs::exists(jinja)) return read_file(jinja);
-    if (!fs::exists(config)) return "";
-    tokenizer_detail::Document document(read_file(config), config.string());   // knows odd numbers
-    Fields f(document.root.value, config.string());
-    return f.has("chat_template") && f.get("chat_template").is_string() ? f.text("chat_template") : "";
-}
-
 inline Vocabulary folder_vocabulary(const fs::path& folder, int V) {
     std::string file = (folder / "tokenizer.json").string();
     Document document(read_json_file(file), file);
@@ -1519,7 +1510,7 @@ inline Vocabulary folder_vocabulary(const fs::path& folder, int V) {
     put_merges(v, model);
     v.pre = name_pre_tokenizer(root, model.boolean("ignore_merges", false));
     v.bos = tokenizer.bos, v.eos = tokenizer.eos, v.add_bos = tokenizer.add_bos;
-    v.chat_template = folder_template(folder);
+    v.chat_template = tokenizer.chat_template;
     return v;
 }
 

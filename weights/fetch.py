@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-WANTED = ("config.json", "generation_config.json", "tokenizer*.json", "*.safetensors",
+WANTED = ("config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "*.safetensors",
           "*.safetensors.index.json")
 TRIES = 3        # of a file, without a byte of progress
 PAUSE = float(os.environ.get("FETCH_PAUSE", "3"))     # seconds before the next of them
@@ -202,10 +202,26 @@ def discard_strangers(folder, files):
         os.unlink(os.path.join(folder, name))
 
 
+def open_part(part):
+    """Makes the folder for the files so far, locked until the end; .verified shows that it is one."""
+    os.makedirs(part, exist_ok=True)
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Stop(f"another fetch into {part} is running") from None
+    names = os.listdir(part)
+    if names and ".verified" not in names and not any(name.endswith(".incomplete") for name in names):
+        raise Stop(f"{part} holds what no fetch has left there; move it away")
+    open(os.path.join(part, ".verified"), "a", encoding="ascii").close()
+
+
 def fetch(name, weights):
     repo = name if "/" in name else f"deepseek-ai/{name}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII) or ".." in repo:
         raise Stop(f"'{name}' is no model name: NAME (of deepseek-ai) or ORG/NAME")
+    if name.endswith(".part"):
+        raise Stop(f"'{name}' is no model name: .part is the end of what is not yet fetched")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     target = os.path.join(weights, name)
     if os.path.exists(target):
@@ -214,12 +230,7 @@ def fetch(name, weights):
         raise Stop("curl is missing (Debian: apt-get install curl)")
     files = file_list(hub, repo)
     part = target + ".part"
-    os.makedirs(part, exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Stop(f"another fetch of {name} is running") from None
+    open_part(part)
     discard_strangers(part, files)
     missing = still_missing(part, files)
     need, free = require_disk(part, missing)

@@ -25,6 +25,8 @@ def model():
     return {".gitattributes": b"*.safetensors filter=lfs\n", "README.md": b"# A model\n", "LICENSE": b"MIT\n",
             "config.json": b'{"model_type": "qwen2"}\n', "generation_config.json": b"{}\n",
             "tokenizer.json": b'{"model": {}}' * 1000, "tokenizer_config.json": b"{}",
+            "chat_template.jinja": b"{{ messages }}",
+            "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
             "model.safetensors.index.json": b'{"weight_map": {}}',
             "model-00001-of-000002.safetensors": noise.randbytes(300000),
             "model-00002-of-000002.safetensors": noise.randbytes(200001),
@@ -34,7 +36,7 @@ def model():
 
 FIRST = "model-00001-of-000002.safetensors"
 WANTED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-          "model.safetensors.index.json", FIRST, "model-00002-of-000002.safetensors"}
+          "chat_template.jinja", "model.safetensors.index.json", FIRST, "model-00002-of-000002.safetensors"}
 
 
 def heed_interrupts():
@@ -81,7 +83,7 @@ class Fetch(unittest.TestCase):
                                   capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
             self.assert_whole(hub)
-            self.assertIn("7 files, 513.05 kB", done.stdout)
+            self.assertIn("8 files, 513.06 kB", done.stdout)
             self.assertIn(f"./deepseek run -m weights/{NAME}", done.stdout)
             again = subprocess.run(["make", f"weights/{NAME}"], env=self.environment(hub), cwd=self.home)
             self.assertEqual(again.returncode, 0)
@@ -264,6 +266,22 @@ class Fetch(unittest.TestCase):
                     self.assertEqual(done.returncode, 1)
                     self.assertIn("is no model name", done.stderr)
             self.assertEqual(hub.requests, [])
+
+    def test_a_model_called_part_is_left_alone(self):
+        """Its files are no leftovers of a fetch, and no fetch makes a model with such a name."""
+        with Hub({REPO: model(), f"{REPO}.part": model()}) as hub:
+            self.part.mkdir()
+            (self.part / "model.safetensors").write_bytes(b"mine")
+            self.assertIn(f"{NAME}.part holds what no fetch has left there", self.fetch(hub, code=1))
+            self.assertEqual([p.name for p in self.part.iterdir()], ["model.safetensors"])
+            self.assertEqual((self.part / "model.safetensors").read_bytes(), b"mine")
+            shutil.rmtree(self.part)
+            requests = list(hub.requests)
+            self.assertIn("is no model name", self.fetch(hub, f"{NAME}.part", code=1))
+            self.assertEqual(hub.requests, requests)
+            self.part.mkdir()             # a fetch that ended before its first file
+            self.fetch(hub)
+            self.assert_whole(hub)
 
     def test_two_at_once(self):
         with Hub({REPO: model()}) as hub:

@@ -27,6 +27,12 @@ namespace fuzz {
 #define LLVMFuzzerTestOneInput fuzz_tokenizer_json
 #include "tokenizer_json.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_tokenizer_config
+#include "tokenizer_config.cpp"
+#undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_chat_template
+#include "chat_template.cpp"
+#undef LLVMFuzzerTestOneInput
 #define LLVMFuzzerTestOneInput fuzz_messages
 #include "messages.cpp"
 #undef LLVMFuzzerTestOneInput
@@ -43,6 +49,8 @@ constexpr Target TARGETS[] = {{"safetensors", fuzz_safetensors},
                               {"config", fuzz_config},
                               {"generation_config", fuzz_generation_config},
                               {"tokenizer_json", fuzz_tokenizer_json},
+                              {"tokenizer_config", fuzz_tokenizer_config},
+                              {"chat_template", fuzz_chat_template},
                               {"messages", fuzz_messages},
                               {"gguf", fuzz_gguf}};
 

@@ -6,11 +6,17 @@ text/unicode/tokenizer.json   a byte-level BPE trained on TRAINING, with the pre
                               its merges run through letters that are not ASCII, so how text is cut shows
 text/ids.jsonl                texts and their ids from the Rust library `tokenizers`; conversations, their
                               prompts as Jinja renders the model's own template, and those prompts' ids
+text/templates/NAME.jinja     published chat templates, with whose texts in what public copies: SOURCES
+text/templates/NAME.pretty    the same on many lines, as people write Jinja; Jinja renders it the same
+text/templates.jsonl          random chats, rendered by Jinja with each of these and with those of tokenizer/;
+                              no "text" where the template fails
 text/samples.jsonl            questions for weights/tiny and its greedy answers by reference.py in float64,
                               each with the smallest gap between the best two logits on the way
 """
 import json
 import os
+import random
+import re
 
 for v in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[v] = "1"
@@ -40,6 +46,14 @@ user, assistant, system = [lambda c, r=r: {"role": r, "content": c} for r in ("u
 CHATS = [[user("Add 6 and 77.")], [system("Be brief."), user("402 - 9")], [user("")],
          [user("2*9=?"), assistant("2 * 9\nSo 18\n</think>\n\n2 * 9 = 18."), user("And 3*9?")],
          [system("A."), system("B."), user("hi"), assistant("no thought"), user("Sort 54 65 58.")]]
+
+
+# V2-Chat-0628's could not be had.
+SOURCES = {"v2.5": "huggingface.js' list of GGUF files' templates, the Berkeley function-calling leaderboard",
+           "v3-0324": "the log of a GGUF file of V3-0324 by llama-cpp-python",
+           "r1-0528": "copies of R1-0528-Qwen3-8B's, each changed at another place; vLLM's for R1-0528",
+           "v3.1": "a log of ik_llama.cpp with a GGUF file; llama.cpp's, which adds a switch"}
+FOLDERS = {"v2": "deepseek-v2", "v3": "deepseek-v3", "r1": "deepseek-r1", "r1-distill": "r1-distill-qwen"}
 
 
 def read_json(*path):
@@ -82,6 +96,91 @@ def rendered(messages):
         eos_token=config["eos_token"]["content"])
 
 
+def template_of(name):
+    if name in FOLDERS:
+        return read_json("tests/golden/tokenizer", FOLDERS[name], "tokenizer_config.json")["chat_template"]
+    with open(os.path.join(HERE, "text", "templates", f"{name}.jinja"), encoding="utf-8") as f:
+        return f.read()
+
+
+def render_chat(template, messages, add_generation_prompt, thinking):
+    """As transformers renders it; None where that fails."""
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    more = {"thinking": True} if thinking else {}
+    try:
+        return jinja.from_string(template).render(
+            messages=messages, tools=None, add_generation_prompt=add_generation_prompt,
+            bos_token="<｜begin▁of▁sentence｜>", eos_token="<｜end▁of▁sentence｜>", **more)
+    except (TypeError, jinja2.UndefinedError):
+        return None
+
+
+def random_chat(noise):
+    """As people chat, with tools, thoughts and answers that were begun; now and then as nobody does."""
+    text = lambda: "".join(noise.choice(["", "a", " b", "c ", "\n", "</think>", "<think>", "é", "d\n\ne"])
+                           for _ in range(noise.randrange(5)))
+    call = lambda: {"type": "function", "function": {"name": noise.choice("fgh"), "arguments": "{\"x\": 1}"}}
+    messages = [{"role": "system", "content": text()} for _ in range(noise.choice([0, 0, 1, 1, 2]))]
+    for _ in range(noise.randrange(1, 6)):
+        messages.append({"role": "user", "content": text()})
+        while noise.random() < 0.4:
+            content = noise.choice([None, text()])
+            calls = [call() for _ in range(noise.choice([1, 1, 2, 3, 0]))]
+            messages.append({"role": "assistant", "content": content, "tool_calls": calls})
+            messages += [{"role": "tool", "content": text()} for _ in range(noise.choice([1, 1, 2, 0]))]
+        messages.append({"role": "assistant", "content": text()})
+        if noise.random() < 0.2:
+            messages[-1]["prefix"] = noise.random() < 0.8
+    if noise.random() < 0.7:
+        messages.pop()
+    if noise.random() < 0.2:
+        noise.shuffle(messages)
+        messages.append({"role": "critic", "content": "x"})
+    return messages
+
+
+def template_lines():
+    for name in (*FOLDERS, *SOURCES, "v3.1-thinking"):
+        template, noise = template_of(name.removesuffix("-thinking")), random.Random(1)
+        for _ in range(20):
+            chat, prompt = random_chat(noise), noise.random() < 0.7
+            text = render_chat(template, chat, prompt, name.endswith("-thinking"))
+            yield {"template": name, "messages": chat, "add_generation_prompt": prompt,
+                   **({} if text is None else {"text": text})}
+
+
+def pretty(template, noise):
+    """The template on many lines: newlines, blanks and comments wherever Jinja takes them away."""
+    parts = re.split(r"(\{%.*?%\}|\{\{.*?\}\})", template, flags=re.DOTALL)
+    out = "{# Pretty, isn't it? #}"
+    for i, part in enumerate(parts):
+        before, after = (parts[i - 1], parts[i + 1]) if 0 < i < len(parts) - 1 else ("{%", "{%")
+        blank = lambda: "\n" * noise.randrange(3) + " " * noise.randrange(5)
+        if part.strip() == "" and (after[2:3] == "-" or before[-3:-2] == "-"):
+            out += blank() + noise.choice(["", "{#- what? -#}"]) + blank()
+        elif part == "" and before.endswith("%}") and after.startswith("{%"):
+            out += "\n" + " " * noise.randrange(5)
+        elif i % 2 == 0:
+            out += part
+        else:
+            words = re.split(r"('[^']*')", part)
+            out += "".join(w if j % 2 else w.replace(" ", noise.choice([" ", "  ", "\n    "]))
+                           for j, w in enumerate(words))
+    return out + "\n"
+
+
+def pretty_templates():
+    for name in (*FOLDERS, *SOURCES):
+        plain, noise = template_of(name), random.Random(name)
+        text = pretty(plain, noise)
+        for _ in range(200):
+            chat, prompt = random_chat(noise), noise.random() < 0.7
+            if render_chat(plain, chat, prompt, False) != render_chat(text, chat, prompt, False):
+                raise SystemExit(f"{name}: the pretty template renders {chat} otherwise")
+        with open(os.path.join(HERE, "text", "templates", f"{name}.pretty"), "w", encoding="utf-8") as f:
+            f.write(text)
+
+
 def ids_lines():
     for folder in (TINY, UNICODE):
         t = load(folder)
@@ -118,5 +217,7 @@ def samples():
 
 if __name__ == "__main__":
     train_unicode()
+    pretty_templates()
+    write_lines("templates.jsonl", template_lines())
     write_lines("ids.jsonl", ids_lines())
     write_lines("samples.jsonl", list(samples()))

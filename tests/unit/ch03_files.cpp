@@ -606,6 +606,10 @@ TEST(ConfigRefusal, AFieldGivenTwice) {
 }
 TEST(ConfigRefusal, NestingWithoutEnd) {
     EXPECT_TRUE(refuses([] { parse_config(std::string(1 << 20, '['), "config.json"); }, "config.json"));
+    for (const char* bom : {"\xEF\xBB\xBF{}", "\xEF\xBB\xBF"}) {        // Python's json refuses it, too
+        EXPECT_TRUE(refuses([&] { parse_config(bom, "config.json"); }, "config.json: begins with a byte"));
+        EXPECT_TRUE(refuses([&] { parse_index(bom, "index.json"); }, "index.json: begins with a byte order"));
+    }
 }
 
 // -- 3.3 safetensors: the header --------------------------------------------------------------------

@@ -296,6 +296,55 @@ TEST(TokenizerRegex, OneThatBacktracksWithoutEndGivesUp) {
     EXPECT_TRUE(is_error([&] { regex.find(repeated("a", 500) + "d" + "b", 0); }, "field: the regex gave up"));
 }
 
+// What body() counts.
+uint64_t steps_of(const std::function<void()>& body) {
+    uint64_t before = td::steps;
+    body();
+    return td::steps - before;
+}
+
+// The steps of one text are bounded together: a regex that is just not too slow at each of many places ends
+// there, and no sooner than one that does as much at one place.
+TEST(TokenizerRegex, StepsAreBoundedOnATextNotOnAMatch) {
+    td::Regex regex = td::compile_ruby("(?:a|aa|a?a)+[bc]", regex_field());
+    const std::string hard = repeated("a", 8) + "d";
+    auto search = [&](int n) {
+        td::cut(repeated(hard, size_t(n)) + "ab", regex, [](auto) {}, [](auto) {}, td::steps + 5'000'000);
+    };
+    uint64_t few = steps_of([&] { search(2); }), more = steps_of([&] { search(8); });
+    EXPECT_GT(few, 10'000u);
+    EXPECT_NEAR(double(more), 4.0 * double(few), double(few));
+    EXPECT_TRUE(is_error([&] { search(4000); }, "field: the regex gave up"));
+    EXPECT_LT(steps_of([&] { EXPECT_ANY_THROW(search(4000)); }), 5'000'001u);
+    std::string v3 = file(GOLDEN + "deepseek-v3/tokenizer.json");
+    std::string json = replaced(v3, R"(\\p{N}{1,3})", "(?:1|11|1?1)+[23]");
+    Tokenizer t = Tokenizer::parse(json, "{}", "hostile");
+    EXPECT_TRUE(is_error([&] { t.encode(repeated(repeated("1", 12) + "4", 300)); }, "the regex gave up"));
+}
+
+// A hard place that is far, a match there, places that are easy again: as without limits.
+TEST(TokenizerRegex, PlaceByPlaceFindsTheSame) {
+    std::string ab = repeated("ab", 3000), text = repeated("x\xC3\xA9", 1000) + ab + "c" + ab + "yab";
+    std::string found;
+    auto add = [&](std::string_view part) { found += std::to_string(part.size()) + " "; };
+    td::cut(text, td::compile_ruby("(?:a|b)+", regex_field()), add, [](auto) {});
+    EXPECT_EQ(found, "6000 6000 2 ");
+    EXPECT_EQ(td::compile_ruby("(?:a|b)+z", regex_field()).find(text, 0), std::nullopt);
+}
+
+// The published regexes never need more than the few steps of a first try: one for each piece.
+TEST(TokenizerRegex, PublishedOnesAreNearLinear) {
+    for (std::string name : NAMES) {
+        Tokenizer t = Tokenizer::load(GOLDEN + name);
+        std::string text;
+        each_line(GOLDEN + name + ".jsonl", [&](const td::Json& line) { text += line.at("text").string(); });
+        uint64_t once = steps_of([&] { t.encode(text); });
+        uint64_t four = steps_of([&] { t.encode(repeated(text, 4)); });
+        EXPECT_LT(once, 16 * text.size()) << name;
+        EXPECT_LT(four, 5 * once) << name;
+    }
+}
+
 TEST(TokenizerRegex, GroupsThatNeedMuchStack) {
     std::string text = repeated("ab", 20000);
     EXPECT_EQ(td::compile_ruby("(?:a|b)+", regex_field()).find(text, 0)->size(), text.size());
@@ -325,7 +374,8 @@ struct RandomBpe {
     std::vector<std::array<int, 3>> merges;      // left, right, result; by rank
 
     // Tokens over a small alphabet, each made of two earlier ones, merges in any order of rank.
-    RandomBpe(Noise& noise, int letters, int n) {
+    RandomBpe(Noise& noise, int letters, int n, td::Hash hash = {}) {
+        bpe.hash = hash;
         std::vector<std::string> tokens;
         std::map<std::string, int> ids;
         auto add = [&](const std::string& token) {
@@ -389,6 +439,29 @@ TEST(TokenizerMerges, AByteWithoutATokenIsNamed) {
     EXPECT_TRUE(is_error([&] { random.bpe.encode("aza", ids); }, "no token for byte 122"));
     random.bpe.encode("ab", ids);                                 // and nothing of it is left behind
     EXPECT_EQ(ids, random.textbook("ab"));
+}
+
+// Merges that fall into one place for a hash that is known, here a product's middle bits. Not for ours, and
+// whatever the seed is, the ids are the same.
+TEST(TokenizerMerges, CannotBeMadeToCollide) {
+    constexpr int N = 20000;
+    std::vector<uint64_t> pairs;
+    for (uint64_t pair = 1; pairs.size() < N; pair++)
+        if ((pair * 0x9E3779B97F4A7C15u >> 32 & 0xFF) == 0) pairs.push_back(pair);
+    td::Bpe bpe;
+    bpe.merges.resize(std::bit_ceil(size_t(2 * N + 1)));
+    auto fill = [&] { for (uint64_t pair : pairs) bpe.merges[bpe.place(pair)] = {pair, 1, 1}; };
+    EXPECT_LT(steps_of(fill), 4u * N);
+    std::set<uint64_t> words;
+    for (int i = 0; i < N; i++) words.insert(td::Hash()(std::to_string(i)) & 0xFFFFF);
+    EXPECT_GT(words.size(), size_t(N) * 97 / 100);
+    for (uint64_t seed = 1; seed < 2000; seed += 500) {
+        Noise noise;
+        RandomBpe random(noise, 3, 60, {seed, seed * 77 | 1});
+        Ids ids;
+        random.bpe.encode("abcabccbaabbccaabbcc", ids);
+        EXPECT_EQ(ids, random.textbook("abcabccbaabbccaabbcc"));
+    }
 }
 
 // The textbook's way would need about 1e12 steps for each of these, and so would a regex that is quadratic.
@@ -460,8 +533,63 @@ TEST(TokenizerSmall, WhatIsShown) {
     EXPECT_TRUE(t.is_special(10));
     EXPECT_FALSE(t.is_special(11));                               // </think>, though the file says special
     EXPECT_FALSE(t.is_special(12));
-    EXPECT_TRUE(t.is_special(14));                                // <|y|>, though the file does not
+    EXPECT_FALSE(t.is_special(14));                               // <|y|>, as the file says
     for (int id : {-1, 0, 20, 1 << 30}) EXPECT_FALSE(t.is_special(id));
+}
+
+// As decode(skip_special_tokens=True) of transformers 5.24 shows or hides them: by the file's flag alone.
+// Think marks are shown whatever it says.
+TEST(TokenizerSmall, SpecialIsWhatTheFileCallsSpecial) {
+    struct Case { const char *name, *token; bool special; };
+    for (const Case& c : {Case{"deepseek-v2", "<｜begin▁of▁sentence｜>", true}, Case{"deepseek-v2", "ø", false},
+                          Case{"deepseek-v3", "<｜end▁of▁sentence｜>", true},
+                          Case{"deepseek-v3", "<｜User｜>", false},
+                          Case{"deepseek-v3", "<｜place▁holder▁no▁0｜>", true},
+                          Case{"deepseek-v3", "<｜tool▁calls▁begin｜>", false},
+                          Case{"deepseek-v3", "<｜tool▁output▁end｜>", false},
+                          Case{"deepseek-r1", "<think>", false}, Case{"deepseek-r1", "<｜tool▁sep｜>", false},
+                          Case{"r1-distill-qwen", "<|vision_start|>", true},
+                          Case{"r1-distill-qwen", "<|fim_prefix|>", false},
+                          Case{"r1-distill-llama", "<|eot_id|>", true},
+                          Case{"r1-distill-llama", "<｜Assistant｜>", false}}) {
+        Tokenizer t = Tokenizer::load(GOLDEN + c.name);
+        ASSERT_GE(t.token_id(c.token), 0) << c.token;
+        EXPECT_EQ(t.is_special(t.token_id(c.token)), c.special) << c.name << c.token;
+    }
+}
+
+// With marks in every order, as utf8proc_map composes; and in steps that hardly grow faster than the text.
+TEST(TokenizerNfc, AsUtf8procButWithoutItsSquares) {
+    const std::string parts[] = {
+        "a", "e", "\u0300", "\u0316", "\u0327", "\u0344", "\u0F73", "\u0F75", "\u1161", "\u1112", "\u11AB",
+        "\uD55C", "\u1E69", "\u212B", "\U0001D15E", "\u0345", "\u3099", "\u304B", "\u0958", "\n", "\uFB1D",
+        "\u0F71", "\u0F74",
+        std::string(1, '\0')};
+    auto utf8proc = [](const std::string& text) {
+        utf8proc_uint8_t* out = nullptr;
+        auto in = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+        auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+        utf8proc_ssize_t n = utf8proc_map(in, utf8proc_ssize_t(text.size()), &out, options);
+        std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(out, std::free);
+        return std::string(reinterpret_cast<char*>(out), size_t(n));
+    };
+    Noise noise;
+    for (int round = 0; round < 3000; round++) {
+        std::string text;
+        for (int n = noise.below(20); n > 0; n--) text += parts[noise.below(int(std::size(parts)))];
+        ASSERT_EQ(td::to_nfc(text), utf8proc(text)) << text;
+    }
+    for (std::string marks : {"\u0300\u0316", "\u0F73"}) {       // 230 220 230 ..., and 129 130 129 ...
+        auto compose = [&](size_t n) {
+            std::string out, begin = marks[0] == '\xCC' ? "\u00E0\u0316" : "a\u0F71\u0F71";
+            uint64_t steps = steps_of([&] { out = td::to_nfc("a" + repeated(marks, n)); });
+            EXPECT_EQ(out.substr(0, begin.size()), begin);
+            return steps;
+        };
+        uint64_t some = compose(1000), many = compose(64000);
+        EXPECT_GT(some, 1000u);
+        EXPECT_LT(many, 64 * 3 * some);
+    }
 }
 
 TEST(TokenizerSmall, Nfc) {
@@ -474,6 +602,58 @@ TEST(TokenizerSmall, Nfc) {
     t = Tokenizer::parse(replaced(json, "\">a\"", "\">a\xCC\x81\""), "{}", "small");
     EXPECT_EQ(t.encode(">" + composed), (Ids{13}));               // normalised tokens in normalised text
     EXPECT_EQ(t.encode(">" + decomposed), (Ids{13}));
+}
+
+TEST(TokenizerSmall, WithoutByteFallbackThereIsNone) {            // absent is false
+    EXPECT_EQ(small("\"byte_fallback\": false, ", "").encode("ab11 ab"), (Ids{3, 8, 8, 9, 3}));
+}
+
+// Transformers 5.24 gives [bos, ...] for each of these, whatever tokenizer_config.json says of add_bos_token,
+// and a model that was saved by it says nothing.
+TEST(TokenizerSmall, BosAsThePostProcessorAsks) {
+    const std::string processing = R"({"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<x>": {"id": "<x>", "ids": [10], "tokens": ["<x>"]}}})";
+    const std::string bytes = R"({"type": "ByteLevel", "trim_offsets": false})";
+    auto bos = [&](const std::string& post_processor, const std::string& config) {
+        std::string json = replaced(SMALL, "{\n", "{\"post_processor\": " + post_processor + ",");
+        Tokenizer t = Tokenizer::parse(json, config, "small");
+        return t.add_bos ? t.bos : -1;
+    };
+    const std::string sequence = R"({"type": "Sequence", "processors": [)" + bytes + "," + processing + "]}";
+    for (const std::string& post : {processing, sequence})
+        for (const char* config : {"{}", R"({"bos_token": "<x>"})", R"({"add_bos_token": false})"})
+            EXPECT_EQ(bos(post, config), 10) << config;
+    for (const std::string& post : {bytes, std::string("null"), replaced(processing,
+             R"({"SpecialToken": {"id": "<x>", "type_id": 0}}, )", "")}) {
+        EXPECT_EQ(bos(post, R"({"bos_token": "<x>"})"), -1) << post;
+        EXPECT_EQ(bos(post, R"({"bos_token": "<x>", "add_bos_token": true})"), 10) << post;
+    }
+    EXPECT_TRUE(is_error([&] { bos(processing, R"({"bos_token": "a"})"); }, "config.json.bos_token: is not"));
+    for (std::string name : {"r1-distill-qwen", "r1-distill-llama"}) {
+        std::string json = file(GOLDEN + name + "/tokenizer.json");
+        Tokenizer t = Tokenizer::parse(json, R"({"bos_token": "<｜begin▁of▁sentence｜>"})", name);
+        EXPECT_TRUE(t.add_bos) << name;
+        EXPECT_EQ(encode_prompt(t, "x", t.add_bos)[0], name == "r1-distill-qwen" ? 151646 : 128000);
+    }
+}
+
+// And so in the GGUF file that is made of the folder, with the template that was chosen.
+TEST(TokenizerSmall, BosAndTemplateOfAGgufFile) {
+    fs::path folder = scratch("vocabulary");
+    write_text(folder / "tokenizer.json", file(GOLDEN + "r1-distill-qwen/tokenizer.json"));
+    std::string bos = "\"bos_token\": \"<｜begin▁of▁sentence｜>\"";
+    write_text(folder / "tokenizer_config.json",
+               "{" + bos + R"(, "chat_template": [{"name": "default", "template": "t"}]})");
+    Vocabulary v = folder_vocabulary(folder, 151936);
+    EXPECT_TRUE(v.add_bos);
+    EXPECT_EQ(v.bos, 151646);
+    EXPECT_EQ(v.chat_template, "t");
+    write_text(folder / "chat_template.jinja", "u\n");
+    EXPECT_EQ(folder_vocabulary(folder, 151936).chat_template, "u\n");
+    std::string json = file(GOLDEN + "r1-distill-qwen/tokenizer.json");
+    write_text(folder / "tokenizer.json", replaced(json, "\"post_processor\"", "\"p\""));
+    EXPECT_FALSE(folder_vocabulary(folder, 151936).add_bos);
 }
 
 TEST(TokenizerSmall, IdsWithoutAToken) {
@@ -495,6 +675,7 @@ TEST(TokenizerSmall, MalformedFiles) {
         {"_prefix\": \"\"", "_prefix\": \"##\"", "model.continuing_subword_prefix"},
         {"_suffix\": \"\"", "_suffix\": \"</w>\"", "model.end_of_word_suffix"},
         {"\"byte_fallback\": false", "\"byte_fallback\": true", "model.byte_fallback: must be false"},
+        {"{\n", "\xEF\xBB\xBF{\n", "begins with a byte order mark"},
         {"\"ignore_merges\": false", "\"ignore_merges\": 1", "model.ignore_merges"},
         {"\"vocab\": {\"a\": 0", "\"vocab\": {\"a\": -1", "model.vocab[\"a\"]: token id -1 is out of range"},
         {"\"vocab\": {\"a\": 0", "\"vocab\": {\"a\": 1048576", "model.vocab[\"a\"]: token id 1048576"},
@@ -567,6 +748,19 @@ TEST(TokenizerSmall, MalformedFiles) {
     }
     EXPECT_TRUE(is_error([] { small("{\n", repeated("[", 65) + "{\n"); }, "not valid JSON"));     // too deep
     EXPECT_TRUE(is_error([] { small("\"<x>\"", "\"" + repeated("x", 257) + "\""); }, "more than 256 bytes"));
+    const std::string text = R"({"Sequence": {"id": "A"}})", single = R"("TemplateProcessing", "single": [)";
+    const std::string token = R"({"SpecialToken": {"id": "no\nbody"}})";
+    const std::pair<std::string, const char*> processors[] = {
+        {R"("BertProcessing")", "post_processor: type \"BertProcessing\" is not supported"},
+        {R"("TemplateProcessing")", "post_processor: 'single' is missing"},
+        {single + "]", "post_processor: asks for more than BOS"},
+        {single + text + ", " + token + "]", "asks for more than BOS"},
+        {single + text + ", " + text + "]", "'SpecialToken' is missing"},
+        {single + token + ", " + text + "]", "id: \"no\\nbody\" is not in"}};
+    for (auto& [type, part] : processors) {
+        auto parse = [&] { small("{\n", "{\"post_processor\": {\"type\": " + type + "}, "); };
+        EXPECT_TRUE(is_error(parse, part)) << type;
+    }
     std::string digits = repeated("{\"type\": \"Digits\", \"individual_digits\": true}, ", 99);
     std::string split = "{\"type\": \"Split\"";
     EXPECT_TRUE(is_error([&] { small(split, digits + split); }, "too many"));
@@ -601,57 +795,154 @@ TEST(TokenizerSmall, Folders) {
     EXPECT_NO_THROW(load());                                      // the config may be absent
     fs::create_directory(folder / "tokenizer_config.json");
     EXPECT_TRUE(is_error(load, "tokenizer_config.json: cannot read"));
+    fs::remove(folder / "tokenizer_config.json");
+    for (std::string name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}) {
+        std::string old = fs::exists(folder / name) ? file((folder / name).string()) : "";
+        write_text(folder / name, "{}");
+        fs::resize_file(folder / name, 100'000'001);              // a hole, which takes no room
+        EXPECT_TRUE(is_error(load, name + ": larger than 100000000 bytes"));
+        fs::remove(folder / name);
+        ASSERT_EQ(mkfifo((folder / name).c_str(), 0600), 0);      // nobody writes into it
+        EXPECT_TRUE(is_error(load, name + ": cannot read"));
+        fs::remove(folder / name);
+        if (!old.empty()) write_text(folder / name, old);
+    }
+    write_text(folder / "tokenizer_config.json", "\xEF\xBB\xBF{}");
+    EXPECT_TRUE(is_error(load, "tokenizer_config.json: begins with a byte order mark"));
 }
 
 // -- chat templates ---------------------------------------------------------------------------------
 
-std::string template_of(const std::string& name) {
-    td::Document config(file(GOLDEN + name + "/tokenizer_config.json"), name);
+const std::string TEXT = "tests/golden/text/";
+const std::pair<const char*, const char*> PUBLISHED[] = {         // name, where it is
+    {"v2", "deepseek-v2"}, {"v2.5", ""}, {"v3", "deepseek-v3"}, {"r1", "deepseek-r1"},
+    {"r1-distill", "r1-distill-qwen"}, {"r1-distill", "r1-distill-llama"}, {"v3-0324", ""}, {"r1-0528", ""},
+    {"v3.1", ""}};
+
+std::string template_of(const std::string& folder) {
+    td::Document config(file(GOLDEN + folder + "/tokenizer_config.json"), folder);
     return config.root.at("chat_template").string();
+}
+std::string template_of(const std::pair<const char*, const char*>& published) {
+    if (*published.second) return template_of(published.second);
+    return file(TEXT + "templates/" + published.first + ".jinja");
+}
+
+std::string recognised(const std::string& jinja) {
+    auto [known, opening] = td::recognise_template(jinja);
+    return known ? known->name + (" " + opening) : "";
+}
+
+TEST(TokenizerTemplate, EachIsKnownAndRendersAsJinjaDoes) {
+    Tokenizer t = Tokenizer::load(GOLDEN + "deepseek-v3");
+    std::map<std::string, int> lines;
+    each_line(TEXT + "templates.jsonl", [&](const td::Json& line) {
+        std::string name = line.at("template").string();
+        Chat chat = parse_chat(simdjson::minify(line.value));
+        t.set_chat_template(name);
+        EXPECT_EQ(t.chat_template_name().substr(0, 4), name.substr(0, 4));
+        lines[name]++;
+        auto text = line.find("text");
+        if (text) EXPECT_EQ(t.render(chat.messages, chat.add_generation_prompt), text->string()) << name;
+        else EXPECT_TRUE(is_error([&] { t.render(chat.messages, false); }, "needs content")) << name;
+    });
+    EXPECT_EQ(lines.size(), std::size(td::KNOWN_TEMPLATES));
+    for (const td::KnownTemplate& known : td::KNOWN_TEMPLATES) EXPECT_EQ(lines[known.name], 20) << known.name;
+    for (auto published : PUBLISHED) {
+        std::string config = "{\"chat_template\": " + json_quote(template_of(published)) + "}";
+        EXPECT_EQ(Tokenizer::parse(SMALL, config, "small").chat_template_name(), published.first);
+    }
 }
 
 TEST(TokenizerTemplate, UnknownOnesAreNotRendered) {
     for (std::string config : {"{}", R"({"chat_template": "{{ messages }}"})", R"({"chat_template": 7})",
                                R"({"chat_template": [{"name": "default", "template": "x"}]})"}) {
         Tokenizer t = Tokenizer::parse(SMALL, config, "small");
-        EXPECT_TRUE(is_error([&] { t.render({{"user", "a"}}, true); }, "--raw")) << config;
+        EXPECT_EQ(t.chat_template_name(), "unknown");
+        auto render = [&] { t.render({{"user", "a"}}, true); };
+        const std::string names = "v2, v2.5, v3, r1, r1-distill, v3-0324, r1-0528, v3.1, v3.1-thinking";
+        EXPECT_TRUE(is_error(render, "the model's chat template is not known here; --chat-template NAME (" +
+                                         names + ") chooses one, --raw does without")) << config;
+        t.set_chat_template("v3");
+        EXPECT_EQ(t.render({{"user", "a"}}, true), "<｜User｜>a<｜Assistant｜>");
+        auto choose = [&] { t.set_chat_template("v4\n"); };
+        EXPECT_TRUE(is_error(choose, "no chat template \"v4\\n\"; there are " + names));
     }
 }
 
-TEST(TokenizerTemplate, BlanksInTagsDoNotCount) {
-    for (std::string name : NAMES) {
-        std::string jinja = template_of(name), wide, escaped;
-        auto [kind, prompt] = td::recognise_template(jinja);
-        EXPECT_NE(kind, ChatTemplate::UNKNOWN) << name;
+// What Jinja, as transformers sets it up, renders the same: make_text.py has seen that it does.
+TEST(TokenizerTemplate, WhatRendersTheSameIsKnown) {
+    for (auto published : PUBLISHED) {
+        std::string jinja = template_of(published), wide, escaped, lines;
         bool quoted = false;
-        for (size_t i = 0; i < jinja.size(); i++) {
-            quoted ^= jinja[i] == '\'';
-            bool blank = jinja[i] == ' ' && !quoted;
-            wide += blank ? "\n  " : std::string(1, jinja[i]);
-            escaped += jinja[i] == '\n' && quoted ? "\\n" : std::string(1, jinja[i]);
+        for (char c : jinja) {
+            quoted ^= c == '\'';
+            escaped += c == '\n' && quoted ? "\\n" : std::string(1, c);
+            lines += c == '\n' ? "\r\n" : std::string(1, c);
         }
-        EXPECT_NE(wide, jinja);
-        EXPECT_EQ(td::recognise_template(wide), std::pair(kind, prompt)) << name;
-        EXPECT_EQ(td::recognise_template(escaped), std::pair(kind, prompt)) << name;
+        const std::string known = recognised(jinja);
+        EXPECT_EQ(known.substr(0, known.find(' ')), published.first);
+        for (std::string same : {escaped, lines, jinja + "\n", jinja + "\n\n", "{# a comment #}" + jinja,
+                                 "  " + jinja, "{# {% #}\n" + jinja,
+                                 file(TEXT + "templates/" + published.first + ".pretty")})
+            EXPECT_EQ(recognised(same), known);
+        for (std::string other : {jinja + " ", "x" + jinja, jinja + "\n\n\n", jinja + "{# #} ", "{#" + jinja,
+                                  std::string(1 << 15, '\n') + jinja})
+            EXPECT_NE(recognised(other), known) << published.first;
+    }
+    EXPECT_EQ(recognised(""), "");
+    EXPECT_EQ(recognised(std::string(30000, '{')), "");
+    EXPECT_EQ(recognised(repeated("{#", 15000)), "");
+}
+
+// Each sign left out, and each doubled, makes another template, or one that opens the answer otherwise. Only
+// the minus of a tag may be left out where no blank is beside it.
+TEST(TokenizerTemplate, ChangedOnesAreNotRecognised) {
+    for (auto published : PUBLISHED) {
+        std::string jinja = template_of(published), known = recognised(jinja);
+        for (size_t i = 0; i < jinja.size(); i += 2) {
+            if (jinja[i] == ' ' || jinja[i] == '\n') continue;
+            std::string less = recognised(std::string(jinja).erase(i, 1));
+            std::string more = recognised(std::string(jinja).insert(i, 1, jinja[i]));
+            if (jinja[i] != '-') { EXPECT_NE(less, known) << published.first << ' ' << i; }
+            EXPECT_NE(more, known) << published.first << ' ' << i;
+            bool in_prompt = i + 60 > jinja.size();
+            if (!in_prompt && jinja[i] != '-') { EXPECT_EQ(less, "") << published.first << ' ' << i; }
+        }
     }
 }
 
-// Each sign left out, and each doubled, makes another template, or one that opens the answer otherwise.
-TEST(TokenizerTemplate, ChangedOnesAreNotRecognised) {
+TEST(TokenizerTemplate, OfSeveralTheDefault) {
+    std::string v3 = json_quote(template_of("deepseek-v3")), r1 = json_quote(template_of("deepseek-r1"));
+    auto name = [&](const std::string& templates, const std::string& jinja = "") {
+        std::string config = "{\"chat_template\": " + templates + "}";
+        return Tokenizer::parse(SMALL, config, "small", jinja).chat_template_name();
+    };
+    std::string use = "{\"name\": \"tool_use\", \"template\": " + r1 + "}";
+    std::string list = "[" + use + ", {\"name\": \"default\", \"template\": " + v3 + "}]";
+    EXPECT_EQ(name(list), "v3");
+    EXPECT_EQ(name("[" + use + "]"), "unknown");
+    EXPECT_EQ(name(list, template_of("deepseek-v2")), "v2");      // chat_template.jinja is the default then
+    EXPECT_TRUE(is_error([&] { name("[{\"template\": \"x\"}]"); }, "chat_template[0]: 'name' is missing"));
+    EXPECT_TRUE(is_error([&] { name("[{\"name\": \"default\"}]"); }, "[0]: 'template' is missing"));
+}
+
+// V2's history has "Assistant: Hello", its prompt "Assistant:", and the model says " Hello". The ids of the
+// history are those of the prompt and of what was said.
+TEST(TokenizerTemplate, HistoryHasTheIdsThatWereSaid) {
     for (std::string name : NAMES) {
-        std::string jinja = template_of(name);
-        auto known = td::recognise_template(jinja);
-        for (size_t i = 0; i < jinja.size(); i++) {
-            if (jinja[i] == ' ' || jinja[i] == '\n') continue;
-            auto less = td::recognise_template(std::string(jinja).erase(i, 1));
-            auto more = td::recognise_template(std::string(jinja).insert(i, 1, jinja[i]));
-            EXPECT_NE(less, known) << name << ' ' << i;
-            EXPECT_NE(more, known) << name << ' ' << i;
-            bool in_prompt = i + 60 > jinja.size();
-            if (!in_prompt) { EXPECT_EQ(less.first, ChatTemplate::UNKNOWN) << name << ' ' << i; }
-        }
-        for (std::string outside : {jinja + " ", " " + jinja, jinja + "\n"})
-            EXPECT_EQ(td::recognise_template(outside).first, ChatTemplate::UNKNOWN) << name;
+        Tokenizer t = Tokenizer::load(GOLDEN + name);
+        const bool v2 = name == "deepseek-v2", thinks = name != "deepseek-v3" && !v2;
+        const std::string said = v2 ? " Hello. How are you?" : "Hello. How are you?";
+        std::vector<Message> chat = {{"user", "Hi!"}};
+        Ids ids = t.encode(t.render(chat, true) + (thinks ? "</think>" : "")), answer = t.encode(said);
+        if (thinks) ids.resize(t.encode(t.render(chat, false)).size() + 1);        // up to <｜Assistant｜>
+        ids.insert(ids.end(), answer.begin(), answer.end());
+        ids.push_back(t.eos);
+        chat.push_back({"assistant", t.as_history(said)});
+        EXPECT_EQ(t.encode(t.render(chat, false)), ids) << name;
+        EXPECT_EQ(t.as_history("  x"), v2 ? " x" : "  x");
+        EXPECT_EQ(t.as_history("x"), "x");
     }
 }
 
