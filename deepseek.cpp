@@ -28,10 +28,10 @@
 //   22  Commands                   run, chat, tokenize, logits, quantize, info, bench, check
 //   23  Command line               usage, options, signals, main
 //
-// Three headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
-// usable) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations again, as fast as the processor
-// can) after chapter 10. The book can be read without them. deepseek.cu includes this file and has each
-// operation again, for a GPU, in chapters of the same numbers.
+// Four headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
+// usable), system.h (files, signals, a terminal) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the
+// operations again, as fast as the processor can) after chapter 10. The book can be read without them.
+// deepseek.cu includes this file and has each operation again, for a GPU, in chapters of the same numbers.
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
 //
@@ -892,8 +892,7 @@ void check_heads(const Config& c) {
 
 void parse_moe(Config& c, const Fields& f) {
     c.E = int(f.integer("n_routed_experts", 1, MOST_EXPERTS));
-    c.K = int(f.integer("num_experts_per_tok", 1, c.E));
-    c.F = int(f.integer("moe_intermediate_size", 1, MOST));
+    c.K = int(f.integer("num_experts_per_tok", 1, c.E)), c.F = int(f.integer("moe_intermediate_size", 1, MOST));
     c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
     c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
     c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
@@ -965,8 +964,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     c.D = size("hidden_size", MOST_WIDTH), c.V = size("vocab_size", MOST);
     c.n_layers = size("num_hidden_layers", MOST_LAYERS), c.H = size("num_attention_heads", 1 << 16);
     c.ffn_width = size("intermediate_size", MOST), c.max_context = size("max_position_embeddings", MOST);
-    c.eps = f.number("rms_norm_eps", 0, 1);
-    c.tied = f.boolean("tie_word_embeddings", false);
+    c.eps = f.number("rms_norm_eps", 0, 1), c.tied = f.boolean("tie_word_embeddings", false);
     refuse_other_arithmetic(f, kind == 2 || kind == 4);
     if (mla) parse_mla(c, f);
     else parse_gqa(c, f);
@@ -974,9 +972,8 @@ Config parse_config(std::string_view json, const std::string& file) {
     const char* mtp = f.has("num_nextn_predict_layers") ? "num_nextn_predict_layers" : "num_mtp_layers";
     if (kind == 1) c.n_mtp = int(f.integer(mtp, 0, 1, 0));
     if (f.has("quantization_config")) parse_quantization(c, f.object("quantization_config"));
-    c.rope = parse_rope(f, mla);
+    c.rope = parse_rope(f, mla), c.eos = parse_ids(f, "eos_token_id", c.V);
     check_heads(c);
-    c.eos = parse_ids(f, "eos_token_id", c.V);
     return c;
 }
 
@@ -1198,87 +1195,14 @@ inline std::string tokenize(const Tokenizer& t, const std::string& input, const 
 }
 
 // -- 4.3  write_safetensors: results, whole or not at all ----------------------------------------
+//
+// Who reads a result must never find half of one. AtomicFile, in system.h, writes to a temporary name and
+// renames in the end; whatever ends the program before that leaves nothing. That header has all that the
+// operating system and a terminal ask for, and nothing about models.
 
-// A file, whatever it is called.
-struct FileId {
-    dev_t device;
-    ino_t number;
-    auto operator<=>(const FileId&) const = default;
-};
-inline std::optional<FileId> file_id(const fs::path& path) {
-    struct stat status {};
-    if (stat(path.c_str(), &status) != 0) return {};
-    return FileId{status.st_dev, status.st_ino};
-}
-inline std::set<FileId> in_use;          // the files of the model that is used: nothing is written over them
+#include "system.h"
 
-// Temporary names of files that are being written; a signal's handler has no time for destructors.
-inline std::array<std::atomic<const char*>, 4> unfinished{};
-inline void remove_unfinished() {
-    for (auto& name : unfinished) if (const char* path = name.exchange(nullptr)) unlink(path);
-}
-
-// Writes to a temporary name beside the target and renames, so that a reader never sees half a file. The
-// name is new each time; who writes holds a lock on it, so that those left behind by a kill can be told and
-// are removed by the next who writes the same target. `replace`: an existing file may be.
-class AtomicFile {
-public:
-    explicit AtomicFile(const std::string& path, bool replace = false) : path_(path) {
-        std::error_code error;
-        std::optional<FileId> there = file_id(path);
-        if (path.empty()) fail("an empty path");
-        if (fs::is_directory(path, error)) refuse(path, "is a directory");
-        if (fs::is_other(path, error)) refuse(path, "not a regular file");
-        if (there && in_use.count(*there)) refuse(path, "is a file of the model in use");
-        if (there && !replace) refuse(path, "exists already (--force replaces it)");
-        if (there) target_ = fs::canonical(path);        // not the link, what it names
-        remove_left_behind();
-        sigset_t all, before;                            // no signal between making and knowing the file
-        sigfillset(&all), pthread_sigmask(SIG_BLOCK, &all, &before);
-        int fd = mkostemps(temporary_.data(), 4, O_CLOEXEC), wrong = errno;
-        for (size_t i = 0; fd >= 0 && i < unfinished.size() && !slot_; i++)
-            if (!unfinished[i]) unfinished[i] = temporary_.c_str(), slot_ = &unfinished[i];
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        if (fd < 0) refuse(path, "cannot be written: %s", std::strerror(wrong));
-        CHECK(slot_, "too many files are written at once");
-        flock(fd, LOCK_EX | LOCK_NB);
-        mode_t mask = umask(0);
-        umask(mask), fchmod(fd, 0666 & ~mask);           // mkostemps gives 0600
-        file_ = fdopen(fd, "wb");
-    }
-    ~AtomicFile() { if (file_) std::remove(temporary_.c_str()), close(); }
-    AtomicFile(const AtomicFile&) = delete;
-    void write(const void* data, size_t bytes) {
-        require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
-    }
-    void commit() {
-        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                std::rename(temporary_.c_str(), target_.c_str()) == 0);
-        close();
-    }
-
-private:
-    std::string path_, target_ = path_, temporary_;
-    std::atomic<const char*>* slot_ = nullptr;
-    std::FILE* file_ = nullptr;
-
-    void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
-    void close() { *slot_ = nullptr, std::fclose(std::exchange(file_, nullptr)); }
-    void remove_left_behind() {
-        temporary_ = target_ + ".XXXXXX.tmp";
-        const std::string name = fs::path(temporary_).filename(), ours = name.substr(0, name.size() - 10);
-        std::error_code error;
-        for (auto& entry : fs::directory_iterator(fs::path(target_ + "/..").lexically_normal(), error)) {
-            std::string other = entry.path().filename();
-            if (other.size() != name.size() || !other.starts_with(ours) || !other.ends_with(".tmp") ||
-                !entry.is_regular_file(error) || entry.is_symlink(error))
-                continue;
-            int fd = open(entry.path().c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-            if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) unlink(entry.path().c_str());
-            if (fd >= 0) ::close(fd);
-        }
-    }
-};
+inline void copy(void* to, const void* from, size_t bytes) { if (bytes) std::memcpy(to, from, bytes); }
 
 struct OutputTensor {
     std::string name, dtype;
@@ -1368,11 +1292,6 @@ struct GenerationConfig {
 // reads. Below is what is asked of both; from there on the network does not depend on which it was.
 
 #include "gguf.h"
-
-inline bool has_tokenizer(const fs::path& model) {
-    if (is_gguf(model)) return open_gguf(model).keys.has("tokenizer.ggml.tokens");
-    return fs::exists(model / "tokenizer.json");
-}
 
 // Each GGUF file of a folder is a model of its own, or the first part of one.
 inline void refuse_folder_of_gguf(const fs::path& folder) {
@@ -1557,15 +1476,6 @@ inline Config read_config(const fs::path& model) {
     Config c = parse_config(read_json_file(file), file);
     settle_mtp(c, model);
     return c;
-}
-
-// The model in weights/, beside the program or above it.
-inline fs::path shipped_model() {
-    std::error_code error;
-    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
-    for (const fs::path& folder : {here, here.parent_path()})
-        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
-    fail("no model: -m is missing, and there is no weights/tiny beside the program");
 }
 
 // -- 4.6  Binder: every tensor in its place ------------------------------------------------------
@@ -2732,7 +2642,7 @@ struct Model {
     Config config;
     Rope rope;
     Checkpoint checkpoint;                 // keeps the mappings alive
-    Pages quantised, rearranged;           // weights that were made smaller, or put in another order (19.4)
+    Pages quantised, rearranged;           // weights that were made smaller, or put in another order (19.3)
     std::deque<Vector> vectors;            // norms and biases: what the spans are views of
     std::shared_ptr<std::byte> uploaded;   // weights in the memory of a device that has its own
     Matrix embed, head;                    // (V, D)
@@ -2783,8 +2693,7 @@ struct SessionOptions {
 
 // Where a session's arrays lie and its passes run: on the CPU, whose table is in 13.2, or on a GPU. That has
 // twins of the operations, which work on the same structs.
-struct Session;
-struct Choice;
+struct Session; struct Choice;
 struct Device {
     const char* name;
     std::shared_ptr<std::byte> (*memory)(size_t bytes);                    // zeroed
@@ -2801,7 +2710,6 @@ struct Device {
     std::string (*missing)();                                              // why it cannot be used, or ""
 };
 extern const Device CPU;
-inline void copy(void* to, const void* from, size_t bytes) { if (bytes) std::memcpy(to, from, bytes); }
 
 // Everything that a forward pass writes, for at most C = chunk tokens, each array with its shape. One list,
 // walked twice: for the bill and for the pointers.
@@ -3552,7 +3460,7 @@ inline uint64_t fingerprint(const Config& c) {
                      double(c.gate), double(c.sigmoid_affinity), double(c.norm_topk), double(c.qkv_bias),
                      double(c.tied), c.routed_scale, c.eps, r.theta, double(r.scaling), r.factor,
                      r.original_context, r.low_freq_factor, r.high_freq_factor, r.beta_fast, r.beta_slow,
-                     r.mscale, r.mscale_all_dim})
+                     r.mscale, r.mscale_all_dim, r.attention_factor, double(r.truncate), double(c.qk_norm)})
         hash.add(&x, sizeof x);
     return hash.h;
 }
@@ -3733,8 +3641,6 @@ inline int mtp_catch_up(Session& s) {
 }
 
 // -- 13.2  the CPU as a device -------------------------------------------------------------------
-
-uint64_t available_memory();                             // chapter 19
 
 inline std::shared_ptr<std::byte> zeroed_pages(size_t bytes) {
     auto pages = std::make_shared<Pages>(bytes);
@@ -4451,100 +4357,7 @@ inline Bill make_bill(const Config& c, const fs::path& folder, Dtype kv) {
     return b;
 }
 
-// -- 19.2  what this machine gives to the process ------------------------------------------------
-
-// The number after `key` in a file of the system, if it says one.
-inline std::optional<uint64_t> system_number(const fs::path& file, const std::string& key = "") {
-    std::ifstream in(file);
-    for (std::string line; std::getline(in, line);) {
-        unsigned long long n = 0;
-        if (line.starts_with(key) && std::sscanf(line.c_str() + key.size(), " %llu", &n) == 1) return n;
-    }
-    return {};
-}
-
-// A control group of the process, of the system's first or second kind.
-struct ControlGroup {
-    fs::path path;
-    bool first_kind;
-};
-
-// Those that limit `controller` ("memory", "cpu"): its own group and all above it.
-inline std::vector<ControlGroup> control_groups(const std::string& controller) {
-    std::vector<ControlGroup> groups;
-    std::ifstream in("/proc/self/cgroup");             // lines NUMBER:CONTROLLERS:/PATH
-    for (std::string line; std::getline(in, line);) {
-        size_t names = line.find(':') + 1, path = line.find(":/", names);
-        if (names == 0 || path == line.npos) continue;
-        std::string controllers = "," + line.substr(names, path - names) + ",";
-        bool first_kind = controllers.find("," + controller + ",") != controllers.npos;
-        if (!first_kind && !line.starts_with("0::/")) continue;
-        fs::path group = first_kind ? "/sys/fs/cgroup/" + controller : "/sys/fs/cgroup";
-        groups.push_back({group, first_kind});
-        for (const fs::path& part : fs::path(line.substr(path + 2)))
-            groups.push_back({group /= part, first_kind});
-    }
-    return groups;
-}
-
-// Bytes that a control group leaves to its processes. Pages of files count as free, for they are given up
-// when others are needed.
-inline uint64_t left_in_group(const ControlGroup& g) {
-    auto limit = system_number(g.path / (g.first_kind ? "memory.limit_in_bytes" : "memory.max"));
-    auto used = system_number(g.path / (g.first_kind ? "memory.usage_in_bytes" : "memory.current"));
-    if (!limit || !used) return UINT64_MAX;
-    for (std::string key : {"inactive_file", "active_file"}) {
-        auto pages = system_number(g.path / "memory.stat", (g.first_kind ? "total_" : "") + key);
-        *used -= std::min(*used, pages.value_or(0));
-    }
-    return *limit - std::min(*used, *limit);
-}
-
-// Bytes that the system can give this process without swapping; 0 where it does not say.
-uint64_t available_memory() {
-    uint64_t available = system_number("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
-    if (available == 0) return 0;
-    for (const ControlGroup& g : control_groups("memory"))
-        available = std::clamp<uint64_t>(left_in_group(g), 1, available);
-    return available;
-}
-
-// Processors whose time a control group gives, rounded down, at least one; INT_MAX where it does not say.
-inline int processors_of_group(const ControlGroup& g) {
-    std::optional<uint64_t> quota, period;
-    if (g.first_kind) {
-        quota = system_number(g.path / "cpu.cfs_quota_us");
-        period = system_number(g.path / "cpu.cfs_period_us");
-        if (quota && *quota > uint64_t(INT64_MAX)) quota.reset();        // -1: no limit
-    } else {                                                            // QUOTA PERIOD, or max PERIOD
-        std::ifstream in(g.path / "cpu.max");
-        uint64_t q = 0, p = 0;
-        if (in >> q >> p) quota = q, period = p;
-    }
-    if (!quota || !period || *period == 0) return std::numeric_limits<int>::max();
-    return int(std::clamp<uint64_t>(*quota / *period, 1, 1 << 20));
-}
-
-// Processors that this process may run on: by its affinity, and by the time that its control groups give.
-inline int processors() {
-    int n = omp_get_num_procs();
-    for (const ControlGroup& g : control_groups("cpu")) n = std::min(n, processors_of_group(g));
-    return std::max(n, 1);
-}
-
-// How long a thread that waits for the next loop stays awake: ten microseconds. The default of OpenMP's run
-// times, which read it before main, is a thousand times that and takes the time of other programs. Not where
-// the user has a say in it, nor where threads are bound: the first one's processor would be passed on.
-inline void set_patience(char** argv) {
-    for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND",
-                               "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
-        if (std::getenv(chosen)) return;
-    setenv("GOMP_SPINCOUNT", "2000", 1), setenv("KMP_BLOCKTIME", "0", 1);
-    std::error_code error;                               // by its name, which ps and killall go by
-    execv(fs::read_symlink("/proc/self/exe", error).c_str(), argv);    // where refused, it works all the same
-}
-
-// -- 19.3  the memory plan -----------------------------------------------------------------------
+// -- 19.2  the memory plan -----------------------------------------------------------------------
 
 inline double gigabytes(uint64_t bytes) { return double(bytes) / 1e9; }
 
@@ -4619,33 +4432,7 @@ struct InsideBill {
     }
 };
 
-// -- 19.4  loading within the plan ---------------------------------------------------------------
-
-// A bar on a terminal, with the time left; nothing elsewhere.
-class Progress {
-public:
-    Progress(const std::string& what, size_t total, const std::string& unit = "")
-        : what_(what), unit_(unit), total_(std::max<size_t>(total, 1)),
-          shown_(!quiet && isatty(STDERR_FILENO)) {}
-    ~Progress() { if (width_) std::fprintf(stderr, "\r%*s\r", int(width_), ""); }
-    Progress(const Progress&) = delete;
-    void at(size_t n) {
-        const double now = seconds(), took = now - start_;
-        if (!shown_ || took < 0.5 || now - drawn_ < 0.1) return;
-        drawn_ = now;
-        std::string bar(std::min(n, total_) * 30 / total_, '#');
-        std::string line = what_ + text_of(" [%-30s] %zu / %zu", bar.c_str(), n, total_) + unit_;
-        if (n > 0) line += text_of(", %.0f s left", took * double(total_ - std::min(n, total_)) / double(n));
-        std::fprintf(stderr, "\r%-*s", int(width_), line.c_str());      // over what was longer
-        width_ = std::max(width_, line.size());
-    }
-
-private:
-    std::string what_, unit_;
-    size_t total_, width_ = 0;
-    bool shown_;
-    double start_ = seconds(), drawn_ = 0;
-};
+// -- 19.3  loading within the plan ---------------------------------------------------------------
 
 // Bytes of the weights that need memory of their own, before anything is loaded: those that are quantised
 // while loading, or all, where they are copied to a device. Weights that are not there count as BF16.
@@ -4740,7 +4527,7 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
     return model;
 }
 
-// -- 19.5  the bill as text ----------------------------------------------------------------------
+// -- 19.4  the bill as text ----------------------------------------------------------------------
 
 inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
     std::string bytes;
@@ -4825,58 +4612,7 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
 // What a model says is a stranger's text: on a terminal no control character of it may act. What goes into
 // a pipe or a file is exact.
 
-// -- 21.1  what a terminal is given --------------------------------------------------------------
-
-// Whether escape codes may go to a terminal (no-color.org; TERM=dumb has none).
-inline bool plain_terminal() {
-    const char *term = std::getenv("TERM"), *none = std::getenv("NO_COLOR");
-    return !term || std::string_view(term) == "dumb" || (none && *none);
-}
-
-// Text whose control characters are shown and do nothing: C0 but newline and tab, C1, and the marks that turn
-// the direction of writing.   utf8: valid
-inline std::string disarmed(std::string_view utf8) {
-    auto acts = [](int32_t c) {
-        return (c < 32 && c != '\n' && c != '\t') || (c >= 127 && c < 160) || c == 0x061C || c == 0x200E ||
-               c == 0x200F || (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
-    };
-    std::string out;
-    for (int32_t c = 0, n = 0; !utf8.empty(); utf8.remove_prefix(size_t(n))) {
-        auto bytes = reinterpret_cast<const uint8_t*>(utf8.data());
-        n = int32_t(utf8proc_iterate(bytes, int64_t(utf8.size()), &c));
-        if (n <= 0) n = 1, c = 0xFFFD;
-        if (acts(c)) out += text_of("<U+%04X>", unsigned(c));
-        else out.append(utf8.substr(0, size_t(n)));
-    }
-    return out;
-}
-
-// The state in which the terminal is found is the state in which it is left, whatever ends or stops the
-// program. Called by signal handlers, too.
-struct Terminal {
-    termios before{};
-    bool known = tcgetattr(STDIN_FILENO, &before) == 0;
-    volatile std::sig_atomic_t dimmed = 0, pasting = 0;   // escape codes that are in effect
-
-    static void put(int fd, std::string_view code) { if (::write(fd, code.data(), code.size()) < 0) return; }
-    void dim(bool on) { dimmed = on, put(STDOUT_FILENO, on ? "\033[2m" : "\033[0m"); }
-    void paste(bool on) { pasting = on, put(STDERR_FILENO, on ? "\033[?2004h" : "\033[?2004l"); }
-    void restore() {
-        if (dimmed) put(STDOUT_FILENO, "\033[0m");
-        if (pasting) put(STDERR_FILENO, "\033[?2004l");
-        if (known) tcsetattr(STDIN_FILENO, TCSANOW, &before);
-    }
-};
-inline Terminal terminal;
-
-// Ctrl-C ends the program; but while somebody heeds `interrupted`, only what he does. A second one ends all.
-inline volatile std::sig_atomic_t heeded = 0, ended_by = 0;              // ended_by: SIGTERM, SIGHUP, or 0
-struct Heed {
-    std::sig_atomic_t before = std::exchange(heeded, 1);
-    ~Heed() { heeded = before; }
-};
-
-// -- 21.2  an answer as it comes -----------------------------------------------------------------
+// -- 21.1  an answer as it comes -----------------------------------------------------------------
 
 struct Display {
     std::vector<std::string> stops;        // texts that end an answer; not shown
@@ -5004,7 +4740,7 @@ private:
     }
 };
 
-// -- 21.3  what is said about it -----------------------------------------------------------------
+// -- 21.2  what is said about it -----------------------------------------------------------------
 
 constexpr const char* STOP_NAMES[] = {"end", "length", "context", "interrupted", "stop"};
 
@@ -5066,7 +4802,7 @@ inline void print_answer_json(const Printer& p, const Statistics& s, const Gener
     std::fflush(stdout);
 }
 
-// -- 21.4  a conversation ------------------------------------------------------------------------
+// -- 21.3  a conversation ------------------------------------------------------------------------
 
 // One model, and what was said. A turn that cannot be taken leaves it as it was.
 struct Conversation {
@@ -5171,133 +4907,6 @@ inline void load_conversation(Conversation& talk, const std::string& path) {
     talk.messages = std::move(messages);
 }
 
-#ifndef DEEPSEEK_NO_MAIN
-#define Tokenizer EditTokenizer          // libedit has a type of that name, too
-#include <histedit.h>
-#undef Tokenizer
-
-// -- 21.5  lines from a person -------------------------------------------------------------------
-
-// Lines that are edited, with a history. What is pasted (terminals say so by codes, "bracketed paste") does
-// not go through the editor if it has several lines or is long: a mark stands for it until the line is done.
-class LineEditor {
-public:
-    LineEditor() : editor_(el_init("deepseek", stdin, stderr, stderr)), history_(history_init()) {
-        HistEvent event;
-        history(history_, &event, H_SETSIZE, 1000);
-        el_set(editor_, EL_CLIENTDATA, this);
-        if (plain_terminal()) el_set(editor_, EL_TERMINAL, "dumb");
-        el_set(editor_, EL_EDITOR, "emacs");
-        el_set(editor_, EL_PROMPT, &prompt_of);
-        el_set(editor_, EL_HIST, history, history_);
-        el_set(editor_, EL_SIGNAL, 0);
-        el_set(editor_, EL_GETCFN, &next_character);
-        el_source(editor_, nullptr);
-    }
-    ~LineEditor() { history_end(history_), el_end(editor_); }
-    LineEditor(const LineEditor&) = delete;
-    // A line without its end; nothing at the end of the input, or after Ctrl-C (then `interrupted` is set).
-    std::optional<std::string> line(const char* prompt) {
-        Heed heed;
-        prompt_ = prompt, pastes_.clear();
-        if (!plain_terminal()) terminal.paste(true);
-        int n = 0;
-        const char* read = interrupted ? nullptr : el_gets(editor_, &n);
-        if (!plain_terminal()) terminal.paste(false);
-        terminal.restore();
-        if (!read || n <= 0 || interrupted) return {};
-        std::string text(read, size_t(n));
-        if (text.back() == '\n') text.pop_back();
-        HistEvent event;
-        if (!text.empty()) history(history_, &event, H_ENTER, text.c_str());
-        for (auto& [mark, pasted] : pastes_)
-            if (size_t at = text.find(mark); at != text.npos) text.replace(at, mark.size(), pasted);
-        return text;
-    }
-
-private:
-    EditLine* editor_;
-    History* history_;
-    const char* prompt_ = "";
-    std::string bytes_;                                  // read, not yet given to the editor
-    std::vector<std::pair<std::string, std::string>> pastes_;            // mark, text
-
-    static LineEditor& self(EditLine* editor) {
-        void* data = nullptr;
-        el_get(editor, EL_CLIENTDATA, &data);
-        return *static_cast<LineEditor*>(data);
-    }
-    static char* prompt_of(EditLine* editor) { return const_cast<char*>(self(editor).prompt_); }
-    // Waits for bytes; false at the end, and after Ctrl-C. The signal is let in only while this waits:
-    // between a look at `interrupted` and a read that then waits for ever there would be a gap.
-    bool fill() {
-        sigset_t ctrl_c, before;
-        sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-        pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-        pollfd input{STDIN_FILENO, POLLIN, 0};
-        int ready = 0;
-        while (!interrupted && (ready = ppoll(&input, 1, nullptr, &before)) < 0 && errno == EINTR)
-            if (!interrupted) el_resize(editor_), el_set(editor_, EL_REFRESH);   // resized, or was stopped
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        char part[4096];
-        ssize_t n = interrupted || ready <= 0 ? 0 : read(STDIN_FILENO, part, sizeof part);
-        if (n > 0) bytes_.append(part, size_t(n));
-        return n > 0;
-    }
-    // All that is pasted becomes one text, which a mark stands for, or, if it is short, itself.
-    void take_paste() {
-        constexpr std::string_view END = "\033[201~";
-        size_t end;
-        while ((end = bytes_.find(END)) == bytes_.npos) if (!fill()) return;
-        std::string text = bytes_.substr(0, end);
-        bytes_.erase(0, end + END.size());
-        std::replace(text.begin(), text.end(), '\r', '\n');
-        bool line = std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) < 32; });
-        if (line && text.size() < 200) return void(bytes_.insert(0, text));
-        std::string mark = text_of("[pasted %zu: %zu lines, %zu bytes]", pastes_.size() + 1,
-                                   size_t(std::count(text.begin(), text.end(), '\n')) + 1, text.size());
-        pastes_.emplace_back(mark, text);
-        bytes_.insert(0, mark);
-    }
-    // A character for the editor: 1, or 0 at the end.
-    static int next_character(EditLine* editor, wchar_t* out) {
-        LineEditor& e = self(editor);
-        constexpr std::string_view PASTE = "\033[200~";
-        while (e.bytes_.empty() || tokenizer_detail::utf8_part(e.bytes_) == 0 ||
-               (e.bytes_.size() > 1 && e.bytes_.size() < PASTE.size() && PASTE.starts_with(e.bytes_)))
-            if (!e.fill()) return 0;
-        if (e.bytes_.starts_with(PASTE)) {
-            e.bytes_.erase(0, PASTE.size());
-            e.take_paste();
-            return next_character(editor, out);
-        }
-        int32_t c = 0;
-        int n = tokenizer_detail::utf8_part(e.bytes_);
-        if (n > 0) utf8proc_iterate(reinterpret_cast<const uint8_t*>(e.bytes_.data()), n, &c);
-        *out = n > 0 ? wchar_t(c) : L'\uFFFD';
-        e.bytes_.erase(0, size_t(std::abs(n)));
-        return 1;
-    }
-};
-
-// A turn: a line; lines that end with a backslash and the one after them; or all lines between two of `"""`.
-inline std::optional<std::string> read_turn(LineEditor& editor) {
-    std::optional<std::string> line = editor.line("> ");
-    if (!line) return {};
-    if (*line == "\"\"\"") {
-        std::string text;
-        while ((line = editor.line(". ")) && *line != "\"\"\"") text += (text.empty() ? "" : "\n") + *line;
-        return line ? std::optional(text) : std::nullopt;
-    }
-    std::string text = *line;
-    while (text.ends_with('\\')) {
-        if (!(line = editor.line(". "))) return {};
-        text.back() = '\n', text += *line;
-    }
-    return text;
-}
-#endif
-
 // =================================================================================================
 // Chapter 22. Commands
 // =================================================================================================
@@ -5331,6 +4940,15 @@ struct Options {
 };
 
 constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
+
+// The model in weights/, beside the program or above it.
+inline fs::path shipped_model() {
+    std::error_code error;
+    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
+    for (const fs::path& folder : {here, here.parent_path()})
+        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
+    fail("no model: -m is missing, and there is no weights/tiny beside the program");
+}
 
 inline fs::path model_path(const Options& o) {
     fs::path model = o.model.empty() ? shipped_model() : fs::path(o.model);
@@ -5582,6 +5200,11 @@ inline std::vector<int> parse_id_list(const std::string& text, int V) {
         ids.push_back(id);
     }
     return ids;
+}
+
+inline bool has_tokenizer(const fs::path& model) {
+    if (is_gguf(model)) return open_gguf(model).keys.has("tokenizer.ggml.tokens");
+    return fs::exists(model / "tokenizer.json");
 }
 
 inline void command_logits(const Options& o) {
@@ -5941,47 +5564,6 @@ inline std::string unknown_option(const CLI::App& app, const std::string& given)
                 if (best.empty() || distance(word, "--" + name) < distance(word, best)) best = "--" + name;
     bool near = !best.empty() && distance(word, best) <= word.size() / 2;
     return "unexpected argument '" + given + "'" + (near ? " (" + best + "?)" : "");
-}
-
-// From a signal: at once, but with the terminal as it was and no half file left.
-inline void leave(int signal) {
-    terminal.restore(), remove_unfinished();
-    if (signal == SIGINT) Terminal::put(STDERR_FILENO, "\ndeepseek: interrupted\n"), _exit(130);
-    sigset_t own;
-    sigemptyset(&own), sigaddset(&own, signal);
-    std::signal(signal, SIG_DFL), pthread_sigmask(SIG_UNBLOCK, &own, nullptr);
-    raise(signal);
-}
-inline void on_end(int signal) {
-    if (!heeded || interrupted || signal == SIGQUIT || signal == SIGPIPE) leave(signal);
-    ended_by = signal == SIGINT ? 0 : signal;
-    interrupted = 1;
-}
-// A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
-inline void on_bus_error(int) {
-    terminal.restore(), remove_unfinished();
-    Terminal::put(STDERR_FILENO, "deepseek: a weight file was cut short, or cannot be read any more\n");
-    _exit(1);
-}
-inline void on_stop(int) {                               // Ctrl-Z, and on again
-    termios now{};
-    bool known = tcgetattr(STDIN_FILENO, &now) == 0;
-    terminal.restore(), raise(SIGSTOP);
-    if (known) tcsetattr(STDIN_FILENO, TCSANOW, &now);
-    if (terminal.dimmed) terminal.dim(true);
-    if (terminal.pasting) terminal.paste(true);
-}
-
-// Handlers without SA_RESTART: a waiting read ends too. What is ignored (nohup) stays ignored.
-inline void set_signals() {
-    auto set = [](int signal, void (*handler)(int)) {
-        struct sigaction action {}, before {};
-        action.sa_handler = handler;
-        if (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(signal, &action, nullptr);
-    };
-    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE}) set(signal, on_end);
-    set(SIGBUS, on_bus_error), set(SIGTSTP, on_stop), set(SIGWINCH, [](int) {});
 }
 
 // The command line; returns the exit code.
