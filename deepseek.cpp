@@ -5,8 +5,9 @@
 // =================================================================================================
 //
 // This is a program and a book. The program runs DeepSeek V2, V2-Lite, Coder-V2, V3, R1-Zero, R1 and
-// the six R1-Distills from their published files. The book is the same text read from top to bottom:
-// each chapter answers one question, and the code below the prose is the answer that runs.
+// the R1-Distills of Qwen2, Qwen3 and Llama from their published files. The book is the same text read
+// from top to bottom: each chapter answers one question, and the code below the prose is the answer that
+// runs.
 //
 //   0   How to read this file      contents, notation, reading routes
 //   1   Ground rules               errors, memory, the parallel loop, random numbers, taps
@@ -612,11 +613,14 @@ using Vector = std::vector<real>;
     fail("%s: %s", where.c_str(), wrong.c_str());
 }
 
-// A line on stderr about what the user may not expect, once. --quiet: none, nor progress, nor statistics.
+// A line on stderr about what the user may not expect. --quiet: none, nor progress, nor statistics.
 inline bool quiet = false;
-inline void notice(const std::string& line) {
-    static std::set<std::string> said;
-    if (said.insert(line).second && !quiet) std::fprintf(stderr, "%s\n", line.c_str());
+inline void notice(const std::string& line) { if (!quiet) std::fprintf(stderr, "%s\n", line.c_str()); }
+// One about a file that is of use all the same: told once the model is open, and once.
+inline std::map<std::string, bool> remarks;              // and whether they were shown
+inline void remark(const std::string& line) { remarks.emplace(line, false); }
+inline void show_remarks() {
+    for (auto& [line, shown] : remarks) if (!std::exchange(shown, true)) notice(line);
 }
 
 using Json = simdjson::dom::element;
@@ -789,8 +793,7 @@ struct Config {
 
 // Limits far above every real model, such that no count or size in this file overflows: the largest sums are
 // below 2^64 (parameters, and bytes of a plan with 4,096 threads), strides and expert slots below 2^31.
-constexpr int MOST = 1 << 24;
-constexpr int MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
+constexpr int MOST = 1 << 24, MOST_LAYERS = 1 << 10, MOST_EXPERTS = 1 << 14, MOST_WIDTH = 1 << 20;
 constexpr int MOST_EXPERTS_IN_ALL = 1 << 16;   // layers times experts: each has its entry in the model
 
 // What must hold of a RopeConfig, whatever file it is from.
@@ -820,7 +823,7 @@ void parse_yarn(RopeConfig& r, const Fields& f, bool mla) {
     else if (mla && (all_dim != 0 || (f.has("mscale") && mscale != 1)))
         refuse(f.where(), "'mscale' without 'mscale_all_dim', or the reverse: published programs disagree");
     if (f.has("attn_factor") && f.number("attn_factor", 1) != 1)
-        notice(f.where() + ": 'attn_factor' is passed over, as by transformers (vLLM and llama.cpp use it)");
+        remark(f.where() + ": 'attn_factor' is passed over, as by transformers (vLLM and llama.cpp use it)");
 }
 
 // rope_scaling and rope_theta; newer files keep both in rope_parameters.
@@ -830,12 +833,11 @@ RopeConfig parse_rope(const Fields& top, bool mla) {
         "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
         "attn_factor", "truncate", "partial_rotary_factor"};
     auto given = [&](const char* key) { return top.has(key) && simdjson::minify(top.get(key)) != "{}"; };
-    RopeConfig rope;
-    bool newer = given("rope_parameters");
-    const char* place = newer ? "rope_parameters" : "rope_scaling";
-    const char* original = "original_max_position_embeddings";
+    const bool newer = given("rope_parameters");
+    const char *place = newer ? "rope_parameters" : "rope_scaling",
+               *original = "original_max_position_embeddings";
     if (newer && given("rope_scaling")) refuse(top.where(), "both 'rope_parameters' and 'rope_scaling'");
-    rope.theta = top.number("rope_theta", rope.theta);
+    RopeConfig rope{.theta = top.number("rope_theta", RopeConfig().theta)};
     check_rope(rope, top.where()), top.number("partial_rotary_factor", 1, 1, 1);
     if (!given(place)) return rope;
     Fields f = top.object(place);
@@ -892,7 +894,8 @@ void check_heads(const Config& c) {
 
 void parse_moe(Config& c, const Fields& f) {
     c.E = int(f.integer("n_routed_experts", 1, MOST_EXPERTS));
-    c.K = int(f.integer("num_experts_per_tok", 1, c.E)), c.F = int(f.integer("moe_intermediate_size", 1, MOST));
+    c.K = int(f.integer("num_experts_per_tok", 1, c.E));
+    c.F = int(f.integer("moe_intermediate_size", 1, MOST));
     c.n_shared = int(f.integer("n_shared_experts", 0, 1024, 0));
     c.first_dense = int(f.integer("first_k_dense_replace", 0, c.n_layers));
     c.moe_freq = int(f.integer("moe_layer_freq", 1, MOST, 1));
@@ -939,17 +942,16 @@ void refuse_other_arithmetic(const Fields& f, bool qwen) {
     f.choice("hidden_act", {"silu", "swish"}, "silu");
     std::string types = f.has("layer_types") ? simdjson::minify(f.get("layer_types")) : "[]";
     for (size_t at; (at = types.find("\"full_attention\"")) != types.npos;) types.erase(at, 16);
-    if (types.find_first_not_of("[,]") != types.npos)
+    if (types[0] != '[' || types.find_first_not_of("[,]") != types.npos)
         refuse(f.where(), "'layer_types' is no list of \"full_attention\" alone");
 }
 
 void parse_quantization(Config& c, const Fields& q) {
     q.choice("quant_method", {"fp8"}), q.choice("fmt", {"e4m3"}, "e4m3");
     q.choice("activation_scheme", {"dynamic"}, "dynamic"), q.choice("expert_dtype", {"fp8"}, "fp8");
-    c.ue8m0 = q.choice("scale_fmt", {"ue8m0", "float"}, "float") == 0;
+    c.fp8 = true, c.ue8m0 = q.choice("scale_fmt", {"ue8m0", "float"}, "float") == 0;
     if (q.all().count("weight_block_size") && simdjson::minify(q.get("weight_block_size")) != "[128,128]")
         refuse(q.where(), "'weight_block_size' is not [128, 128]");
-    c.fp8 = true;
 }
 
 // config.json, from its text. `file` is for messages.
@@ -966,8 +968,7 @@ Config parse_config(std::string_view json, const std::string& file) {
     c.ffn_width = size("intermediate_size", MOST), c.max_context = size("max_position_embeddings", MOST);
     c.eps = f.number("rms_norm_eps", 0, 1), c.tied = f.boolean("tie_word_embeddings", false);
     refuse_other_arithmetic(f, kind == 2 || kind == 4);
-    if (mla) parse_mla(c, f);
-    else parse_gqa(c, f);
+    mla ? parse_mla(c, f) : parse_gqa(c, f);
     if (mla && f.has("n_routed_experts")) parse_moe(c, f), check_moe(c);
     const char* mtp = f.has("num_nextn_predict_layers") ? "num_nextn_predict_layers" : "num_mtp_layers";
     if (kind == 1) c.n_mtp = int(f.integer(mtp, 0, 1, 0));
@@ -1369,10 +1370,7 @@ std::map<std::string, std::string> parse_index(std::string_view json, const std:
 // Nothing is written over the files of this model.
 inline void protect_model(const fs::path& model) {
     auto protect = [](const fs::path& file) { if (auto id = file_id(file)) in_use.insert(*id); };
-    if (is_gguf(model)) {
-        for (const fs::path& part : gguf_files(model)) protect(part);
-        return;
-    }
+    if (is_gguf(model)) for (const fs::path& part : gguf_files(model)) protect(part);
     for (const char* name : {"config.json", "generation_config.json", "tokenizer.json",
                              "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                              "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json"})
@@ -1462,7 +1460,7 @@ inline void settle_mtp(Config& c, const fs::path& folder) {
             there |= of_mtp(c, t.name);
     }
     if (there == (c.n_mtp > 0)) return;
-    notice(folder.string() + (there ? ": the files have an MTP module, config.json has not: it is left out"
+    remark(folder.string() + (there ? ": the files have an MTP module, config.json has not: it is left out"
                                     : ": config.json has an MTP module, the files have not: it is left out"));
     c.n_mtp = 0;
 }
@@ -1967,7 +1965,7 @@ inline void top_k(int* idx, const real* v, int n, int k) {
 // Which two numbers form a pair is a convention of the checkpoint, and the most common mistake of ports:
 //
 //      interleaved   (x0 x1) (x2 x3) (x4 x5) ...    DeepSeek's MLA
-//      half          (x0 x_d/2) (x1 x_d/2+1) ...    Qwen2, Llama
+//      half          (x0 x_d/2) (x1 x_d/2+1) ...    Qwen, Llama
 //
 // A model trained on 4,096 tokens can read 163,840 after its slow pairs were slowed down further. YaRN
 // (Peng et al. 2023) divides the frequencies of pairs that turn less than `beta_slow` times over the
@@ -2915,7 +2913,7 @@ inline Model load_model(const fs::path& folder) {
     Model m = open_model(folder);
     Binder binder(&m.checkpoint, folder, m.config.fp8);
     bind_model(binder, m);
-    binder.finish();
+    binder.finish(), show_remarks();
     return m;
 }
 
@@ -4467,7 +4465,7 @@ inline Model load_model(const fs::path& folder, const Loading& loading) {
     quantiser.arena = {m.quantised.data(), 0};
     quantiser.progress = [&](size_t done) { loading.progress(done, total); };
     bind_model(binder, m);
-    binder.finish();
+    binder.finish(), show_remarks();
     return m;
 }
 
@@ -4529,7 +4527,8 @@ inline Model load_planned(const fs::path& folder, const std::string& quant, cons
 
 // -- 19.4  the bill as text ----------------------------------------------------------------------
 
-inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan) {
+inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions& s, const MemoryPlan& plan,
+                            const std::string& chat) {
     std::string bytes;
     for (auto& [dtype, n] : b.bytes)
         bytes += text_of("%s\"%s\":%llu", bytes.empty() ? "" : ",", dtype.c_str(), (unsigned long long)n);
@@ -4538,13 +4537,13 @@ inline void print_bill_json(const Config& c, const Bill& b, const SessionOptions
         "\"parameters\":{\"total\":%llu,\"active\":%llu,\"mtp\":%llu},\"bytes\":{%s},"
         "\"kv_bytes_per_token\":%llu,\"mha_kv_bytes_per_token\":%llu,"
         "\"memory\":{\"device\":\"%s\",\"ctx\":%d,\"weights\":%llu,\"cache\":%llu,\"activations\":%llu,"
-        "\"available\":%llu,\"fits\":%s}}\n",
+        "\"available\":%llu,\"fits\":%s},\"chat_template\":%s}\n",
         c.model_type.c_str(), c.n_layers, c.D, c.V, c.max_context, (unsigned long long)b.total,
         (unsigned long long)b.active, (unsigned long long)b.mtp, bytes.c_str(), (unsigned long long)b.kv,
         (unsigned long long)b.full_kv, plan.device->name, s.context, (unsigned long long)plan.weights,
         (unsigned long long)plan.cache,
         (unsigned long long)plan.activations, (unsigned long long)plan.available,
-        plan.fits() ? "true" : "false");
+        plan.fits() ? "true" : "false", json_quote(chat).c_str());
 }
 
 // Whether some of the files' weights will be put in another order.
@@ -4580,7 +4579,7 @@ inline void print_memory_plan(const Bill& b, const SessionOptions& s, const Memo
                     gigabytes(plan.needed() - plan.available));
 }
 
-inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
+inline void print_bill(const Config& c, const Bill& b, const fs::path& folder, const std::string& chat) {
     uint64_t files = 0;
     for (auto& [dtype, n] : b.bytes) files += n;
     std::printf("model          %s\n", folder.c_str());
@@ -4591,6 +4590,7 @@ inline void print_bill(const Config& c, const Bill& b, const fs::path& folder) {
     std::printf("parameters     %.3f M total, %.3f M active a token", double(b.total) / 1e6,
                 double(b.active) / 1e6);
     if (c.n_mtp) std::printf(", MTP module %.3f M more", double(b.mtp) / 1e6);
+    std::printf("\nchat template  %s", chat.c_str());
     std::printf("\nweights        %s",
                 b.bytes.empty() ? "not in this folder" : text_of("%.3f GB:", gigabytes(files)).c_str());
     for (auto& [dtype, n] : b.bytes) std::printf(" %s %.3f GB", dtype.c_str(), gigabytes(n));
@@ -4927,7 +4927,7 @@ inline int (*check_twins)(const std::string& section) = nullptr;
 
 struct Options {
     std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
-    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section, seed = "0";
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section, chat_template, seed = "0";
     int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
     int bench_prompt = 512, bench_tokens = 128, repeats = 5, depth = 0;
     std::optional<double> temperature, top_p, min_p, repeat_penalty;
@@ -4954,6 +4954,12 @@ inline fs::path model_path(const Options& o) {
     fs::path model = o.model.empty() ? shipped_model() : fs::path(o.model);
     protect_model(model);
     return model;
+}
+
+inline Tokenizer open_tokenizer(const Options& o, const fs::path& model) {
+    Tokenizer t = load_tokenizer(model);
+    if (!o.chat_template.empty()) t.set_chat_template(o.chat_template);
+    return t;
 }
 
 // Common checks; sets the number of threads and the kernels.
@@ -5040,7 +5046,7 @@ struct Talk {
     std::optional<Conversation> conversation;
 
     explicit Talk(const Options& o)
-        : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(load_tokenizer(folder)),
+        : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(open_tokenizer(o, folder)),
           generation(make_generation(o, folder, config, tokenizer)),
           options(session_options(o, config, DEFAULT_CONTEXT)), device(pick_device(o)) {
         if (tokenizer.vocab_size() > config.V)
@@ -5163,7 +5169,7 @@ inline void command_chat(const Options& o) {
 inline void command_tokenize(const Options& o) {
     if (o.tokenize.decode && o.tokenize.chat) fail("tokenize: --decode and --chat exclude each other");
     if (o.tokenize.as_ids && !o.tokenize.chat) fail("tokenize: --ids goes with --chat");
-    Tokenizer tokenizer = load_tokenizer(model_path(o));
+    Tokenizer tokenizer = open_tokenizer(o, model_path(o));
     if (!o.tokenize.lines) {
         std::string out = tokenize(tokenizer, read_stream(std::cin, "stdin", TEXT_LIMIT), o.tokenize);
         bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
@@ -5293,8 +5299,15 @@ inline void command_info(const Options& o) {
     Bill b = make_bill(c, folder, s.kv);
     const Device& device = pick_device(o);
     MemoryPlan plan = memory_plan(weight_bytes(folder, c, o.quant, device), c, s, device);
-    if (o.display.json) return print_bill_json(c, b, s, plan);
-    print_bill(c, b, folder);
+    std::string chat = "none: no tokenizer";
+    try {
+        if (has_tokenizer(folder)) chat = open_tokenizer(o, folder).chat_template_name();
+    } catch (const TokenizerError& e) {
+        chat = std::string("none: ") + e.what();
+    }
+    show_remarks();
+    if (o.display.json) return print_bill_json(c, b, s, plan, chat);
+    print_bill(c, b, folder, chat);
     print_memory_plan(b, s, plan, o.quant);
 }
 
@@ -5441,6 +5454,7 @@ inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, 
     return c;
 }
 
+const std::string TEMPLATES = "chat template: " + Tokenizer::template_names();
 const auto COUNT = between(0, MOST), POSITIVE = between(1, MOST), COUNT_OR_ALL = between(-1, MOST);
 
 inline void add_pass_options(CLI::App* c, Options& o) {
@@ -5460,6 +5474,7 @@ inline void add_generation_options(CLI::App* c, Options& o) {
     option(c, "-s,--seed", o.seed, check_seed, "seed of the random numbers (default: 0), -1: any");
     option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
     c->add_option("--system", o.system, "system message");
+    option(c, "--chat-template", o.chat_template, check_path, TEMPLATES.c_str());
     option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again");
     option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
     add_pass_options(c, o);
@@ -5491,6 +5506,7 @@ inline void add_commands(CLI::App& app, Options& o) {
     c->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
     c->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
     c->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
+    option(c, "--chat-template", o.chat_template, check_path, TEMPLATES.c_str());
     c->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
 
     c = add_command(app, "logits", "logits of every position, and every intermediate",

@@ -1158,6 +1158,8 @@ struct Work {
     Choice* choice;                        // behind the ids
 
     static int64_t numbers(const Config& c, const SessionOptions& o) {
+        if (int64_t(o.chunk) * c.H > std::numeric_limits<int>::max())            // they are counted in int
+            fail("--chunk %d: with %d heads more queries than a GPU's grid has blocks", o.chunk, c.H);
         return split_numbers(c, o) + int64_t(HEAD_ROWS) * c.V + o.chunk + 2;
     }
     explicit Work(const Session& s) {

@@ -982,7 +982,7 @@ inline GenerationConfig gguf_generation(const fs::path& file, int V) {
     k.integer(p + "mirostat", 0, 0, 0);
     if (k.has(p + "sequence")) k.wrong(p + "sequence", NOT_HERE);
     g.eos = gguf_stops(k, V);
-    if (g.eos.empty()) notice(file.string() + ": no '" + STOP_KEYS[0] + "': no token ends an answer");
+    if (g.eos.empty()) remark(file.string() + ": no '" + STOP_KEYS[0] + "': no token ends an answer");
     return g;
 }
 

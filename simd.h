@@ -2211,7 +2211,7 @@ inline void fast_matmul(std::span<const Product> products) {
 
 // Queries `first` to first + Q of a key head, Q <= QUERY_TILE, on this thread: keys and values are read once
 // for all of them.   scratch: attention_scratch numbers
-inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
+inline void attend_tile(const Attention& a, real* scratch, int64_t first, int Q) {
     const int64_t dk = a.k.cols, dv = a.v.cols;
     auto token = [&](int i) { return (first + i) / a.heads; };
     auto head = [&](int i) { return (first + i) % a.heads; };
@@ -2239,15 +2239,15 @@ inline void attend_tile(const Attention& a, real* scratch, int first, int Q) {
 }
 
 inline void fast_attend(std::span<const Attention> heads, Rows scratch) {
-    const int queries = int(heads[0].n.size()) * heads[0].heads, all = queries * int(heads.size());
-    const int tile = std::min({QUERY_TILE, queries, (all + n_threads() - 1) / n_threads()});
-    const int tiles = (queries + tile - 1) / tile;
     const Attention& one = heads[0];
-    parallel_for(int64_t(tiles) * int64_t(heads.size()), [&](int64_t i) {
-        int first = int(i % tiles) * tile;
+    const int64_t queries = int64_t(one.n.size()) * one.heads, all = queries * int64_t(heads.size());
+    const int64_t tile = std::min({int64_t(QUERY_TILE), queries, (all + n_threads() - 1) / n_threads()});
+    const int64_t tiles = (queries + tile - 1) / tile;
+    parallel_for(tiles * int64_t(heads.size()), [&](int64_t i) {
+        int64_t first = i % tiles * tile;
         const Attention& head = heads[size_t(i / tiles)];
-        attend_tile(head, scratch[thread_index()], first, std::min(tile, queries - first));
-    }, int64_t(tile) * one.n.back() * (one.k.cols + one.v.cols) / 2);
+        attend_tile(head, scratch[thread_index()], first, int(std::min(tile, queries - first)));
+    }, tile * one.n.back() * (one.k.cols + one.v.cols) / 2);
 }
 
 // -- the choice ----------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-// system.h: what the operating system and a person at a terminal ask for. Files that are written whole or not at
-// all, what the machine gives to this process, a terminal that is left as it was found, lines that can be edited,
-// and signals that end a program without leaving half of anything behind.
+// system.h: what the operating system and a person at a terminal ask for. Files that are written whole or not
+// at all, what the machine gives to this process, a terminal that is left as it was found, lines that can be
+// edited, and signals that end a program without leaving half of anything behind.
 //
 // Nothing here is about models. The book can be read without it.
 //
-// Contents: 1 files that are written; 2 memory and processors; 3 a terminal; 4 lines from a person; 5 signals.
+// Contents: 1 files that are written; 2 memory and processors; 3 a terminal; 4 lines from a person;
+//           5 signals.
 //
 // Needs chapters 1 and 3.1 (fail, refuse, notice) of deepseek.cpp, and the UTF-8 of tokenizer.h.
 #pragma once

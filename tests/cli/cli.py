@@ -165,6 +165,30 @@ class Run(Case):
         self.assertEqual(self.ok(*arguments)[0], self.ok("run", "-p", QUESTION, "-n", "20", "--temp", "5")[0])
         self.assertNotEqual(self.ok(*arguments)[0], self.ok("run", "-p", QUESTION, "-n", "20")[0])
 
+    def tiny_with(self, file, **fields):
+        """A copy of the shipped model with other fields in one of its JSON files."""
+        for path in TINY.iterdir():
+            shutil.copy(path, self.folder)
+        text = json.loads((self.folder / file).read_text()) | fields
+        (self.folder / file).write_text(json.dumps(text))
+        return self.folder
+
+    def test_stops_are_those_of_generation_config(self):
+        """</think>, 511, in place of the id that config.json and the tokenizer have."""
+        model = self.tiny_with("generation_config.json", eos_token_id=511)
+        out, _ = self.ok("run", "-m", model, "-p", QUESTION)
+        self.assertEqual(out.rstrip("\n"), ANSWER.split("</think>")[0].rstrip("\n"))
+
+    def test_an_mtp_module_that_config_does_not_have(self):
+        folder = self.tiny_with("config.json", num_nextn_predict_layers=0)
+        out, error = self.ok("run", "-m", folder, "-p", QUESTION)
+        self.assertEqual(out, ANSWER)
+        self.assertEqual(error.count("the files have an MTP module, config.json has not"), 1)
+        self.refused("run", "-m", folder, "-p", QUESTION, "--mtp", says="has no MTP module")
+        out, error = self.ok("info", "-m", folder)
+        self.assertNotIn("MTP", out)
+        self.assertEqual(error.count("\n"), 1)
+
     def test_show_prompt(self):
         _, error = self.ok("run", "-p", "Hi", "--system", "Be brief.", "--show-prompt")
         ids = json.loads(re.search(r"^ids: (\[.*\])$", error, re.MULTILINE)[1])

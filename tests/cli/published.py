@@ -19,6 +19,10 @@ LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rop
          "num_key_value_heads": 8, "rope_scaling": {
              "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
              "original_max_position_embeddings": 8192}}
+QWEN3 = {**QWEN, "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128,
+         "rope_theta": 1000000, "attention_bias": False, "rope_scaling": {
+             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+             "attn_factor": 0.8782488562869419}}
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
         "beta_slow": 1}
 MLA = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 163840,
@@ -57,6 +61,7 @@ MODELS = {
                                            vocab_size=151936),
     "DeepSeek-R1-Distill-Qwen-7B": shape(QWEN, (3584, 18944, 28, 28), num_key_value_heads=4),
     "DeepSeek-R1-Distill-Llama-8B": shape(LLAMA, (4096, 14336, 32, 32)),
+    "DeepSeek-R1-0528-Qwen3-8B": shape(QWEN3, (4096, 12288, 36, 32)),
     "DeepSeek-R1-Distill-Qwen-14B": shape(QWEN, (5120, 13824, 48, 40), num_key_value_heads=8,
                                           rms_norm_eps=1e-5),
     "DeepSeek-R1-Distill-Qwen-32B": shape(QWEN, (5120, 27648, 64, 40), num_key_value_heads=8,

@@ -101,7 +101,7 @@ class Readme(unittest.TestCase):
         totals = {"DeepSeek-R1-Distill-Qwen-1.5B": 1777088000, "DeepSeek-R1-Distill-Qwen-32B": 32763876352,
                   "DeepSeek-R1-Distill-Llama-8B": 8030261248, "DeepSeek-R1-Distill-Llama-70B": 70553706496,
                   "DeepSeek-V2-Lite-Chat": 15706484224, "DeepSeek-V2-Chat": 235741434880,
-                  "DeepSeek-R1": 671026419200}
+                  "DeepSeek-R1": 671026419200, "DeepSeek-R1-0528-Qwen3-8B": 8190735360}
         for names, config in published.MODELS.items():
             for name in names.split(", "):
                 if name in totals:

@@ -80,8 +80,7 @@ RECOVERED = """gate_noaux_tc(r, w.gate_bias.data(), shape);
         }"""
 SUM, SHARE = "«sum += r.affinity[r.idx[k]];»", "real s = «r.affinity[r.idx[k]]»;"
 ADD_BIAS = "r.choice[e] = r.affinity[e] + «bias[e]»;"
-TIES = [("if (filled == k && !(«v[i] > v[idx[k - 1]]»)) continue;", "v[i] >= v[idx[k - 1]]"),
-        ("at > 0 && «v[i] > v[idx[at - 1]]»;", "v[i] >= v[idx[at - 1]]")]
+TIES = [("[v](int a, int b) { return v[a] > v[b] || (v[a] == v[b] && «a < b»); }", "a > b")]
 EXPERTS = """«run_experts(
         {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);»"""
 DISPATCH = "«std::copy_n(a.u + a.slot_token[i] * D, D, a.in + i * D);»"

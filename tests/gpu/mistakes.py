@@ -47,7 +47,7 @@ def barrier(where, twin, place, shared=""):
 
 
 SCALE_ROW = "int64_t tile = «(first_row + g * next_first_row + r)» / SCALE_BLOCK;"
-BLOCK_SUM = "scale * float(int8_t(q - L.zero))"
+BLOCK_SUM = "scale * float(integer_of<D>(q))"
 TREE = "x += __shfl_xor_sync(ALL_LANES, x, «apart», HALF)"
 ONE_BY_ONE = """[&] {
     float s = 0;

@@ -13,6 +13,7 @@ line where it cannot be.
 import array
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import pty
@@ -81,8 +82,8 @@ def difference(a, b, bound):
             continue
         if dtype != "F32" or bound == 0:
             return name
-        largest = max(map(abs, x))
-        worst = max(abs(p - q) for p, q in zip(x, y))
+        largest = max(abs(p) for p in x if abs(p) < math.inf)              # choice has -inf
+        worst = max(abs(p - q) for p, q in zip(x, y) if p != q)
         if not worst <= bound * largest:
             return f"{name}: {worst:.3g} of {largest:.3g}"
     return ""

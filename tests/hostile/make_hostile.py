@@ -604,7 +604,7 @@ def qwen2_cases():
         ),
         "sliding_window": ({"use_sliding_window": True}, "use_sliding_window"),
         "mlp_bias": ({"mlp_bias": True}, "mlp_bias"),
-        "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+        "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max_position_embeddings"),
         "frequencies_reversed": ({"rope_scaling": llama3 | {"high_freq_factor": 0.5}}, "high_freq_factor"),
         "frequency_missing": (
             {"rope_scaling": {k: v for k, v in llama3.items() if "low" not in k}},
@@ -644,8 +644,8 @@ def shape_of(name):
 
 def dtype_cases():
     for kind, name in KINDS.items():
-        few = ("I32",) if len(shape_of(name)) == 1 else ("F64", "I32")
-        for dtype in few if kind != "expert" else ("F64", "I64", "I16", "I8", "U8", "BOOL", "F8_E5M2", "F8_E8M0"):
+        many = ("I64", "I16", "I8", "U8", "BOOL", "F8_E5M2", "F8_E8M0") if kind == "expert" else ("I32",)
+        for dtype in many + ("F64",) * (len(shape_of(name)) > 1):
             yield Case(f"{kind}_is_{dtype}", tensor(name, dtype), (name, dtype), BINDING)
     for kind in ("norm", "q_norm", "gate_bias", "mtp_norm"):
         yield Case(f"{kind}_is_F8_E4M3", tensor(KINDS[kind], "F8_E4M3"), (KINDS[kind], "F8_E4M3"), BINDING)
@@ -712,7 +712,7 @@ def count_cases():
     ):
         yield Case(f"extra_tensor_{name}", extra(name), (SECOND, name, "no place"), BINDING)
     yield Case(
-        "config_one_layer_more", json_file(CONFIG, {"num_hidden_layers": 3}), ("model.layers.3",), BINDING
+        "config_one_layer_more", json_file(CONFIG, {"num_hidden_layers": 3}), ("model.layers.2",), BINDING
     )
     yield Case(
         "config_one_layer_less",
@@ -975,7 +975,8 @@ def odd_folders():
     yield "expert_in_BF16", lost_scale(KINDS["expert"])
     yield "ue8m0", json_file(CONFIG, {"quantization_config/scale_fmt": "ue8m0"})
     yield "no_mtp_in_config", json_file(CONFIG, {"num_nextn_predict_layers": 0})
-    yield "no_mtp_in_files", packed([{k: v for k, v in shard.items() if ".layers.2." not in k} for shard in TENSORS])
+    main = [{name: t for name, t in shard.items() if ".layers.2." not in name} for shard in TENSORS]
+    yield "no_mtp_in_files", packed(main)
     yield "scale_in_BF16", tensor(KINDS["q_a"] + "_scale_inv", "BF16", data=struct.pack("<H", 0x3C00))
     yield "norm_in_F64", tensor(KINDS["norm"], "F64", data=struct.pack("<d", 1))
     for field in ("topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "rope_theta"):
