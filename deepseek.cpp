@@ -867,8 +867,7 @@ RopeConfig parse_rope(const Fields& top, bool mla) {
 }
 
 void parse_mla(Config& c, const Fields& f) {
-    f.get("q_lora_rank");   // null is a statement (V2-Lite), an absent field is a mistake
-    c.Rq = f.has("q_lora_rank") ? int(f.integer("q_lora_rank", 1, MOST)) : 0;
+    c.Rq = f.get("q_lora_rank").is_null() ? 0 : int(f.integer("q_lora_rank", 1, MOST));   // absent: wrong
     c.Rkv = int(f.integer("kv_lora_rank", 1, MOST)), c.Dn = int(f.integer("qk_nope_head_dim", 1, MOST));
     c.Dr = int(f.integer("qk_rope_head_dim", 2, MOST)), c.Dv = int(f.integer("v_head_dim", 1, MOST));
     if (f.integer("num_key_value_heads", 1, MOST, c.H) != c.H)
@@ -936,9 +935,8 @@ void refuse_other_arithmetic(const Fields& f, bool qwen) {
         if (f.boolean(key, false)) refuse(f.where(), "'%s' true is not supported", key);
     for (const char* key : {"is_causal", "rope_interleave"})
         if (!f.boolean(key, true)) refuse(f.where(), "'%s' false is not supported", key);
-    const char* window = qwen ? "per_layer_config" : "sliding_window";   // Qwen's has a switch, above
-    for (const char* key : {"attention_chunk_size", "per_layer_config", window})
-        if (f.has(key)) refuse(f.where(), "'%s' is not supported", key);
+    for (auto k : {qwen ? "per_layer_config" : "sliding_window", "per_layer_config", "attention_chunk_size"})
+        if (f.has(k)) refuse(f.where(), "'%s' is not supported", k);
     f.choice("hidden_act", {"silu", "swish"}, "silu");
     std::string types = f.has("layer_types") ? simdjson::minify(f.get("layer_types")) : "[]";
     for (size_t at; (at = types.find("\"full_attention\"")) != types.npos;) types.erase(at, 16);
@@ -1154,16 +1152,14 @@ inline Messages messages_of(const Field& list) {
         if (auto content = json.find("content")) m.content = content->string();
         if (auto prefix = json.find("prefix")) m.prefix = prefix->boolean();
         auto calls = json.find("tool_calls");
-        if (!calls) continue;
-        m.tool_calls.emplace();
-        for (const Field& call : calls->items()) {
+        if (calls) m.tool_calls.emplace();
+        for (const Field& call : calls ? calls->items() : std::vector<Field>()) {
             Field type = call.at("type"), f = call.at("function");
             m.tool_calls->push_back({type.string(), f.at("name").string(), f.at("arguments").string()});
         }
     }
     return out;
 }
-
 inline Messages parse_messages(std::string_view json) {          // [{"role": "user", "content": "..."}, ...]
     return messages_of(tokenizer_detail::Document(json, "messages").root);
 }
@@ -1448,9 +1444,9 @@ inline bool of_mtp(const Config& c, const std::string& name) {
 
 // config.json and the files may disagree about the MTP module: transformers leaves its tensors out, and
 // writes that it is there. It is there when both say so.
-inline void settle_mtp(Config& c, const fs::path& folder) {
+inline Config settle_mtp(Config c, const fs::path& folder) {
     fs::path index = folder / "model.safetensors.index.json", file = folder / "model.safetensors";
-    if (c.model_type != "deepseek_v3" || !has_weights(folder)) return;
+    if (c.model_type != "deepseek_v3" || !has_weights(folder)) return c;
     bool there = false;
     if (fs::exists(index)) {
         for (auto& [name, shard] : parse_index(read_json_file(index), index)) there |= of_mtp(c, name);
@@ -1459,10 +1455,11 @@ inline void settle_mtp(Config& c, const fs::path& folder) {
         for (const TensorInfo& t : parse_safetensors({bytes.data(), bytes.size()}, file).tensors)
             there |= of_mtp(c, t.name);
     }
-    if (there == (c.n_mtp > 0)) return;
+    if (there == (c.n_mtp > 0)) return c;
     remark(folder.string() + (there ? ": the files have an MTP module, config.json has not: it is left out"
                                     : ": config.json has an MTP module, the files have not: it is left out"));
     c.n_mtp = 0;
+    return c;
 }
 
 inline Config read_config(const fs::path& model) {
@@ -1471,9 +1468,7 @@ inline Config read_config(const fs::path& model) {
     if (is_gguf(model)) return parse_gguf_config(open_gguf(model));
     if (!fs::exists(file)) refuse_folder_of_gguf(model);
     if (!fs::exists(file)) refuse(model, "no config.json (not a model folder?)");
-    Config c = parse_config(read_json_file(file), file);
-    settle_mtp(c, model);
-    return c;
+    return settle_mtp(parse_config(read_json_file(file), file), model);
 }
 
 // -- 4.6  Binder: every tensor in its place ------------------------------------------------------
@@ -1528,8 +1523,7 @@ public:
     void finish() const {
         for (auto& [name, tensor] : checkpoint_->tensors) {
             bool buffer = false;
-            for (const char* end : {"rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached",
-                                    "self_attn.masked_bias", "self_attn.bias", "causal_mask"})
+            for (const char* end : {".inv_freq", "_cached", "attn.masked_bias", "attn.bias", "causal_mask"})
                 buffer |= name.ends_with(end);
             if (!used_.count(name) && !buffer) wrong(name, "has no place in this model");
         }
@@ -2842,10 +2836,9 @@ inline Gqa bind_gqa(Binder& b, const Config& c, const std::string& p) {
         w.bk = b.vector(p + "k_proj.bias", kv_rows);
         w.bv = b.vector(p + "v_proj.bias", kv_rows);
     }
-    if (c.qk_norm) {
-        w.q_norm = b.vector(p + "q_norm.weight", c.head_dim);
+    if (c.qk_norm)
+        w.q_norm = b.vector(p + "q_norm.weight", c.head_dim),
         w.k_norm = b.vector(p + "k_norm.weight", c.head_dim);
-    }
     return w;
 }
 

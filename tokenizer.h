@@ -122,11 +122,11 @@ private:
 // Calls match(part) for each match that the finder finds and gap(part) for all between, in order.
 template <class Finder, class OnMatch, class OnGap, class... Last>
 void cut(std::string_view text, const Finder& finder, OnMatch match, OnGap gap, Last... last) {
-    size_t done = 0, begin;
-    for (std::optional<std::string_view> part; (part = finder.find(text, done, last...)); match(*part)) {
-        begin = size_t(part->data() - text.data());
+    size_t done = 0;
+    while (std::optional<std::string_view> part = finder.find(text, done, last...)) {
+        size_t begin = size_t(part->data() - text.data());
         if (begin > done) gap(text.substr(done, begin - done));
-        done = begin + part->size();
+        match(*part), done = begin + part->size();
     }
     if (done < text.size()) gap(text.substr(done));
 }

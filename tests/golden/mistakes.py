@@ -209,11 +209,11 @@ MISTAKES = [
     Mistake("tokenizer", "a regex that knows ASCII letters alone", "tokens", "ids",
             [("return Regex(«out», PCRE2_UTF | PCRE2_UCP", "with_ascii_letters(out)")], "Tokens", TOKENIZER),
     Mistake("tokenizer", "BOS twice", "tokens", "chat",
-            [("std::string out(«bytes(bos)»), prompt",
+            [("return out.append(«bytes(bos)») + (known_",
               "kept(std::string(bytes(bos)) + std::string(bytes(bos)))")],
             "Tokens", TOKENIZER),
     Mistake("tokenizer", "no BOS", "tokens", "chat",
-            [("std::string out(«bytes(bos)»), prompt", "std::string_view()")], "Tokens", TOKENIZER),
+            [("return out.append(«bytes(bos)») + (known_", "std::string_view()")], "Tokens", TOKENIZER),
 
     # 11. fp16, and what breaks when a prompt takes two forward passes.
     Mistake("fp16", "attention scores in fp16", "v3-bf16", "layers.0.z",

@@ -36,18 +36,18 @@ IDS = {
 OPTIONS = {  # of `run`
     "--chunk": ("0", "-1", "65537", "1e3", "x", "", "9" * 30),
     "--ctx": ("0", "-1", "65", "16777217", "x", "9" * 30, "nan"),
-    "-n": ("-1", "x", "1.5", "9" * 30),
+    "-n": ("-2", "x", "1.5", "9" * 30),
     "--temp": ("-1", "101", "nan", "-nan", "NAN", "inf", "x", ""),
     "--top-p": ("0", "-1", "1.1", "nan", "x"),
     "--top-k": ("-1", "1.5", "x", "9" * 30),
     "--min-p": ("-1", "1.1", "nan"),
-    "--seed": ("-1", "1.5", "x", "9" * 30, ""),
+    "--seed": ("-2", "1.5", "x", "9" * 30, ""),
     "--threads": ("0", "-1", "4097", "9" * 30, "x"),
     "--think-budget": ("-1", "x"),
     "--device": ("gpu", ""),
     "--quant": ("q9", ""),
     "--mla": ("both", ""),
-    "--arith": ("fp16", "BF16", ""),
+    "--arith": ("fp16", "bf17", ""),
 }
 MESSAGES = {
     "empty": "",
@@ -179,8 +179,6 @@ def prompt_lines():
     yield ("prompt_on_stdin_too_long", RUN + ["--raw", "-"], longer.encode() * 1000, ("100001", str(CONTEXT)))
     for file in ("empty.txt", "not_utf8.txt", "folder", "nowhere"):
         yield ("prompt_file_" + file, RUN + ["-f", "WORK/" + file], b"", ())
-    yield ("chat_turn_too_long", ["chat", "-m", "GOOD"], longer.encode() + b"\n", (str(CONTEXT),))
-    yield ("chat_turn_not_utf8", ["chat", "-m", "GOOD"], b"\xff\n", ("UTF-8",))
     yield ("system_with_raw", HELLO + ["--raw", "--system", "x"], b"", ("--system",))
     yield ("simd_unknown", HELLO, b"", ("DEEPSEEK_SIMD",))
 
