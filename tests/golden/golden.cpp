@@ -142,7 +142,7 @@ void write_results(const fs::path& path, const Results& results) {
         else out.push_back({v.name, "I32", v.shape, v.integers.data(), v.integers.size() * 4});
     }
     fs::create_directories(path.parent_path());
-    AtomicFile file(path.string());
+    AtomicFile file(path.string(), true);
     write_safetensors(file, out);
 }
 

@@ -110,7 +110,7 @@ ROWS = {"v3-long": LONG_ROWS, "llama3-long": LONG_ROWS}
 # Models whose kernels' borders are stored, too; in the others they would say nothing new in as many bytes.
 BORDERS = ("q_absorbed", "z", "lse", "o", "group_score", "choice", "routed_out", "shared_out")
 WITH_BORDERS = ("v2-lite", "v2-groups", "v3-bf16", "v3-long", "qwen2", "qwen2-tied", "qwen2-f32", "llama3",
-                "llama3-long")
+                "llama3-long", "qwen3")
 
 # weights/tiny: "714 - 95=?" with its thought and answer, as its tokenizer writes them.
 TINY_IDS = [0, 508, 319, 292, 223, 21, 22, 25, 260, 223, 26, 23, 33, 509, 510, 201, 21, 22, 25, 260, 223, 26,

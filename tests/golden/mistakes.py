@@ -128,20 +128,20 @@ MISTAKES = [
             [(f"«rope_half({heads});»", f"rope_interleaved({heads});") for heads in GQA_HEADS]),
 
     # Qwen3's norms of heads.
-    Mistake("heads", "no norms of q and k", "qwen3", "layers.0.attn_out",
+    Mistake("heads", "no norms of q and k", "qwen3", "layers.0.lse",
             [("if («c.qk_norm») { // a head", "false")]),
-    Mistake("heads", "norms of q and k after their rotation", "qwen3", "layers.0.attn_out",
+    Mistake("heads", "norms of q and k after their rotation", "qwen3", "layers.0.lse",
             [("if («c.qk_norm») { // a head", "false"),
              (f"«rope_half({GQA_HEADS[0]});»", f"rope_half({GQA_HEADS[0]}); {NORM_Q}"),
              (f"«rope_half({GQA_HEADS[1]});»", f"rope_half({GQA_HEADS[1]}); {NORM_K}")]),
-    Mistake("heads", "one norm over all heads", "qwen3", "layers.0.attn_out",
+    Mistake("heads", "one norm over all heads", "qwen3", "layers.0.lse",
             [("«rmsnorm({a.q, d}, {a.q, d}, w.q_norm, int64_t(T) * c.H, c.eps);»", NORM_ALL)]),
-    Mistake("heads", "norms of q and k exchanged", "qwen3", "layers.0.attn_out",
+    Mistake("heads", "norms of q and k exchanged", "qwen3", "layers.0.lse",
             [('w.q_norm = b.vector(p + «"q_norm.weight"»', '"k_norm.weight"'),
              ('w.k_norm = b.vector(p + «"k_norm.weight"»', '"q_norm.weight"')]),
     Mistake("heads", "1e-6 for the config's eps in the norms of heads", "qwen3-plain", "layers.0.attn_out",
             [("w.k_norm, int64_t(T) * c.G, «c.eps»", "1e-6")]),
-    Mistake("mscale", "YaRN of GQA without its factor of cos and sin", "qwen3", "layers.0.attn_out",
+    Mistake("mscale", "YaRN of GQA without its factor of cos and sin", "qwen3", "layers.0.lse",
             [(MAGNITUDE, "1.0")]),
 
     # 3. The correction bias picks experts and must not enter the mixture.
