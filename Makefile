@@ -146,7 +146,7 @@ endif
 TEST_FLAGS     := $(CXXFLAGS) -I.
 SANITIZE       := -O1 -g1 -I. -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_TARGETS   := safetensors index config generation_config tokenizer_json tokenizer_config chat_template \
-	messages gguf
+	messages gguf cache
 SECONDS_EACH   ?= 300
 FUZZING         = -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048 -dict=tests/fuzz/words.dict \
 	-max_len=$$(case $$target in gguf) echo 65536;; tokenizer_json) echo 16384;; *) echo 4096;; esac) \

@@ -3357,6 +3357,7 @@ inline Stop generate_text(Session& s, Generation& g, Statistics& stats,
                           const std::function<bool(int)>& emit) {
     Thought thought(g, s.tokens);
     for (std::vector<int> next = {next_token(s, g)};;) {
+        bool more = true;
         for (int id : next) {
             bool forced = thought.spent(g) && id != g.think_end;
             if (forced) id = g.think_end;
@@ -3365,10 +3366,11 @@ inline Stop generate_text(Session& s, Generation& g, Statistics& stats,
             thought.see(g, id);
             s.tokens.push_back(id);
             stats.generated++;
-            if (!emit(id)) return Stop::TEXT;
-            if (forced) break;                           // what was drafted after it no longer follows
+            more = emit(id);
+            if (forced || !more) break;                  // what was drafted after it no longer follows
         }
         s.length = std::min(s.length, int(s.tokens.size()) - 1);         // the last one needs its pass
+        if (!more) return Stop::TEXT;
         if (stats.generated == g.max_tokens) return Stop::LENGTH;
         if (int(s.tokens.size()) > s.options.context) return Stop::CONTEXT;
         if (interrupted) return Stop::INTERRUPTED;
@@ -3421,21 +3423,22 @@ struct Fnv1a {
         for (size_t i = 0; i < n; i++) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001B3u;
     }
 };
-// Some bytes of a tensor as a number.
-inline uint64_t sample(const std::byte* data, size_t bytes) {
+// At most 2 n bytes of a tensor as a number: the first ones, and from the middle on.
+inline uint64_t sample(const std::byte* data, size_t bytes, size_t n) {
     Fnv1a hash;
-    size_t n = std::min<size_t>(bytes, 256);
-    hash.add(data, n), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
+    hash.add(data, std::min(n, bytes)), hash.add(data + bytes / 2, std::min(n, bytes - bytes / 2));
     return hash.h;
 }
 
-// A number that names a model's weights: names, dtypes, shapes and samples of all tensors.
+// A number that names a model's weights: names, dtypes, shapes and samples of all tensors. Of a small model
+// each byte is looked at; 128 MB are, together, of a large one.
 inline uint64_t fingerprint(const Model& m) {
     Fnv1a hash;
+    const size_t share = std::max<size_t>(256, (size_t(1) << 26) / (m.checkpoint.tensors.size() + 1));
     for (auto& [name, t] : m.checkpoint.tensors) {
         hash.add(name.data(), name.size()), hash.add(t.dtype.data(), t.dtype.size());
         for (uint64_t side : t.shape) hash.add(&side, 8);
-        uint64_t bytes = sample(t.data, t.bytes);
+        uint64_t bytes = sample(t.data, t.bytes, share);
         hash.add(&bytes, 8);
     }
     return hash.h;
@@ -4657,6 +4660,7 @@ public:
         : tokenizer_(tokenizer), g_(g), display_(display), stops_(display.stops), thought_(in_thought),
           opened_(in_thought && !raw && !display.answer_only), answer_at_(in_thought ? std::string::npos : 0),
           terminal_(isatty(STDOUT_FILENO)) {}
+    ~Printer() { if (terminal.dimmed) terminal.dim(false); }             // a model that breaks in a thought
     // False when a stop text has come.
     bool emit(int id) {
         if (tokenizer_.is_special(id)) return true;
@@ -4809,6 +4813,7 @@ struct Conversation {
 
     // Prints the answer to a prompt and returns its text, but nothing of a thought that has no end.
     std::string reply(const std::string& prompt, bool raw) {
+        stop = Stop::END;
         std::vector<int> ids = encode_prompt(tokenizer, prompt, raw && tokenizer.add_bos);
         const int context = session.options.context, most = session.model.config.max_context;
         const std::string more = context < most ? text_of("; the model allows --ctx %d", most) : "";
@@ -4817,6 +4822,7 @@ struct Conversation {
                       << "\nids: " << json_array(ids) << '\n';
         if (ids.empty()) fail("the prompt is empty");
         if (int(ids.size()) >= context)
+            stop = Stop::CONTEXT,
             fail("the prompt has %zu tokens, the context holds %d (one is needed for the answer)%s",
                  ids.size(), context, more.c_str());
         return answer(ids, raw);
@@ -4891,7 +4897,12 @@ inline void save_conversation(const Conversation& talk, const std::string& path,
 
 // Goes on with a saved conversation. Without its cache, or with one of another model, it is read again.
 inline void load_conversation(Conversation& talk, const std::string& path) {
-    std::vector<Message> messages = parse_messages(read_json_file(path));
+    std::vector<Message> messages;
+    try {
+        messages = parse_messages(read_json_file(path));
+    } catch (const TokenizerError& e) {
+        refuse(path, "%s", e.what());
+    }
     try {
         load_cache(talk.session, path + ".kv");
     } catch (const UserError& e) {
@@ -5007,6 +5018,8 @@ inline Generation make_generation(const Options& o, const fs::path& folder, cons
     g.drafting = o.mtp ? &MTP_DRAFTS : nullptr;
     if (o.mtp && c.n_mtp == 0) fail("--mtp: %s has no MTP module", folder.c_str());
     if (o.mtp && o.display.logprobs) fail("--logprobs: not with --mtp");
+    if (o.display.logprobs && !o.display.json) fail("--logprobs: goes with --json");
+    if (o.display.json && o.display.answer_only) fail("--answer-only: --json has the answer apart");
     g.rng.state = o.seed == "-1" ? std::random_device()() : std::stoull(o.seed);
     if (o.seed == "-1") notice(text_of("seed %ju", uintmax_t(g.rng.state)));
     return g;
@@ -5046,6 +5059,8 @@ struct Talk {
             fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
                  tokenizer.vocab_size() - 1, config.V);
         if (!simdjson::validate_utf8(o.system)) fail("--system: not valid UTF-8");
+        for (const std::string& text : o.display.stops)
+            if (!simdjson::validate_utf8(text)) fail("--stop: not valid UTF-8");
         if (!o.save_kv.empty()) kv = std::make_unique<AtomicFile>(o.save_kv, o.force);
         model = load_planned(folder, o.quant, config, options, device);
         session = std::make_unique<Session>(model, options, device);
@@ -5082,7 +5097,6 @@ inline std::string prompt_of(const Options& o) {
 inline void command_run(const Options& o) {
     std::string prompt = prompt_of(o);
     if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
-    if (o.display.json && o.display.answer_only) fail("--answer-only: --json has the answer apart");
     Talk talk(o);
     if (o.raw) talk.conversation->reply(prompt, true);
     else talk.conversation->ask(prompt);
@@ -5115,25 +5129,42 @@ inline bool chat_command(Talk& talk, const std::string& line) {
     return true;
 }
 
-// One turn; what is wrong with it is said, and the conversation goes on.
+// One turn; what is wrong with it is said, and the conversation goes on. False: it ends here. `commands`:
+// they are known; several lines are none
 inline bool take_turn(Talk& talk, const std::string& turn, bool commands) {
+    const bool command = commands && turn.starts_with('/') && turn.find('\n') == turn.npos;
+    bool on = true, asks = !command || turn == "/retry";
+    if (turn.find_first_not_of(" \n\r\t") == turn.npos) return true;
     try {
-        if (commands && turn.starts_with('/')) return chat_command(talk, turn);
-        if (turn.find_first_not_of(" \n\r\t") != turn.npos) talk.conversation->ask(turn);
-        if (talk.conversation->stop == Stop::CONTEXT) notice("the context is full: /clear begins anew");
+        if (command) on = chat_command(talk, turn);
+        else talk.conversation->ask(turn);
     } catch (const BrokenModel&) {
         throw;
     } catch (const std::runtime_error& e) {
         complain(e.what());
     }
-    return true;
+    if (asks && talk.conversation->stop == Stop::CONTEXT && talk.conversation->messages.size() > 1)
+        notice(commands ? "the context is full: /clear begins anew" : "the context is full");
+    return on;
+}
+
+// The lines of a pipe or a file, until that or a signal ends.
+inline void take_lines(Talk& talk) {
+    for (std::string bytes; !interrupted;) {
+        size_t end = 0, seen = 0;
+        bool more = true;
+        while ((end = bytes.find('\n', seen)) == bytes.npos && more)
+            seen = bytes.size(), more = more_input(bytes, [] {});
+        if (interrupted || (!more && bytes.empty())) return;
+        std::string line = bytes.substr(0, end);
+        bytes.erase(0, std::min(line.size() + 1, bytes.size()));
+        if (line.ends_with('\r')) line.pop_back();
+        take_turn(talk, line, false);
+    }
 }
 
 inline void chat_turns(Talk& talk) {
-    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) {
-        for (std::string line; !interrupted && std::getline(std::cin, line);) take_turn(talk, line, false);
-        return;
-    }
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) return take_lines(talk);
     notice(text_of("%s: %s, context %d", talk.folder.c_str(), talk.config.model_type.c_str(),
                    talk.options.context));
     notice("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat");

@@ -36,7 +36,7 @@ inline void remove_unfinished() {
 // are removed by the next who writes the same target. `replace`: an existing file may be.
 class AtomicFile {
 public:
-    explicit AtomicFile(const std::string& path, bool replace = false) : path_(path) {
+    explicit AtomicFile(const std::string& path, bool replace = false) : path_(path), replace_(replace) {
         std::error_code error;
         std::optional<FileId> there = file_id(path);
         if (path.empty()) fail("an empty path");
@@ -65,17 +65,24 @@ public:
         require(bytes == 0 || std::fwrite(data, 1, bytes, file_) == bytes);
     }
     void commit() {
-        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 &&
-                std::rename(temporary_.c_str(), target_.c_str()) == 0);
+        require(std::fflush(file_) == 0 && fsync(fileno(file_)) == 0 && rename());
         close();
     }
 
 private:
     std::string path_, target_ = path_, temporary_;
+    bool replace_;
     std::atomic<const char*>* slot_ = nullptr;
     std::FILE* file_ = nullptr;
 
     void require(bool done) const { if (!done) refuse(path_, "%s", std::strerror(errno)); }
+    // What has come into being under that name meanwhile is not replaced either.
+    bool rename() const {
+        const char *from = temporary_.c_str(), *to = target_.c_str();
+        if (!replace_ && renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_NOREPLACE) == 0) return true;
+        const bool unknown = !replace_ && (errno == EINVAL || errno == ENOSYS) && !file_id(target_);
+        return (replace_ || unknown) && std::rename(from, to) == 0;
+    }
     void close() { *slot_ = nullptr, std::fclose(std::exchange(file_, nullptr)); }
     void remove_left_behind() {
         temporary_ = target_ + ".XXXXXX.tmp";
@@ -191,7 +198,7 @@ inline void set_patience(char** argv) {
 // Whether escape codes may go to a terminal (no-color.org; TERM=dumb has none).
 inline bool plain_terminal() {
     const char *term = std::getenv("TERM"), *none = std::getenv("NO_COLOR");
-    return !term || std::string_view(term) == "dumb" || (none && *none);
+    return !term || !*term || std::string_view(term) == "dumb" || (none && *none);
 }
 
 // Text whose control characters are shown and do nothing: C0 but newline and tab, C1, and the marks that turn
@@ -213,19 +220,22 @@ inline std::string disarmed(std::string_view utf8) {
 }
 
 // The state in which the terminal is found is the state in which it is left, whatever ends or stops the
-// program. Called by signal handlers, too.
+// program. Called by signal handlers, too. A program in the background has no say: it would be stopped.
 struct Terminal {
     termios before{};
-    bool known = tcgetattr(STDIN_FILENO, &before) == 0;
+    bool known = ours() && tcgetattr(STDIN_FILENO, &before) == 0;
     volatile std::sig_atomic_t dimmed = 0, pasting = 0;   // escape codes that are in effect
+    volatile std::sig_atomic_t disturbed = 0;             // has another size, or was another program's
 
+    static bool ours() { return tcgetpgrp(STDIN_FILENO) == getpgrp(); }
+    static void set(const termios& state) { if (ours()) tcsetattr(STDIN_FILENO, TCSANOW, &state); }
     static void put(int fd, std::string_view code) { if (::write(fd, code.data(), code.size()) < 0) return; }
     void dim(bool on) { dimmed = on, put(STDOUT_FILENO, on ? "\033[2m" : "\033[0m"); }
     void paste(bool on) { pasting = on, put(STDERR_FILENO, on ? "\033[?2004h" : "\033[?2004l"); }
     void restore() {
         if (dimmed) put(STDOUT_FILENO, "\033[0m");
         if (pasting) put(STDERR_FILENO, "\033[?2004l");
-        if (known) tcsetattr(STDIN_FILENO, TCSANOW, &before);
+        if (known) set(before);
     }
 };
 inline Terminal terminal;
@@ -270,6 +280,27 @@ private:
 #include <histedit.h>
 #undef Tokenizer
 
+// Appends what comes in at stdin, as soon as something does; false at the end, and after a signal that ends.
+// Those are let in only while this waits: between a look at `interrupted` and a read that then waits for ever
+// there would be a gap. `disturbed()`: what was on the screen may no longer be
+inline bool more_input(std::string& bytes, const std::function<void()>& disturbed) {
+    sigset_t held, before;
+    sigemptyset(&held);
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH}) sigaddset(&held, signal);
+    pthread_sigmask(SIG_BLOCK, &held, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    int ready = 0;
+    do {
+        if (terminal.disturbed) terminal.disturbed = 0, disturbed();
+        ready = interrupted ? 0 : ppoll(&input, 1, nullptr, &before);
+    } while (ready < 0 && errno == EINTR);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    char part[4096];
+    ssize_t n = interrupted || ready <= 0 ? 0 : read(STDIN_FILENO, part, sizeof part);
+    if (n > 0) bytes.append(part, size_t(n));
+    return n > 0;
+}
+
 // Lines that are edited, with a history. What is pasted (terminals say so by codes, "bracketed paste") does
 // not go through the editor if it has several lines or is long: a mark stands for it until the line is done.
 class LineEditor {
@@ -291,20 +322,18 @@ public:
     // A line without its end; nothing at the end of the input, or after Ctrl-C (then `interrupted` is set).
     std::optional<std::string> line(const char* prompt) {
         Heed heed;
-        prompt_ = prompt, pastes_.clear();
+        terminal.disturbed = 0, prompt_ = prompt;
         if (!plain_terminal()) terminal.paste(true);
         int n = 0;
         const char* read = interrupted ? nullptr : el_gets(editor_, &n);
         if (!plain_terminal()) terminal.paste(false);
         terminal.restore();
-        if (!read || n <= 0 || interrupted) return {};
+        if (!read || n <= 0 || interrupted) return std::fputc('\n', stderr), std::nullopt;
         std::string text(read, size_t(n));
         if (text.back() == '\n') text.pop_back();
         HistEvent event;
         if (!text.empty()) history(history_, &event, H_ENTER, text.c_str());
-        for (auto& [mark, pasted] : pastes_)
-            if (size_t at = text.find(mark); at != text.npos) text.replace(at, mark.size(), pasted);
-        return text;
+        return unmarked(text);
     }
 
 private:
@@ -312,29 +341,30 @@ private:
     History* history_;
     const char* prompt_ = "";
     std::string bytes_;                                  // read, not yet given to the editor
-    std::vector<std::pair<std::string, std::string>> pastes_;            // mark, text
+    // Marks, and what they stand for: bytes that are no character, and pastes. The history needs them all.
+    std::vector<std::pair<std::string, std::string>> marks_ = {{"\U0010FFFF", "\xFF"}};
 
     static LineEditor& self(EditLine* editor) {
         void* data = nullptr;
         el_get(editor, EL_CLIENTDATA, &data);
         return *static_cast<LineEditor*>(data);
     }
+    std::string unmarked(const std::string& line) const {
+        std::string out;
+        for (size_t at = 0; at < line.size();) {
+            auto here = [&](const auto& m) { return line.compare(at, m.first.size(), m.first) == 0; };
+            auto mark = std::find_if(marks_.begin(), marks_.end(), here);
+            if (mark == marks_.end()) out += line[at++];
+            else out += mark->second, at += mark->first.size();
+        }
+        return out;
+    }
     static char* prompt_of(EditLine* editor) { return const_cast<char*>(self(editor).prompt_); }
-    // Waits for bytes; false at the end, and after Ctrl-C. The signal is let in only while this waits:
-    // between a look at `interrupted` and a read that then waits for ever there would be a gap.
+    // A window of another size, or a program that was stopped, needs the line once more.
     bool fill() {
-        sigset_t ctrl_c, before;
-        sigemptyset(&ctrl_c), sigaddset(&ctrl_c, SIGINT);
-        pthread_sigmask(SIG_BLOCK, &ctrl_c, &before);
-        pollfd input{STDIN_FILENO, POLLIN, 0};
-        int ready = 0;
-        while (!interrupted && (ready = ppoll(&input, 1, nullptr, &before)) < 0 && errno == EINTR)
-            if (!interrupted) el_resize(editor_), el_set(editor_, EL_REFRESH);   // resized, or was stopped
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        char part[4096];
-        ssize_t n = interrupted || ready <= 0 ? 0 : read(STDIN_FILENO, part, sizeof part);
-        if (n > 0) bytes_.append(part, size_t(n));
-        return n > 0;
+        return more_input(bytes_, [&] {
+            Terminal::put(STDERR_FILENO, "\r"), el_resize(editor_), el_set(editor_, EL_REFRESH);
+        });
     }
     // All that is pasted becomes one text, which a mark stands for, or, if it is short, itself.
     void take_paste() {
@@ -344,11 +374,12 @@ private:
         std::string text = bytes_.substr(0, end);
         bytes_.erase(0, end + END.size());
         std::replace(text.begin(), text.end(), '\r', '\n');
-        bool line = std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) < 32; });
-        if (line && text.size() < 200) return void(bytes_.insert(0, text));
-        std::string mark = text_of("[pasted %zu: %zu lines, %zu bytes]", pastes_.size() + 1,
+        auto acts = [](char c) { return uint8_t(c) < 32 || c == 127; };
+        if (text.size() < 200 && std::none_of(text.begin(), text.end(), acts))
+            return void(bytes_.insert(0, text));
+        std::string mark = text_of("[pasted %zu: %zu lines, %zu bytes]", marks_.size(),
                                    size_t(std::count(text.begin(), text.end(), '\n')) + 1, text.size());
-        pastes_.emplace_back(mark, text);
+        marks_.emplace_back(mark, text);
         bytes_.insert(0, mark);
     }
     // A character for the editor: 1, or 0 at the end.
@@ -356,7 +387,7 @@ private:
         LineEditor& e = self(editor);
         constexpr std::string_view PASTE = "\033[200~";
         while (e.bytes_.empty() || tokenizer_detail::utf8_part(e.bytes_) == 0 ||
-               (e.bytes_.size() > 1 && e.bytes_.size() < PASTE.size() && PASTE.starts_with(e.bytes_)))
+               (e.bytes_.size() < PASTE.size() && PASTE.starts_with(e.bytes_)))
             if (!e.fill()) return 0;
         if (e.bytes_.starts_with(PASTE)) {
             e.bytes_.erase(0, PASTE.size());
@@ -366,7 +397,7 @@ private:
         int32_t c = 0;
         int n = tokenizer_detail::utf8_part(e.bytes_);
         if (n > 0) utf8proc_iterate(reinterpret_cast<const uint8_t*>(e.bytes_.data()), n, &c);
-        *out = n > 0 ? wchar_t(c) : L'\uFFFD';
+        *out = n > 0 ? wchar_t(c) : L'\U0010FFFF';
         e.bytes_.erase(0, size_t(std::abs(n)));
         return 1;
     }
@@ -392,43 +423,57 @@ inline std::optional<std::string> read_turn(LineEditor& editor) {
 
 // -- 5  signals ----------------------------------------------------------------------------------
 
-// From a signal: at once, but with the terminal as it was and no half file left.
-inline void leave(int signal) {
-    terminal.restore(), remove_unfinished();
-    if (signal == SIGINT) Terminal::put(STDERR_FILENO, "\ndeepseek: interrupted\n"), _exit(130);
+// What the signal does where it has no handler.
+inline void raise_plain(int signal) {
     sigset_t own;
     sigemptyset(&own), sigaddset(&own, signal);
     std::signal(signal, SIG_DFL), pthread_sigmask(SIG_UNBLOCK, &own, nullptr);
     raise(signal);
 }
+// From a signal: at once, but with the terminal as it was and no half file left.
+inline void leave(int signal) {
+    terminal.restore(), remove_unfinished();
+    if (signal == SIGINT) Terminal::put(STDERR_FILENO, "\ndeepseek: interrupted\n"), _exit(130);
+    raise_plain(signal);
+}
 inline void on_end(int signal) {
-    if (!heeded || interrupted || signal == SIGQUIT || signal == SIGPIPE) leave(signal);
+    const bool again = interrupted && signal != SIGPIPE; // each write into a broken pipe brings that
+    if (!heeded || again) leave(signal);
     ended_by = signal == SIGINT ? 0 : signal;
     interrupted = 1;
+    if (ended_by) std::signal(SIGTTOU, SIG_IGN);         // to put a terminal back that is another's by now
 }
 // A mapped file was cut short while in use, or its disk failed: no way leads back into the loop that read it.
 inline void on_bus_error(int) {
+    static std::atomic_flag said;                        // of several threads one speaks
+    while (said.test_and_set()) pause();
     terminal.restore(), remove_unfinished();
     Terminal::put(STDERR_FILENO, "deepseek: a weight file was cut short, or cannot be read any more\n");
     _exit(1);
 }
-inline void on_stop(int) {                               // Ctrl-Z, and on again
+// Ctrl-Z, and on again. The signal itself stops us: the system passes over it where nobody could say `fg`.
+inline void on_stop(int signal) {
     termios now{};
     bool known = tcgetattr(STDIN_FILENO, &now) == 0;
-    terminal.restore(), raise(SIGSTOP);
-    if (known) tcsetattr(STDIN_FILENO, TCSANOW, &now);
+    terminal.restore(), raise_plain(signal), std::signal(signal, on_stop);
+    if (known) Terminal::set(now);
     if (terminal.dimmed) terminal.dim(true);
     if (terminal.pasting) terminal.paste(true);
+    terminal.disturbed = 1;
 }
 
-// Handlers without SA_RESTART: a waiting read ends too. What is ignored (nohup) stays ignored.
+// What ends the program also ends a read or write that waits; a window of another size, or a stop, does not.
+// What is ignored (nohup) stays ignored.
 inline void set_signals() {
-    auto set = [](int signal, void (*handler)(int)) {
+    auto set = [](int signal, void (*handler)(int), int flags = 0) {
         struct sigaction action {}, before {};
-        action.sa_handler = handler;
+        action.sa_handler = handler, action.sa_flags = flags;
         if (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN)
             sigaction(signal, &action, nullptr);
     };
-    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE}) set(signal, on_end);
-    set(SIGBUS, on_bus_error), set(SIGTSTP, on_stop), set(SIGWINCH, [](int) {});
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) set(signal, on_end);
+    for (int signal : {SIGQUIT, SIGABRT, SIGXCPU}) set(signal, leave);
+    set(SIGXFSZ, SIG_IGN);                               // then the write says that the file is too large
+    set(SIGBUS, on_bus_error), set(SIGTSTP, on_stop, SA_RESTART);
+    set(SIGWINCH, [](int) { terminal.disturbed = 1; }, SA_RESTART);
 }

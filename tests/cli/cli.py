@@ -730,7 +730,7 @@ class Usage(Case):
         self.assertNotEqual(done.returncode, 0)
 
 
-class Terminal(Case):
+class OnTerminal(Case):
     """stdin, stdout and stderr are one terminal, as for a person."""
     def setUp(self):
         super().setUp()
@@ -748,10 +748,11 @@ class Terminal(Case):
     def stuck(self, *ignored):
         raise TimeoutError(f"the program printed nothing more after {self.text[-200:]}")
 
-    def start(self, *arguments):
+    def start(self, *arguments, program=PROGRAM, env={}):
         child, master = pty.fork()
         if child == 0:
-            os.execve(PROGRAM, [PROGRAM, *map(str, arguments)], ONE_THREAD)
+            os.execve(program, [program, *map(str, arguments)], 
+                      {**ONE_THREAD, "TERM": "xterm", "NO_COLOR": "", **env})
         self.child, self.master, self.text = child, master, b""
 
     def read_until(self, pattern):
@@ -775,6 +776,8 @@ class Terminal(Case):
         self.child = 0
         return os.waitstatus_to_exitcode(status), self.text.decode().replace("\r\n", "\n")
 
+
+class Terminal(OnTerminal):
     def test_thought_is_dimmed(self):
         self.start("run", "-p", QUESTION)
         code, text = self.finish()

@@ -39,6 +39,9 @@ namespace fuzz {
 #define LLVMFuzzerTestOneInput fuzz_gguf
 #include "gguf.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_cache
+#include "cache.cpp"
+#undef LLVMFuzzerTestOneInput
 
 struct Target {
     const char* name;
@@ -52,7 +55,8 @@ constexpr Target TARGETS[] = {{"safetensors", fuzz_safetensors},
                               {"tokenizer_config", fuzz_tokenizer_config},
                               {"chat_template", fuzz_chat_template},
                               {"messages", fuzz_messages},
-                              {"gguf", fuzz_gguf}};
+                              {"gguf", fuzz_gguf},
+                              {"cache", fuzz_cache}};
 
 // Copies to the heap, where a sanitizer sees a read beyond the end.
 void run_on(const Target& target, std::string_view text) {
@@ -114,6 +118,14 @@ TEST_P(CorpusDeathTest, Survives) { EXPECT_TRUE(survives(GetParam().target, read
 TEST(FuzzDeathTest, HasFilesForEachTarget) {
     for (const Target& target : TARGETS)
         EXPECT_FALSE(files_of(fs::path("tests/fuzz/corpus") / target.name).empty()) << target.name;
+}
+
+// A seed that is refused at once would show nothing (cache_seeds.py makes them anew).
+TEST(FuzzDeathTest, SeedsOfCachesAreAccepted) {
+    for (const char* seed : {"none", "plain", "drafted"}) {
+        std::string text = read_file(fs::path("tests/fuzz/corpus/cache") / seed);
+        EXPECT_EXIT(_exit(use_cache(text) ? 0 : 1), testing::ExitedWithCode(0), "") << seed;
+    }
 }
 
 TEST(FuzzDeathTest, AFindIsSeen) {

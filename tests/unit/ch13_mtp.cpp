@@ -272,6 +272,35 @@ TEST(MtpGreedy, LeavesNoTokenInTheCacheThatWasNotSaid) {
     EXPECT_GT(ended_on_a_draft, 0);
 }
 
+// Nor after any other end: a text of --stop may come with a token that replaces a draft, or ends a thought.
+TEST(MtpGreedy, LeavesATrueCacheWhereverTheTextIsCut) {
+    int replaced = 0;
+    for (uint64_t seed = 1; seed <= 6; seed++) {
+        Model model = random_model("mtp", with(tiny_v3(), {{"vocab_size", "6"}}), "BF16", seed);
+        for (int cut = 1; cut <= 12; cut++) {
+            Generation g;
+            g.sampling.temperature = 0, g.max_tokens = 40, g.drafting = &MTP_DRAFTS;
+            if (seed % 2) g.think_begin = 0, g.think_end = 1, g.think_budget = 2;
+            Session s(model, {100, 8, MlaForm::ABSORBED});
+            int n = 0;
+            auto more = [&](int) { return ++n < cut; };
+            Statistics stats = generate(s, random_ids(5, 6, seed), g, [](int) {}, more);
+            EXPECT_EQ(stats.stop, Stop::TEXT);
+            replaced += stats.accepted < stats.drafted;
+            std::vector<int> longer = s.tokens;
+            longer.push_back(3);
+            Session fresh(model, {100, 8, MlaForm::ABSORBED});
+            EXPECT_EQ(continuation(s, longer, g).ids, continuation(fresh, longer, g).ids) << seed << cut;
+            for (int l = 0; l < model.config.n_layers; l++) {
+                const std::byte *a = s.cache.matrix(l, 0).data, *b = fresh.cache.matrix(l, 0).data;
+                size_t bytes = longer.size() * row_bytes(s.cache.dtype, s.cache.width);
+                EXPECT_EQ(std::memcmp(a, b, bytes), 0) << seed << ' ' << cut << ' ' << l;
+            }
+        }
+    }
+    EXPECT_GT(replaced, 0);
+}
+
 // Counts of the V^3 continuations of a prompt.
 struct Counted {
     std::vector<int64_t> counts;

@@ -10,7 +10,8 @@ TEST(Disarmed, LeavesTextAsItIs) {
 TEST(Disarmed, ShowsWhatWouldAct) {
     EXPECT_EQ(disarmed("a\033]0;title\007b"), "a<U+001B>]0;title<U+0007>b");
     EXPECT_EQ(disarmed("\u009B31m\r\b\x7F"), "<U+009B>31m<U+000D><U+0008><U+007F>");
-    EXPECT_EQ(disarmed("\u202Eevil\u2066\u2069\u200F\u061C"), "<U+202E>evil<U+2066><U+2069><U+200F><U+061C>");
+    EXPECT_EQ(disarmed("\u202Eevil\u2066\u2069\u200F\u061C"),
+              "<U+202E>evil<U+2066><U+2069><U+200F><U+061C>");
     EXPECT_EQ(disarmed(std::string_view("\0", 1)), "<U+0000>");
 }
 TEST(Disarmed, ReplacesWhatIsNoText) {
