@@ -5198,6 +5198,7 @@ inline void command_tokenize(const Options& o) {
         std::string out = tokenize(tokenizer, read_stream(std::cin, "stdin", TEXT_LIMIT), o.tokenize);
         bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
         if (text && o.display.json) out = json_quote(out);
+        else if (text && isatty(STDOUT_FILENO)) out = disarmed(out);
         std::cout << out << (text && !o.display.json ? "" : "\n") << std::flush;   // a text: exactly
         return;
     }
@@ -5499,7 +5500,8 @@ inline void add_generation_options(CLI::App* c, Options& o) {
     option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
     c->add_option("--system", o.system, "system message");
     option(c, "--chat-template", o.chat_template, check_path, TEMPLATES.c_str());
-    option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again");
+    option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again")
+        ->allow_extra_args(false);
     option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
     add_pass_options(c, o);
     option(c, "--save-kv", o.save_kv, check_path, "keep keys and values of the conversation in this file");
@@ -5592,16 +5594,21 @@ inline size_t distance(const std::string& a, const std::string& b) {
     return row.back();
 }
 
-// What to say of an option that is not known: the nearest that is.
+// What to say of an option or a command that is not known: the nearest that is.
 inline std::string unknown_option(const CLI::App& app, const std::string& given) {
     if (given == "-ngl" || given == "--n-gpu-layers" || given == "--gpu-layers")
         return given + ": the whole model is on one device here: --device cuda or --device cpu";
+    std::vector<std::string> known;
+    for (const CLI::App* command : app.get_subcommands())
+        for (const CLI::Option* option : command->get_options())
+            for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+    if (known.empty())
+        for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; }))
+            known.push_back(command->get_name());
     std::string best;
     const std::string word = given.substr(0, given.find('='));
-    for (const CLI::App* command : app.get_subcommands())
-        for (const CLI::Option* known : command->get_options())
-            for (const std::string& name : known->get_lnames())
-                if (best.empty() || distance(word, "--" + name) < distance(word, best)) best = "--" + name;
+    for (const std::string& name : known)
+        if (best.empty() || distance(word, name) < distance(word, best)) best = name;
     bool near = !best.empty() && distance(word, best) <= word.size() / 2;
     return "unexpected argument '" + given + "'" + (near ? " (" + best + "?)" : "");
 }

@@ -376,6 +376,15 @@ GGUF = """// gguf.h: files.
 inline int five() { return 5; }
 """
 
+SYSTEM = """// system.h: signals.
+//
+// Contents: 1 files; 2 signals.
+//
+// -- 1  files --------
+// -- 2  signals ------
+inline int seven() { return 7; }
+"""
+
 # Two passes, as in the real one, with their targets where the compiler has them.
 SIMD = """// simd.h: fast.
 //
@@ -515,7 +524,7 @@ PLANTED = [
 def planted(change):
     """The rules that a small tree breaks once `change` (file, before, after) is made in it."""
     files = {"deepseek.cpp": GOOD, "tokenizer.h": TOKENIZER, "gguf.h": GGUF, "simd.h": SIMD,
-             "deepseek.cu": CUDA_BOOK, TWINS: TWIN_CASES, "README.md": "A readme\n",
+             "system.h": SYSTEM, "deepseek.cu": CUDA_BOOK, TWINS: TWIN_CASES, "README.md": "A readme\n",
              "tests/run": "#!/bin/sh\necho\n", "tests/a.py": "def f():\n    pass\n"}
     if change:
         name, before, after = change

@@ -22,6 +22,7 @@ import time
 WANTED = ("config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "*.safetensors",
           "*.safetensors.index.json")
 TRIES = 3        # of a file, without a byte of progress
+OFFLINE = (5, 6, 7, 28)                 # curl's: no proxy, no such host, no connection, none in time
 PAUSE = float(os.environ.get("FETCH_PAUSE", "3"))     # seconds before the next of them
 
 
@@ -78,6 +79,9 @@ def fetch_page(url, repo, folder):
     code, status = curl(url, ["--silent", "--output", body, "--dump-header", headers], limit=1 << 28)
     if status in (401, 403, 404):
         raise Stop(f"the hub has no public model '{repo}' (HTTP {status} from {url})")
+    if code in OFFLINE:
+        raise Stop(f"no connection to {url.split('/api/')[0]} (offline? HF_ENDPOINT names another hub; "
+                   f"curl error {code})")
     if code != 0:
         raise Stop(f"the hub's list cannot be read: curl error {code}, HTTP {status} from {url}")
     with open(body, encoding="utf-8") as f:

@@ -40,7 +40,8 @@ def is_whole(path):
     """Whether a safetensors file ends where its header says."""
     data = pathlib.Path(path).read_bytes()
     length, = struct.unpack("<Q", data[:8])
-    ends = [entry["data_offsets"][1] for entry in json.loads(data[8:8 + length]).values()]
+    header = json.loads(data[8:8 + length])
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return len(data) == 8 + length + max(ends)
 
 
@@ -268,6 +269,8 @@ class Answers(Case):
                 said = self.ok(*ASK, *options, *drafts)[0]
                 self.assertEqual(said.rstrip("\n"), ("<think>" + text).rstrip("\n"))
         self.assertEqual(self.json_of("--stop", "larger")["answer"], "9.9 is ")
+        said = self.ok("run", "--stop", "So", "-", given=QUESTION)[0]     # takes one text, and not the `-`
+        self.assertEqual(said, "<think>9 and 9: same\n1 and 9: 1 < 9\n")
         done = subprocess.run([PROGRAM, *ASK, "--stop", b"\xe9"], capture_output=True)
         self.assertEqual((done.returncode, done.stdout), (1, b""))
         self.assertIn(b"UTF-8", done.stderr)
@@ -396,6 +399,7 @@ class Lines(Case):
                                 (("-s", "x"), "seed"), (("--quant", "q9"), "q9"), (("--stop",), "--stop")):
             self.refused(*ASK, *arguments, says=says)
         self.refused("run", "-p", "1 " * 300, "--ctx", "100", says="--ctx 512")      # which the model allows
+        self.refused("quantise", says="(quantize?)")
 
     def test_json_everywhere_or_refused(self):
         (self.folder / "text").write_text("Ask Mia.")

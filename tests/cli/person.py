@@ -60,7 +60,7 @@ class Person(cli.OnTerminal):
         return seen.decode().replace("\r\n", "\n")
 
     def chat(self, *options, **more):
-        self.start("chat", *options, **more)
+        self.start("chat", "--device", "cpu", *options, **more)      # of a GPU a line would be said
         return self.see_prompt()
 
     def see_prompt(self):
@@ -321,7 +321,7 @@ class Keys(Person):
 
     def test_no_escape_codes(self):
         for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": ""}):
-            self.start("run", "-p", QUESTION, env=env)
+            self.start("run", "--device", "cpu", "-p", QUESTION, env=env)
             code, text = self.finish()
             self.assertEqual(code, 0, text)
             self.assertNotIn("\033", text)

@@ -865,7 +865,7 @@ TEST(AtomicFile, WritesWhereALinkPoints) {
 // Two who write the same file do not meet; what a killed one left is removed, not what a living one writes.
 TEST(AtomicFile, RemovesWhatAKilledOneLeft) {
     fs::path folder = scratch("atomic");
-    AtomicFile living((folder / "f").string());
+    AtomicFile living((folder / "f").string(), true), late((folder / "f").string());
     write_text(folder / "f.a1B2c3.tmp", "left behind");
     write_text(folder / "f.tmp", "another's");
     write_text(folder / "ff.a1B2c3.tmp", "another's");
@@ -874,9 +874,10 @@ TEST(AtomicFile, RemovesWhatAKilledOneLeft) {
         EXPECT_FALSE(fs::exists(folder / "f.a1B2c3.tmp"));
         file.write("abc", 3), file.commit();
     }
+    EXPECT_TRUE(refuses([&] { late.write("no", 2), late.commit(); }, "f: File exists"));   // by now
     living.write("xyz", 3), living.commit();
     EXPECT_EQ(read_file(folder / "f"), "xyz");
-    EXPECT_EQ(names_in(folder), (std::vector<std::string>{"f", "f.tmp", "ff.a1B2c3.tmp"}));
+    EXPECT_EQ(names_in(folder).size(), 4u);              // f, what is another's, and what `late` will remove
 }
 TEST(AtomicFile, HasTheRightsOfAnyNewFile) {
     fs::path folder = scratch("atomic");
