@@ -3167,7 +3167,7 @@ struct BrokenModel : UserError {
 inline void require_finite(const real* logits, int64_t V) { if (!all_finite(logits, V)) fail_of_nan(); }
 
 //   z / r where z > 0, else z r, for each token of the text so far     Keskar et al. 2019 (CTRL), section 4.1
-// logits: (V). CTRL divides in both cases, which makes a token with z < 0 likelier; so does transformers not.
+// logits: (V). CTRL divides in both cases, which would make a token with z < 0 likelier.
 inline void penalise(real* logits, std::span<const int> tokens, double r) {
     if (r == 1) return;
     for (int id : std::set<int>(tokens.begin(), tokens.end()))
@@ -4741,10 +4741,11 @@ private:
 
 constexpr const char* STOP_NAMES[] = {"end", "length", "context", "interrupted", "stop"};
 
+inline double rate(int n, double t) { return t > 0 ? n / t : 0; }
+
 inline void print_statistics(const Statistics& s, const Generation& g) {
     constexpr const char* WHY[] = {"ended by the model", "ended by -n", "ended by the context, which is full",
                                    "interrupted", "ended by --stop"};
-    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
     std::fprintf(stderr, "prompt %d tokens", s.prompt);
     if (s.reused) std::fprintf(stderr, " (%d from the cache)", s.reused);
     std::fprintf(stderr, ", %.1f tok/s; generated %d tokens, %.1f tok/s; %s",
@@ -4786,7 +4787,6 @@ struct Logprobs {
 
 inline void print_answer_json(const Printer& p, const Statistics& s, const Generation& g, uint64_t seed,
                               const Logprobs& logprobs) {
-    auto rate = [](int n, double t) { return t > 0 ? n / t : 0.0; };
     std::string more;
     if (g.drafting) more += text_of(",\"drafted\":%d,\"accepted\":%d", s.drafted, s.accepted);
     if (logprobs.K) more += ",\"tokens\":[" + logprobs.json + "]";
@@ -4906,7 +4906,7 @@ inline void load_conversation(Conversation& talk, const std::string& path) {
     try {
         load_cache(talk.session, path + ".kv");
     } catch (const UserError& e) {
-        std::fprintf(stderr, "its cache is of no use, it will be read again: %s\n", e.what());
+        notice(std::string("its cache is of no use, it will be read again: ") + e.what());
     }
     talk.messages = std::move(messages);
 }
@@ -5298,9 +5298,9 @@ inline void command_quantize(const Options& o) {
     const FileType& type = file_type(o.type == "q4_k" ? "q4_k_m" : o.type);
     AtomicFile file(o.out, o.force);
     Model model = load_model(source);                    // finds what is wrong with it
-    Progress progress("writing", 100, " %");
     if (is_quantised(model.checkpoint) && !o.allow_requantize)
         refuse(source, "its weights are quantised; --allow-requantize adds the errors of another type");
+    Progress progress("writing", 100, " %");
     auto at = [&](uint64_t done, uint64_t total) {
         progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
     };

@@ -202,19 +202,19 @@ inline bool plain_terminal() {
 }
 
 // Text whose control characters are shown and do nothing: C0 but newline and tab, C1, and the marks that turn
-// the direction of writing.   utf8: valid
-inline std::string disarmed(std::string_view utf8) {
+// the direction of writing. So are bytes that are no UTF-8: to some terminals 9B begins a code.
+inline std::string disarmed(std::string_view text) {
     auto acts = [](int32_t c) {
         return (c < 32 && c != '\n' && c != '\t') || (c >= 127 && c < 160) || c == 0x061C || c == 0x200E ||
                c == 0x200F || (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
     };
     std::string out;
-    for (int32_t c = 0, n = 0; !utf8.empty(); utf8.remove_prefix(size_t(n))) {
-        auto bytes = reinterpret_cast<const uint8_t*>(utf8.data());
-        n = int32_t(utf8proc_iterate(bytes, int64_t(utf8.size()), &c));
-        if (n <= 0) n = 1, c = 0xFFFD;
-        if (acts(c)) out += text_of("<U+%04X>", unsigned(c));
-        else out.append(utf8.substr(0, size_t(n)));
+    for (int32_t c = 0, n = 0; !text.empty(); text.remove_prefix(size_t(std::max(n, 1)))) {
+        auto bytes = reinterpret_cast<const uint8_t*>(text.data());
+        n = int32_t(utf8proc_iterate(bytes, int64_t(text.size()), &c));
+        if (n <= 0) out += text_of("<%02X>", bytes[0]);
+        else if (acts(c)) out += text_of("<U+%04X>", unsigned(c));
+        else out.append(text.substr(0, size_t(n)));
     }
     return out;
 }

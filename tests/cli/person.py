@@ -300,6 +300,11 @@ class Keys(Person):
             self.assertRegex(text, r"\A[^\033]*\033\[0m[^\033]*\Z")
             self.ok("run", "-m", self.model, "-p", QUESTION, "-n", "1", "--load-kv", kv)
             self.assertEqual(self.temporaries(), [])
+        self.begin_to_think()
+        os.kill(self.child, signal.SIGQUIT)              # at once, with nothing said or saved
+        code, text = self.finish()
+        self.assertEqual(code, -signal.SIGQUIT, text)
+        self.assertRegex(text, r"\A[^\033]*\033\[0m\Z")
 
     def test_signals_at_the_prompt(self):
         ends = ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, 130))

@@ -14,8 +14,8 @@ TEST(Disarmed, ShowsWhatWouldAct) {
               "<U+202E>evil<U+2066><U+2069><U+200F><U+061C>");
     EXPECT_EQ(disarmed(std::string_view("\0", 1)), "<U+0000>");
 }
-TEST(Disarmed, ReplacesWhatIsNoText) {
-    EXPECT_EQ(disarmed("a\xFFz"), "a\xFFz");             // as bytes it cannot act
+TEST(Disarmed, ShowsBytesThatAreNoText) {
+    EXPECT_EQ(disarmed("a\xFFz\x9B" "31m\xC3"), "a<FF>z<9B>31m<C3>");
 }
 
 // -- 21.2 stop texts --------------------------------------------------------------------------------
