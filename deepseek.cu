@@ -21,7 +21,7 @@
 //   12  Talking                    sampling where the logits lie
 //   13  Multi-token prediction     the draft, on the device
 //   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
-//   22  Commands                   deepseek check
+//   22  Command line               deepseek check
 //
 // What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
 // tree (chapter 5 there), for a half-warp is sixteen threads: lane j is thread j. So most twins give the same
@@ -1934,7 +1934,7 @@ TWIN(gemm_fp8_k_grouped);
 }
 
 // =================================================================================================
-// Chapter 22. Commands
+// Chapter 22. Command line
 // =================================================================================================
 //
 //      deepseek check            every twin against its operation, a line each

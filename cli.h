@@ -1,0 +1,734 @@
+// cli.h: the command line. What each command of the program does: it opens a model, places the options where
+// the chapters of deepseek.cpp want them, and prints. Whatever can be wrong with a path, a number or the memory
+// is found before the work begins.
+//
+//      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
+//      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
+//      deepseek chat
+//      echo '["hello"]' | deepseek tokenize --lines
+//      deepseek logits -m M --ids 1,2,3 --taps --out taps.safetensors
+//      deepseek perplexity -f text.txt      deepseek info      deepseek bench
+//      deepseek quantize -m M -o M.gguf --type q4_k_m           deepseek check
+//
+// Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
+// check failed; 130: interrupted.
+//
+// Contents: 1 options; 2 run, chat; 3 tokenize, logits, perplexity, quantize; 4 info, bench, check;
+//           5 what an option may be; 6 the commands and their options; 7 signals and main.
+//
+// Needs all chapters of deepseek.cpp before 22, and CLI11.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+// -- 1  options ----------------------------------------------------------------------------------
+
+struct Options {
+    std::string model, device = "auto", quant = "none", type, mla = "absorbed", kv = "f32", arith = "f32";
+    std::string prompt, file, dash, system, ids, out, save_kv, load_kv, section, chat_template, seed = "0";
+    int threads = 0, context = 0, chunk = 512, max_tokens = -1, think_budget = -1;
+    int bench_prompt = 512, bench_tokens = 128, repeats = 5, depth = 0;
+    std::optional<double> temperature, top_p, min_p, repeat_penalty;
+    std::optional<int> top_k;
+    bool exact = false, raw = false, mtp = false, taps = false, force = false, allow_requantize = false;
+    Display display;
+    TokenizeOptions tokenize;
+    int past = 0, top = 0;                               // of logits, and print
+    std::vector<std::string> print;
+};
+
+constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
+
+// The model in weights/, beside the program or above it.
+inline fs::path shipped_model() {
+    std::error_code error;
+    fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
+    for (const fs::path& folder : {here, here.parent_path()})
+        if (fs::exists(folder / "weights" / "tiny" / "config.json")) return folder / "weights" / "tiny";
+    fail("no model: -m is missing, and there is no weights/tiny beside the program");
+}
+
+inline fs::path model_path(const Options& o) {
+    fs::path model = o.model.empty() ? shipped_model() : fs::path(o.model);
+    protect_model(model);
+    return model;
+}
+
+inline Tokenizer open_tokenizer(const Options& o, const fs::path& model) {
+    Tokenizer t = load_tokenizer(model);
+    if (!o.chat_template.empty()) t.set_chat_template(o.chat_template);
+    return t;
+}
+
+// Common checks; sets the number of threads and the kernels.
+inline void prepare(const Options& o) {
+    if (o.device == "cuda" && !gpu)
+        fail("--device cuda: this build has no CUDA (nvcc was not found when it was made)");
+    if (o.device == "cuda" && o.arith != "f32") fail("--arith %s: not with --device cuda", o.arith.c_str());
+    int unasked = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : processors();
+    set_threads(o.threads > 0 ? o.threads : unasked);
+    const char* wish = std::getenv("DEEPSEEK_SIMD");
+    choose_kernels(wish ? wish : "", o.exact);
+    use_arith(o.arith == "fp8" ? Arith::FP8 : o.arith == "bf16" ? Arith::BF16 : Arith::F32);
+}
+
+// Where to compute: as asked, or else on a GPU where that can be; then a person at a terminal is told.
+inline const Device& pick_device(const Options& o) {
+    if (!gpu || o.device == "cpu") return CPU;
+    const std::string why = o.arith == "f32" ? gpu->missing() : "--arith " + o.arith;
+    if (o.device == "cuda" && !why.empty()) fail("--device cuda: %s", why.c_str());
+    const Device& device = why.empty() ? *gpu : CPU;
+    if (o.device == "auto" && isatty(STDERR_FILENO))
+        notice(text_of("device: %s%s", device.name, why.empty() ? "" : (" (" + why + ")").c_str()));
+    return device;
+}
+
+inline SessionOptions session_options(const Options& o, const Config& c, int default_context) {
+    SessionOptions s;
+    s.context = o.context > 0 ? o.context : std::min(c.max_context, default_context);
+    s.chunk = std::min(std::max(o.chunk, 2), std::max(s.context, 2));   // 2: a token and a draft
+    s.mla = o.mla == "naive" ? MlaForm::NAIVE : MlaForm::ABSORBED;
+    s.kv = o.kv == "bf16" ? Dtype::BF16 : o.kv == "q8_0" ? Dtype::Q8_0 : REAL;
+    for (int n : {cache_part_width(c), c.Rkv})           // MLA's values are the first Rkv numbers of a row
+        if (n % format_of(s.kv).values)
+            fail("--kv %s: a cache row has %d numbers, which is no multiple of 32", o.kv.c_str(), n);
+    if (s.context > c.max_context)
+        fail("--ctx %d: the model's context is %d tokens", s.context, c.max_context);
+    return s;
+}
+
+inline Generation make_generation(const Options& o, const fs::path& folder, const Config& c,
+                                  const Tokenizer& t) {
+    auto [defaults, eos] = read_generation_config(folder, c, t.eos);
+    Generation g;
+    g.sampling = {o.temperature.value_or(defaults.temperature), o.top_p.value_or(defaults.top_p),
+                  o.min_p.value_or(defaults.min_p), o.top_k.value_or(defaults.top_k),
+                  o.repeat_penalty.value_or(defaults.repeat_penalty)};
+    g.stops = eos;
+    if (o.max_tokens >= 0) g.max_tokens = o.max_tokens;
+    g.think_begin = t.token_id("<think>"), g.think_end = t.token_id("</think>");
+    g.think_budget = o.think_budget;
+    if (g.think_budget >= 0 && g.think_end < 0) fail("--think-budget: this model has no token </think>");
+    g.drafting = o.mtp ? &MTP_DRAFTS : nullptr;
+    if (o.mtp && c.n_mtp == 0) fail("--mtp: %s has no MTP module", folder.c_str());
+    if (o.mtp && o.display.logprobs) fail("--logprobs: not with --mtp");
+    if (o.display.logprobs && !o.display.json) fail("--logprobs: goes with --json");
+    if (o.display.json && o.display.answer_only) fail("--answer-only: --json has the answer apart");
+    g.rng.state = o.seed == "-1" ? std::random_device()() : std::stoull(o.seed);
+    if (o.seed == "-1") notice(text_of("seed %ju", uintmax_t(g.rng.state)));
+    return g;
+}
+
+// One line on stderr, whatever bytes a file or an argument brought into the message.
+inline int complain(std::string message) {
+    message.resize(std::min(message.size(), size_t(1000)));
+    std::replace_if(message.begin(), message.end(), [](char c) { return uint8_t(c) < 32; }, ' ');
+    std::fflush(stdout);
+    std::fprintf(stderr, "deepseek: %s\n", disarmed(message).c_str());
+    return 1;
+}
+
+// -- 2  run, chat --------------------------------------------------------------------------------
+
+// Model, tokenizer and session of run, chat and perplexity. All that can be wrong is found before the
+// weights are loaded.
+struct Talk {
+    const Options& o;
+    fs::path folder;
+    Config config;
+    Tokenizer tokenizer;
+    Generation generation;
+    SessionOptions options;
+    const Device& device;
+    std::unique_ptr<AtomicFile> kv;
+    Model model;
+    std::unique_ptr<Session> session;
+    std::optional<Conversation> conversation;
+
+    explicit Talk(const Options& o)
+        : o(o), folder(model_path(o)), config(read_config(folder)), tokenizer(open_tokenizer(o, folder)),
+          generation(make_generation(o, folder, config, tokenizer)),
+          options(session_options(o, config, DEFAULT_CONTEXT)), device(pick_device(o)) {
+        if (tokenizer.vocab_size() > config.V)
+            fail("%s: tokenizer.json has ids up to %d, config.json has 'vocab_size' %d", folder.c_str(),
+                 tokenizer.vocab_size() - 1, config.V);
+        if (!simdjson::validate_utf8(o.system)) fail("--system: not valid UTF-8");
+        for (const std::string& text : o.display.stops)
+            if (!simdjson::validate_utf8(text)) fail("--stop: not valid UTF-8");
+        if (!o.save_kv.empty()) kv = std::make_unique<AtomicFile>(o.save_kv, o.force);
+        model = load_planned(folder, o.quant, config, options, device);
+        session = std::make_unique<Session>(model, options, device);
+        if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
+        conversation.emplace(Conversation{*session, tokenizer, generation, o.display, generation.rng.state});
+        set_system(o.system);
+    }
+    void set_system(const std::string& text) {
+        std::vector<Message>& all = conversation->messages;
+        std::erase_if(all, [](const Message& m) { return m.role == "system"; });
+        if (!text.empty()) all.insert(all.begin(), {"system", text, {}});
+    }
+    void clear() { conversation->messages.clear(), set_system(o.system); }
+    void save() { if (kv) save_cache(*session, *kv), kv.reset(); }
+};
+
+// What Ctrl-C ended is over, and what there is has been shown and saved.
+inline void exit_if_interrupted(bool so) { if (so) throw CLI::RuntimeError(130); }
+
+inline std::string prompt_of(const Options& o) {
+    bool dash = o.dash == "-" || o.file == "-", file = !o.file.empty() && o.file != "-";
+    if (!o.dash.empty() && o.dash != "-")
+        fail("run: unexpected argument '%s' (a prompt is given with -p)", o.dash.c_str());
+    if (dash + !o.prompt.empty() + file != 1 || (!o.dash.empty() && !o.file.empty()))
+        fail("run: give one prompt: -p TEXT, -f FILE, or - for stdin");
+    if (!dash && !file) return o.prompt;
+    std::string prompt = dash ? read_stream(std::cin, "stdin", TEXT_LIMIT) : read_file(o.file);
+    if (!o.raw && prompt.ends_with('\n')) prompt.pop_back();             // an editor's, not the question's
+    if (!o.raw && prompt.ends_with('\r')) prompt.pop_back();
+    if (prompt.empty()) fail("run: the prompt is empty");
+    return prompt;
+}
+
+inline void command_run(const Options& o) {
+    std::string prompt = prompt_of(o);
+    if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
+    Talk talk(o);
+    if (o.raw) talk.conversation->reply(prompt, true);
+    else talk.conversation->ask(prompt);
+    talk.save();
+    exit_if_interrupted(talk.conversation->stop == Stop::INTERRUPTED);
+}
+
+// A line of a person at a terminal that is a command. False: it ends the chat.
+inline bool chat_command(Talk& talk, const std::string& line) {
+    const size_t blank = std::min(line.find(' '), line.size());
+    const std::string name = line.substr(0, blank), rest = line.substr(std::min(blank + 1, line.size()));
+    const bool file = name == "/save" || name == "/load";
+    if (file && rest.empty()) fail("%s: which FILE?", name.c_str());
+    if (name == "/exit" || name == "/quit") return false;
+    if (name == "/clear") talk.clear();
+    else if (name == "/retry") talk.conversation->retry();
+    else if (name == "/system") talk.set_system(rest);
+    else if (name == "/save") save_conversation(*talk.conversation, rest, talk.o.force);
+    else if (name == "/load") load_conversation(*talk.conversation, rest);
+    else if (name == "/help")
+        std::fputs("/clear          forget the conversation, but for --system\n"
+                   "/retry          ask the last question again\n"
+                   "/system TEXT    another system message; without TEXT none\n"
+                   "/save FILE      the messages as JSON, and the cache in FILE.kv\n"
+                   "/load FILE      go on with those\n"
+                   "/exit           end (also Ctrl-D)\n"
+                   "A line that ends with \\ goes on in the next; \"\"\" begins and ends several lines. "
+                   "Ctrl-C ends an answer.\n", stderr);
+    else fail("no command %s (/help lists them; a blank before it makes it a question)", name.c_str());
+    return true;
+}
+
+// One turn; what is wrong with it is said, and the conversation goes on. False: it ends here. `commands`:
+// they are known; several lines are none
+inline bool take_turn(Talk& talk, const std::string& turn, bool commands) {
+    const bool command = commands && turn.starts_with('/') && turn.find('\n') == turn.npos;
+    bool on = true, asks = !command || turn == "/retry";
+    if (turn.find_first_not_of(" \n\r\t") == turn.npos) return true;
+    try {
+        if (command) on = chat_command(talk, turn);
+        else talk.conversation->ask(turn);
+    } catch (const BrokenModel&) {
+        throw;
+    } catch (const std::runtime_error& e) {
+        complain(e.what());
+    }
+    if (asks && talk.conversation->stop == Stop::CONTEXT && talk.conversation->messages.size() > 1)
+        notice(commands ? "the context is full: /clear begins anew" : "the context is full");
+    return on;
+}
+
+// The lines of a pipe or a file, until that or a signal ends.
+inline void take_lines(Talk& talk) {
+    for (std::string bytes; !interrupted;) {
+        size_t end = 0, seen = 0;
+        bool more = true;
+        while ((end = bytes.find('\n', seen)) == bytes.npos && more)
+            seen = bytes.size(), more = more_input(bytes, [] {});
+        if (interrupted || (!more && bytes.empty())) return;
+        std::string line = bytes.substr(0, end);
+        bytes.erase(0, std::min(line.size() + 1, bytes.size()));
+        if (line.ends_with('\r')) line.pop_back();
+        take_turn(talk, line, false);
+    }
+}
+
+inline void chat_turns(Talk& talk) {
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) return take_lines(talk);
+    notice(text_of("%s: %s, context %d", talk.folder.c_str(), talk.config.model_type.c_str(),
+                   talk.options.context));
+    notice("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat");
+    LineEditor editor;
+    while (std::optional<std::string> turn = read_turn(editor)) {
+        if (!take_turn(talk, *turn, true) || ended_by) return;
+        interrupted = 0;                 // Ctrl-C ends an answer; at the prompt it ends the chat
+    }
+}
+
+inline void command_chat(const Options& o) {
+    Talk talk(o);
+    Heed heed;
+    try {
+        chat_turns(talk);
+    } catch (...) {
+        talk.save();
+        throw;
+    }
+    talk.save();
+    exit_if_interrupted(interrupted);
+}
+
+// -- 3  tokenize, logits, perplexity, quantize ---------------------------------------------------
+
+inline void command_tokenize(const Options& o) {
+    if (o.tokenize.decode && o.tokenize.chat) fail("tokenize: --decode and --chat exclude each other");
+    if (o.tokenize.as_ids && !o.tokenize.chat) fail("tokenize: --ids goes with --chat");
+    Tokenizer tokenizer = open_tokenizer(o, model_path(o));
+    if (!o.tokenize.lines) {
+        std::string out = tokenize(tokenizer, read_stream(std::cin, "stdin", TEXT_LIMIT), o.tokenize);
+        bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
+        if (text && o.display.json) out = json_quote(out);
+        else if (text && isatty(STDOUT_FILENO)) out = disarmed(out);
+        std::cout << out << (text && !o.display.json ? "" : "\n") << std::flush;   // a text: exactly
+        return;
+    }
+    size_t number = 1;
+    for (std::string line; std::getline(std::cin, line); number++) {
+        try {
+            std::cout << tokenize(tokenizer, line, o.tokenize) << '\n' << std::flush;
+        } catch (const std::runtime_error& e) {
+            fail("line %zu: %s", number, e.what());
+        }
+    }
+}
+
+// 1,2,3 or [1, 2, 3]
+inline std::vector<int> parse_id_list(const std::string& text, int V) {
+    auto trimmed = [](std::string s) {
+        s.erase(0, s.find_first_not_of(' '));
+        return s.erase(s.find_last_not_of(' ') + 1);
+    };
+    std::vector<int> ids;
+    std::string list = trimmed(text);
+    if (list.starts_with('[') && list.ends_with(']')) list = list.substr(1, list.size() - 2);
+    std::stringstream in(list + ",");                    // so that nothing after a last comma is an item too
+    for (std::string item; std::getline(in, item, ',');) {
+        item = trimmed(item);
+        bool digits = !item.empty() && item.find_first_not_of("0123456789") == item.npos && item.size() <= 9;
+        if (!digits) fail("--ids: '%s' is not a token id", Fields::printable(item).c_str());
+        int id = std::stoi(item);
+        if (id >= V) fail("--ids: %d is outside the vocabulary of %d", id, V);
+        ids.push_back(id);
+    }
+    return ids;
+}
+
+inline bool has_tokenizer(const fs::path& model) {
+    if (is_gguf(model)) return open_gguf(model).keys.has("tokenizer.ggml.tokens");
+    return fs::exists(model / "tokenizer.json");
+}
+
+inline void command_logits(const Options& o) {
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    if (o.out.empty() && !o.top && o.print.empty()) fail("logits: give --out FILE, --top K or --print NAME");
+    if (o.ids.empty() == o.prompt.empty()) fail("logits: give a prompt, by -p TEXT or by --ids 1,2,3");
+    if (o.display.json && (!o.top || !o.print.empty()))
+        fail("logits: --json goes with --top, and not with --print");
+    std::optional<Tokenizer> tokenizer;
+    if (!o.prompt.empty() || (o.top && has_tokenizer(folder))) tokenizer.emplace(load_tokenizer(folder));
+    std::vector<int> ids = tokenizer && !o.prompt.empty()
+        ? encode_prompt(*tokenizer, o.prompt, tokenizer->add_bos) : parse_id_list(o.ids, c.V);
+    const int T = int(ids.size());
+    for (int id : ids) if (id >= c.V) fail("-p: token %d is outside the vocabulary of %d", id, c.V);
+    if (T > c.max_context) fail("-p, --ids: %d tokens, the model's context is %d", T, c.max_context);
+    if (o.past >= T) fail("--past %d: nothing is left of %d tokens", o.past, T);
+    SessionOptions options = session_options(o, c, T);
+    options.chunk = std::min(o.chunk, T);
+    const bool taps = o.taps || !o.print.empty();
+    const Device& device = pick_device(o);
+    std::optional<AtomicFile> file;
+    if (!o.out.empty()) file.emplace(o.out, o.force);
+    Model model = load_planned(folder, o.quant, c, options, device, {c, options.mla, T - o.past, taps});
+    Session s(model, options, device);
+    s.tokens = ids;
+    Progress progress("reading", ids.size(), " tokens");
+    Inside in = look_inside(s, o.past, taps, [&](size_t n) { progress.at(n); });
+    const Tokenizer* words = tokenizer ? &*tokenizer : nullptr;
+    std::string text = o.top ? likeliest(in, ids, o.top, words, o.display.json) : "";
+    for (const std::string& name : o.print) text += text_of(in.tensors(true), name);
+    std::map<std::string, std::string> about = about_pass(s, o.past);
+    Utf8Stream path;                                     // of what bytes a path may have
+    about["model"] = path.push(folder.native()), about["model"] += path.finish();
+    about["quant"] = o.quant;
+    if (file) write_safetensors(*file, in.tensors(o.taps), about);
+    std::cout << text;
+}
+
+inline void command_perplexity(const Options& o) {
+    bool dash = o.file == "-";
+    std::string text = dash ? read_stream(std::cin, "stdin", TEXT_LIMIT) : read_file(o.file);
+    Talk talk(o);
+    if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
+    std::vector<int> ids = talk.tokenizer.encode(text);
+    int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
+    if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
+    Progress progress("reading", ids.size(), " tokens");
+    Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
+    double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
+    const char* format = o.display.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
+                                        : "tokens %lld  nll %.6f  perplexity %.6f\n";
+    std::printf(format, static_cast<long long>(p.tokens), nll, std::exp(nll));
+}
+
+inline void command_quantize(const Options& o) {
+    if (o.quant != "none") fail("quantize: the type of the weights is given with --type");
+    if (o.type == "fp8") fail("--type fp8: not in GGUF files (--quant fp8 makes such weights while loading)");
+    fs::path source = model_path(o);
+    const FileType& type = file_type(o.type == "q4_k" ? "q4_k_m" : o.type);
+    AtomicFile file(o.out, o.force);
+    Model model = load_model(source);                    // finds what is wrong with it
+    if (is_quantised(model.checkpoint) && !o.allow_requantize)
+        refuse(source, "its weights are quantised; --allow-requantize adds the errors of another type");
+    Progress progress("writing", 100, " %");
+    auto at = [&](uint64_t done, uint64_t total) {
+        progress.at(size_t(100 * done / std::max<uint64_t>(total, 1)));
+    };
+    const GenerationConfig generation = read_generation_config(source, model.config, -1);
+    write_gguf(file, model.checkpoint, model.config, source, type, generation, at);
+    const Bill bill = make_bill(model.config, source, REAL);
+    const uint64_t bytes = fs::file_size(o.out);
+    const double bits = 8 * double(bytes) / double(bill.total + bill.mtp);
+    if (o.display.json)
+        std::printf("{\"file\":%s,\"type\":\"%s\",\"bytes\":%ju,\"bits_per_weight\":%.3f}\n",
+                    json_quote(o.out).c_str(), type.name, uintmax_t(bytes), bits);
+    else notice(o.out + text_of(": %.3f GB, %s, %.2f bits a weight", gigabytes(bytes), type.name, bits));
+}
+
+// -- 4  info, bench, check -----------------------------------------------------------------------
+
+inline void command_info(const Options& o) {
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    SessionOptions s = session_options(o, c, DEFAULT_CONTEXT);
+    Bill b = make_bill(c, folder, s.kv);
+    const Device& device = pick_device(o);
+    MemoryPlan plan = memory_plan(weight_bytes(folder, c, o.quant, device), c, s, device);
+    std::string chat = "none: no tokenizer";
+    try {
+        if (has_tokenizer(folder)) chat = open_tokenizer(o, folder).chat_template_name();
+    } catch (const TokenizerError& e) {
+        chat = std::string("none: ") + e.what();
+    }
+    show_remarks();
+    if (o.display.json) return print_bill_json(c, b, s, plan, chat);
+    print_bill(c, b, folder, chat);
+    print_memory_plan(b, s, plan, o.quant);
+}
+
+// Seconds of one prefill of n tokens after a past of `depth`, or of n tokens one by one.
+inline double time_tokens(Session& s, int n, bool one_by_one, int depth) {
+    std::vector<int> ids;
+    for (int64_t i = 0; i < n; i++) ids.push_back(int(i * 7919 % s.model.config.V));
+    double start = seconds();
+    int step = one_by_one ? 1 : n;
+    auto logits = [&](int pos, int T) {
+        if ((pos - depth + T) % step == 0) require_finite(last_logits(s, 1).data(), s.model.config.V);
+    };
+    with_team([&] {
+        for (int i = 0; i < n; i += step)
+            prefill(s, std::span(ids).subspan(size_t(i), size_t(step)), depth + i, logits);
+    });
+    return seconds() - start;
+}
+
+inline void bench_line(Session& s, const Options& o, const std::string& about, bool decode) {
+    int n = decode ? o.bench_tokens : o.bench_prompt;
+    if (n == 0) return;
+    time_tokens(s, std::min(n, 8), decode, 0);           // warm up: page in the weights
+    if (o.depth) time_tokens(s, o.depth, false, 0);      // the past
+    double sum = 0, squares = 0;
+    std::string list;
+    for (int r = 0; r < o.repeats; r++) {
+        double speed = n / time_tokens(s, n, decode, o.depth);
+        list += text_of("%s%.2f", r ? ", " : "", speed);
+        sum += speed, squares += speed * speed;
+    }
+    double mean = sum / o.repeats, variance = std::max(0.0, squares / o.repeats - mean * mean);
+    double deviation = o.repeats > 1 ? std::sqrt(variance * o.repeats / (o.repeats - 1)) : 0;
+    std::printf("{\"test\":\"%s\",\"n\":%d,\"depth\":%d,\"tokens_per_s\":[%s],\"mean\":%.2f,"
+                "\"deviation\":%.2f,\"threads\":%d,%s\"quant\":\"%s\",\"arith\":\"%s\",\"kernels\":\"%s\","
+                "\"device\":\"%s\"}\n",
+                decode ? "decode" : "prefill", n, o.depth, list.c_str(), mean, deviation, n_threads(),
+                about.c_str(), o.quant.c_str(), o.arith.c_str(), kernels.name, s.device.name);
+    std::fflush(stdout);
+}
+
+inline void command_bench(const Options& o) {
+    fs::path folder = model_path(o);
+    Config c = read_config(folder);
+    int longest = std::max(o.bench_prompt, o.bench_tokens) + o.depth;
+    if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
+    SessionOptions options = session_options(o, c, std::max(longest, 1));
+    const Device& device = pick_device(o);
+    Model model = load_planned(folder, o.quant, c, options, device);
+    Session s(model, options, device);
+    Bill b = make_bill(c, folder, options.kv);
+    std::string types;
+    uint64_t bytes = 0;
+    for (auto& [dtype, n] : b.bytes) types += (types.empty() ? "" : "+") + dtype, bytes += n;
+    std::string about = text_of("\"model\":%s,\"parameters\":%ju,\"bytes\":%ju,\"type\":\"%s\",",
+                                json_quote(folder.lexically_normal().string()).c_str(), uintmax_t(b.total),
+                                uintmax_t(bytes), types.c_str());
+    for (bool decode : {false, true}) bench_line(s, o, about, decode);
+}
+
+inline void command_check(const Options& o) {
+    if (o.display.json) fail("check: --json means nothing here");
+    if (!check_twins) fail("check: this build has no CUDA, so there is nothing to compare");
+    if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
+}
+
+// -- 5  what an option may be --------------------------------------------------------------------
+
+// An empty path is a shell variable that was not set; it must not mean the default.
+inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
+
+// A number from `low` to `high`; `range` is how the message calls that.
+template <class T>
+std::function<std::string(const std::string&)> between(T low, T high, std::string range = "") {
+    auto text = [](T x) { return std::is_integral_v<T> ? std::to_string(x) : text_of("%g", double(x)); };
+    if (range.empty()) range = "from " + text(low) + " to " + text(high);
+    return [low, high, range](const std::string& given) -> std::string {
+        T value{};
+        auto [end, error] = std::from_chars(given.data(), given.data() + given.size(), value);
+        const char* kind = std::is_integral_v<T> ? "whole number" : "number";
+        if (error == std::errc::invalid_argument || end != given.data() + given.size())
+            return text_of("'%s' is no %s", given.c_str(), kind);
+        bool inside = error == std::errc() && value >= low && value <= high;
+        return inside ? "" : text_of("%s is not %s", given.c_str(), range.c_str());
+    };
+}
+inline std::string check_seed(const std::string& text) {
+    bool natural = !text.empty() && text.size() < 20 && text.find_first_not_of("0123456789") == text.npos;
+    return natural || text == "-1" ? "" : "neither a natural number below 10^19 nor -1 (any): " + text;
+}
+
+// An option: its name, where the value goes, what that may be, what --help says.
+template <class T, class Check>
+CLI::Option* option(CLI::App* command, const char* name, T& to, const Check& check, const char* what) {
+    CLI::Option* o = command->add_option(name, to, what);
+    if constexpr (std::is_same_v<Check, CLI::IsMember>) return o->transform(check);      // in any case
+    else return o->check(check);
+}
+inline CLI::IsMember one_of(const std::vector<std::string>& words) {
+    return CLI::IsMember(words, CLI::ignore_case);
+}
+
+inline std::vector<std::string> type_names(bool none) {
+    std::vector<std::string> names;
+    if (none) names.push_back("none");
+    for (const FileType& t : FILE_TYPES) names.push_back(t.name);
+    return names;
+}
+
+// -- 6  the commands and their options -----------------------------------------------------------
+
+// A command with the options that all commands have.
+inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
+                             Options& o, void (*run)(const Options&)) {
+    CLI::App* c = app.add_subcommand(name, what);
+    c->footer(std::string("Example:\n  ") + example);
+    c->callback([&o, run] { prepare(o), run(o); });
+    option(c, "-m,--model", o.model, check_path,
+           "Hugging Face folder or GGUF file (default: the model in weights/)");
+    option(c, "-t,--threads", o.threads, between(1, 4096), "threads (default: all cores)");
+    option(c, "--device", o.device, one_of({"auto", "cpu", "cuda"}), "auto, cpu or cuda");
+    option(c, "--quant", o.quant, one_of(type_names(true)), "quantise while loading: q8_0, q4_k, fp8, ...");
+    option(c, "--kv", o.kv, one_of({"f32", "bf16", "q8_0"}), "store keys and values as f32, bf16 or q8_0");
+    option(c, "--arith", o.arith, one_of({"f32", "bf16", "fp8"}),
+           "f32, bf16 or fp8: what activations are rounded to");
+    c->add_flag("--exact", o.exact, "dequantise weights, not multiply in integers; sum --arith fp8 in f64");
+    c->add_flag("--json", o.display.json, "machine-readable result");
+    c->add_flag("--quiet", quiet, "no statistics, no progress, no notices");
+    return c;
+}
+
+const std::string TEMPLATES = "chat template: " + Tokenizer::template_names();
+const auto COUNT = between(0, MOST), POSITIVE = between(1, MOST), COUNT_OR_ALL = between(-1, MOST);
+
+inline void add_pass_options(CLI::App* c, Options& o) {
+    option(c, "--mla", o.mla, one_of({"absorbed", "naive"}), "absorbed or naive");
+    option(c, "--chunk", o.chunk, between(1, 65536), "tokens per prefill step (default: 512)");
+}
+
+inline void add_generation_options(CLI::App* c, Options& o) {
+    option(c, "-n", o.max_tokens, COUNT_OR_ALL, "at most N tokens (default: -1, until the model ends)");
+    option(c, "--temp", o.temperature, between(0.0, 100.0), "temperature, 0: greedy");
+    option(c, "--top-p", o.top_p, between(1e-9, 1.0, "above 0 and at most 1 (--temp 0 is greedy)"),
+           "likeliest tokens that hold this share");
+    option(c, "--top-k", o.top_k, COUNT, "K likeliest tokens, 0: all");
+    option(c, "--min-p", o.min_p, between(0.0, 1.0), "at least so likely, relative to the best");
+    option(c, "--repeat-penalty", o.repeat_penalty, between(0.01, 100.0),
+           "make tokens of the text so far less likely, 1: no");
+    option(c, "-s,--seed", o.seed, check_seed, "seed of the random numbers (default: 0), -1: any");
+    option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context (default: the model's, at most 32768)");
+    c->add_option("--system", o.system, "system message");
+    option(c, "--chat-template", o.chat_template, check_path, TEMPLATES.c_str());
+    option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again")
+        ->allow_extra_args(false);
+    option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
+    add_pass_options(c, o);
+    option(c, "--save-kv", o.save_kv, check_path, "keep keys and values of the conversation in this file");
+    option(c, "--load-kv", o.load_kv, check_path, "begin with those of that file");
+    c->add_flag("--force", o.force, "replace an existing file");
+    c->add_flag("--mtp", o.mtp, "draft with the MTP module");
+    c->add_flag("--answer-only", o.display.answer_only, "print what follows the thought alone");
+    option(c, "--logprobs", o.display.logprobs, between(1, 1000), "with --json: also the K likeliest tokens");
+    c->add_flag("--show-prompt", o.display.show_prompt, "print the prompt's text and ids to stderr");
+}
+
+inline void add_commands(CLI::App& app, Options& o) {
+    CLI::App* c = add_command(app, "run", "generate and stream",
+                              "deepseek run -p \"Which is larger, 9.11 or 9.9?\"", o, command_run);
+    c->add_option("-p,--prompt", o.prompt, "the prompt");
+    option(c, "-f,--file", o.file, check_path, "a file that holds the prompt, or -");
+    c->add_option("stdin", o.dash, "-: read the prompt from stdin");
+    c->add_flag("--raw", o.raw, "no chat template: continue the text");
+    add_generation_options(c, o);
+
+    c = add_command(app, "chat", "a conversation; each line of stdin is a turn",
+                    "deepseek chat --system \"Be brief.\"", o, command_chat);
+    add_generation_options(c, o);
+
+    c = add_command(app, "tokenize", "text to ids and back", "echo -n hello | deepseek tokenize", o,
+                    command_tokenize);
+    c->add_flag("--add-bos", o.tokenize.add_bos, "begin with BOS");
+    c->add_flag("--decode", o.tokenize.decode, "stdin: a JSON array of ids; stdout: text");
+    c->add_flag("--chat", o.tokenize.chat, "stdin: a JSON list of messages; stdout: the rendered prompt");
+    c->add_flag("--ids", o.tokenize.as_ids, "with --chat: the prompt's ids");
+    option(c, "--chat-template", o.chat_template, check_path, TEMPLATES.c_str());
+    c->add_flag("--lines", o.tokenize.lines, "one JSON value a line, in and out");
+
+    c = add_command(app, "logits", "logits of every position, and every intermediate",
+                    "deepseek logits -p \"Add 6 and 77.\" --top 3", o, command_logits);
+    c->add_option("-p,--prompt", o.prompt, "a text, read as `run --raw` reads it");
+    c->add_option("--ids", o.ids, "in place of a text, token ids: 1,2,3 or [1, 2, 3]");
+    option(c, "--out", o.out, check_path, "safetensors file to write");
+    c->add_flag("--force", o.force, "replace an existing file");
+    c->add_flag("--taps", o.taps,
+                "every named intermediate that is computed: q_absorbed and z not by --mla naive, "
+                "group_score not by a greedy gate");
+    option(c, "--top", o.top, between(1, 1000), "print the K likeliest tokens after each position");
+    c->add_option("--print", o.print, "print logits or a tap as text (repeatable)")->allow_extra_args(false);
+    option(c, "--past", o.past, COUNT, "only read the first N tokens: results are those of the others");
+    add_pass_options(c, o);
+
+    c = add_command(app, "perplexity", "negative log-likelihood of a text",
+                    "deepseek perplexity -f README.md", o, command_perplexity);
+    option(c, "-f,--file", o.file, check_path, "the text, or - for stdin")->required();
+    option(c, "-c,--ctx", o.context, between(2, MOST), "tokens per window (default: the model's context)");
+
+    c = add_command(app, "info", "architecture, parameters, cache, memory plan",
+                    "deepseek info --ctx 4096", o, command_info);
+    option(c, "-c,--ctx", o.context, POSITIVE, "tokens of context to plan for");
+
+    c = add_command(app, "quantize", "write the model as one GGUF file",
+                    "deepseek quantize -m M -o M.q4_k_m.gguf --type q4_k_m", o, command_quantize);
+    option(c, "-o,--out", o.out, check_path, "the file to write")->required();
+    option(c, "--type", o.type, one_of(type_names(false)), "format of the weights: q4_k_m, ...")->required();
+    c->add_flag("--force", o.force, "replace an existing file");
+    c->add_flag("--allow-requantize", o.allow_requantize, "from weights that are quantised already");
+
+    c = add_command(app, "bench", "speed of prefill and decode, a line of JSON each",
+                    "deepseek bench -p 128 -n 32 -r 3", o, command_bench);
+    option(c, "-p", o.bench_prompt, COUNT, "tokens to prefill (default: 512)");
+    option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
+    option(c, "-d,--depth", o.depth, COUNT, "tokens that come before (default: 0)");
+    option(c, "-r", o.repeats, between(1, 1000), "runs (default: 5)");
+
+    c = add_command(app, "check", "compare the GPU's operations with the CPU's, a line each",
+                    "deepseek check 10.2", o, command_check);
+    c->add_option("section", o.section, "a chapter or section of deepseek.cpp (default: all)");
+}
+
+// -- 7  signals and main -------------------------------------------------------------------------
+
+constexpr const char* VERSION = "deepseek 1.0";
+
+// How many letters must be changed, added or left out.
+inline size_t distance(const std::string& a, const std::string& b) {
+    std::vector<size_t> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), size_t(0));
+    for (size_t i = 0; i < a.size(); i++) {
+        size_t corner = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); j++)
+            corner = std::exchange(row[j + 1],
+                                   std::min({row[j] + 1, row[j + 1] + 1, corner + (a[i] != b[j])}));
+    }
+    return row.back();
+}
+
+// What to say of an option or a command that is not known: the nearest that is.
+inline std::string unknown_option(const CLI::App& app, const std::string& given) {
+    if (given == "-ngl" || given == "--n-gpu-layers" || given == "--gpu-layers")
+        return given + ": the whole model is on one device here: --device cuda or --device cpu";
+    std::vector<std::string> known;
+    for (const CLI::App* command : app.get_subcommands())
+        for (const CLI::Option* option : command->get_options())
+            for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+    if (known.empty())
+        for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; }))
+            known.push_back(command->get_name());
+    std::string best;
+    const std::string word = given.substr(0, given.find('='));
+    for (const std::string& name : known)
+        if (best.empty() || distance(word, name) < distance(word, best)) best = name;
+    bool near = !best.empty() && distance(word, best) <= word.size() / 2;
+    return "unexpected argument '" + given + "'" + (near ? " (" + best + "?)" : "");
+}
+
+// The command line; returns the exit code.
+inline int run_command(CLI::App& app, int argc, char** argv) {
+    try {
+        for (int i = 1; i < argc; i++)                   // CLI11 would read -n gl
+            if (std::string_view(argv[i]) == "-ngl") fail("%s", unknown_option(app, "-ngl").c_str());
+        app.parse(argc, argv);
+    } catch (const CLI::Success& e) {                    // --help, --version
+        return app.exit(e);
+    } catch (const CLI::RuntimeError& e) {               // a check failed, or Ctrl-C
+        return app.exit(e);
+    } catch (const CLI::ExtrasError&) {
+        return complain(unknown_option(app, app.remaining(true).at(0)));
+    } catch (const std::bad_alloc&) {
+        return complain("out of memory");
+    } catch (const std::length_error&) {                 // beyond the address space
+        return complain("out of memory");
+    } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
+        return complain(e.what());
+    }
+    if (app.get_subcommands().empty()) return complain("which command? (deepseek --help lists them)");
+    std::cout.flush();
+    bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
+    return written ? 0 : complain("stdout cannot be written");
+}
+
+int main(int argc, char** argv) {
+    set_patience(argv);
+    set_signals();
+    std::setlocale(LC_CTYPE, "C.UTF-8");                 // for the line editor
+    Options o;
+    CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills."};
+    app.name("deepseek")
+        ->require_subcommand(0, 1)
+        ->footer("Example:\n  deepseek run -p \"How many r are in strawberry?\"");
+    app.set_version_flag("--version", VERSION);
+    add_commands(app, o);
+    int code = run_command(app, argc, argv);
+    if (ended_by) leave(ended_by);
+    return code;
+}
