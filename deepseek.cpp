@@ -24,6 +24,7 @@
 //   12  Talking                    sampling, generate, thinking budget, perplexity
 //   13  Multi-token prediction     the MTP module; draft, verify, correct
 //   14  FP8                        scales, what a tensor core sums, the forward pass in bf16 and FP8
+//   15  Many machines              expert parallelism, dispatch and combine, balance, pipelines
 //   19  The bill                   parameters, memory, bytes of the cache
 //   21  A conversation             an answer as it comes, the history, a terminal
 //   22  Command line               the commands, their options, signals, main: cli.h
@@ -4313,6 +4314,62 @@ inline void set_arith(Model& m, MlaForm form) {
             if (m.config.qkv_bias && w->arith == Arith::BF16) w->arith = Arith::F32;
     if (!any) fail("--arith fp8: %s has no FP8 weights", m.config.file.c_str());
 }
+
+// =================================================================================================
+// Chapter 15. Many machines
+// =================================================================================================
+//
+// 671 billion numbers fit on no machine. How do several compute one network, and what does it cost?
+//
+// Most of the numbers are experts, so those are what is spread: each of R ranks (a process, or a GPU) owns a
+// part of them. Everything else is small and every rank has it; each works on requests of its own. Only at
+// the experts do they meet. A rank's token goes to the ranks that own its K experts, once to each, and what
+// they made of it comes back:
+//
+//      rank 0   u --gate--> dispatch --.  .--> experts 0..3 --.  .--> combine --> y
+//                                       \/                     \/
+//                                       /\                     /\                       a layer of the
+//      rank 1   u --gate--> dispatch --'  '--> experts 4..7 --'  '--> combine --> y     experts, R = 2
+
+// -- 15.1  dispatch_layout: who gets what --------------------------------------------------------
+
+// Physical expert p is one that stands somewhere: an expert, or with redundant ones (15.5) a copy of it.
+struct RankShape {
+    int R, per_node;               // ranks, and how many of them, neighbours, share a machine: a node
+    const int* first;              // (R + 1): rank r has the physical experts first[r] .. first[r + 1]
+
+    int nodes() const { return (R + per_node - 1) / per_node; }
+    int owner(int p) const { return int(std::upper_bound(first, first + R + 1, p) - first) - 1; }
+};
+struct Layout {
+    int *per_rank, *per_node;      // (R), (nodes): tokens that go there, each counted once
+    int* per_expert;               // (first[R]): pairs
+    uint8_t* in_rank;              // (T, R): 1 where token t goes to rank r
+};
+
+// As DeepEP's get_dispatch_layout.   idx: (T, K), physical experts; -1: none
+inline void dispatch_layout(const Layout& out, const int* idx, int T, int K, const RankShape& shape) {
+    std::fill_n(out.per_rank, shape.R, 0), std::fill_n(out.per_node, shape.nodes(), 0);
+    std::fill_n(out.per_expert, shape.first[shape.R], 0);
+    std::fill_n(out.in_rank, int64_t(T) * shape.R, uint8_t(0));
+    for (int64_t t = 0; t < T; t++) {
+        uint8_t* in_rank = out.in_rank + t * shape.R;
+        for (int64_t i = t * K; i < (t + 1) * K; i++) {
+            if (idx[i] < 0) continue;
+            out.per_expert[idx[i]]++;
+            in_rank[shape.owner(idx[i])] = 1;
+        }
+        for (int r = 0; r < shape.R; r++) out.per_rank[r] += in_rank[r];
+        for (int n = 0; n < shape.nodes(); n++) {
+            const int end = std::min(shape.R, (n + 1) * shape.per_node);
+            out.per_node[n] += std::any_of(in_rank + n * shape.per_node, in_rank + end, [](int x) { return x; });
+        }
+    }
+}
+
+// -- 15.5  rebalance_experts: copies of those that are asked most --------------------------------
+
+// -- 15.6  pipelines: a timetable for each rank --------------------------------------------------
 
 // =================================================================================================
 // Chapter 19. The bill
