@@ -3,7 +3,8 @@
 # make test        builds and runs every test
 # make help        the other targets
 #
-# Where nvcc is found (NVCC names another one, NVCC= none), ./deepseek can use a GPU, too.
+# Where nvcc is found (NVCC names another one, NVCC= none), ./deepseek can use a GPU, too; where mpicc is
+# found (MPICC), several machines.
 #
 # Missing Debian packages are installed on the way, with a line that says which and why. Everything else
 # happens in this folder: ./deepseek, build/ and weights/. V=1 shows the commands.
@@ -87,10 +88,12 @@ build/have-run:
 		a C++20 compiler with OpenMP$(comma) simdjson$(comma) PCRE2$(comma) utf8proc$(comma) CLI11 and libedit)
 
 build/have-test: | build/have-run
-	$(call packages,make test,libgtest-dev clang libclang-rt-dev libomp-dev python3 curl,\
+	$(call packages,make test,\
+		libgtest-dev clang libclang-rt-dev libomp-dev python3 curl libopenmpi-dev openmpi-bin,\
 		$(call includes,gtest/gtest.h) && python3 --version && curl --version && \
+		$(MPICC) --version && command -v mpirun && \
 		echo 'int main() {}' | $(CLANGXX) -fopenmp -fsanitize=address -x c++ - -o /dev/null,\
-		GoogleTest$(comma) clang++ with its sanitizers and OpenMP$(comma) Python 3 and curl)
+		GoogleTest$(comma) clang++ with its sanitizers and OpenMP$(comma) Python 3$(comma) curl and an MPI)
 
 build/have-style: | build/have-run
 	$(call packages,make style,clang-tidy python3 git,\
@@ -120,8 +123,16 @@ compile += $(LIBS) $(4)
 NVCC  := $(or $(NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 OLD   := $(if $(NVCC),$(shell release=$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\).*/\1/p'); \
 	[ "$$release" -ge 13 ] 2>/dev/null || echo "$(NVCC) is not of CUDA 13 or later"))
-FLAGS := $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC)
-build/flags: always
+# Asked for when a program is built: `make test` installs an MPI on the way.
+MPICC     ?= mpicc
+MPI_SAYS   = $(filter -I% -L% -l%,$(shell $(MPICC) -show 2>/dev/null))
+WITH_MPI   = $(if $(MPI_SAYS),-DDEEPSEEK_MPI $(patsubst -I%,-isystem %,$(filter -I%,$(MPI_SAYS))))
+MPI_LIBS   = $(filter-out -I%,$(MPI_SAYS))
+NO_MPI     = $(if $(MPI_SAYS),,@echo "no mpicc: building for one machine, without MPI")
+FOR_TESTS := $(if $(filter test asan,$(MAKECMDGOALS)),build/have-test)
+
+FLAGS = $(CXX) $(CLANGXX) $(CXXFLAGS) $(STRICT) $(NVCC) $(MPI_SAYS)
+build/flags: always | $(FOR_TESTS)
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
 # nvcc fails in simdjson's own SIMD, what it writes for the host compiler is not pedantic, and warning 1675 is
@@ -134,13 +145,16 @@ WITH_GPU := $(and $(NVCC),$(if $(OLD),,yes))
 ifneq ($(WITH_GPU),yes)
 deepseek: deepseek.cpp build/flags | build/have-run
 	@echo "$(or $(OLD),no nvcc): building for the CPU only"
-	$(call compile,$(CXX),$(CXXFLAGS),$<)
+	$(NO_MPI)
+	$(call compile,$(CXX),$(CXXFLAGS) $(WITH_MPI),$<,$(MPI_LIBS))
 else
 deepseek: deepseek.cu build/flags | build/have-run
+	$(NO_MPI)
 	@$(if $(V),,echo "compiling $@, for GPUs too";) mkdir -p build/deps
 	$(if $(V),,@)$(NVCC) -x cu -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr $(GPUS) \
 		$(addprefix -DSIMDJSON_IMPLEMENTATION_,HASWELL=0 ICELAKE=0 WESTMERE=0) -Werror all-warnings \
-		-diag-suppress 1675 -ccbin $(CXX) -Xcompiler=$(TO_CXX) -MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS)
+		-diag-suppress 1675 -ccbin $(CXX) -Xcompiler=$(TO_CXX) $(WITH_MPI) \
+		-MMD -MP -MT $@ -MF build/deps/$@.d $< -o $@ $(LIBS) $(MPI_LIBS)
 endif
 
 TEST_FLAGS     := $(CXXFLAGS) -I.
@@ -153,7 +167,7 @@ FUZZING         = -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048
 	-print_final_stats=1
 
 build/compilers/deepseek-clang: deepseek.cpp build/flags | build/have-test
-	$(call compile,$(CLANGXX),$(CXXFLAGS),$<)
+	$(call compile,$(CLANGXX),$(CXXFLAGS) $(WITH_MPI),$<,$(MPI_LIBS))
 build/compilers/deepseek-gcc: deepseek
 	@mkdir -p $(@D); cp $< $@
 build/tests: tests/tests.cpp build/flags | build/have-test

@@ -1,6 +1,6 @@
 // cli.h: the command line. What each command of the program does: it opens a model, places the options where
-// the chapters of deepseek.cpp want them, and prints. Whatever can be wrong with a path, a number or the memory
-// is found before the work begins.
+// the chapters of deepseek.cpp want them, and prints. Whatever can be wrong with a path, a number or the
+// memory is found before the work begins.
 //
 //      deepseek run -p "Which is larger, 9.11 or 9.9?"            the model in weights/
 //      deepseek run -m DeepSeek-R1-Distill-Qwen-1.5B -f question.txt --temp 0.6
@@ -13,8 +13,8 @@
 // Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
 // check failed; 130: interrupted.
 //
-// Contents: 1 options; 2 run, chat; 3 tokenize, logits, perplexity, quantize; 4 info, bench, check;
-//           5 what an option may be; 6 the commands and their options; 7 signals and main.
+// Contents: 1 options; 2 ranks; 3 run, chat; 4 tokenize, logits, perplexity, quantize; 5 info, bench, check;
+//           6 pipeline; 7 what an option may be; 8 the commands and their options; 9 signals and main.
 //
 // Needs all chapters of deepseek.cpp before 22, and CLI11.
 #pragma once
@@ -35,6 +35,16 @@ struct Options {
     TokenizeOptions tokenize;
     int past = 0, top = 0;                               // of logits, and print
     std::vector<std::string> print;
+    // of ranks
+    double timeout = 60;
+    int ranks_per_node = 0, redundant = 0;
+    std::string dispatch = "f32", combine = "f32", combine_order = "expert", routing;
+    std::vector<std::string> arguments;                  // the command line
+    // of a pipeline, and of ranks on paper
+    std::string schedule;
+    int ranks = 8, microbatches = 20;
+    Costs costs;
+    bool plan = false, traffic = false;
 };
 
 constexpr int DEFAULT_CONTEXT = 32768;   // the length at which DeepSeek evaluates R1 and its distills
@@ -62,10 +72,13 @@ inline Tokenizer open_tokenizer(const Options& o, const fs::path& model) {
 
 // Common checks; sets the number of threads and the kernels.
 inline void prepare(const Options& o) {
+    if (world.rank > 0) quiet = true;                    // rank 0 speaks
     if (o.device == "cuda" && !gpu)
         fail("--device cuda: this build has no CUDA (nvcc was not found when it was made)");
     if (o.device == "cuda" && o.arith != "f32") fail("--arith %s: not with --device cuda", o.arith.c_str());
-    int unasked = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : processors();
+    if (o.device == "cuda" && world.size > 1) fail("--device cuda: the ranks of mpirun compute on CPUs");
+    int unasked = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads()
+                                                 : std::max(1, world.share_of(processors()));
     set_threads(o.threads > 0 ? o.threads : unasked);
     const char* wish = std::getenv("DEEPSEEK_SIMD");
     choose_kernels(wish ? wish : "", o.exact);
@@ -74,7 +87,7 @@ inline void prepare(const Options& o) {
 
 // Where to compute: as asked, or else on a GPU where that can be; then a person at a terminal is told.
 inline const Device& pick_device(const Options& o) {
-    if (!gpu || o.device == "cpu") return CPU;
+    if (!gpu || o.device == "cpu" || world.size > 1) return CPU;
     const std::string why = o.arith == "f32" ? gpu->missing() : "--arith " + o.arith;
     if (o.device == "cuda" && !why.empty()) fail("--device cuda: %s", why.c_str());
     const Device& device = why.empty() ? *gpu : CPU;
@@ -128,7 +141,65 @@ inline int complain(std::string message) {
     return 1;
 }
 
-// -- 2  run, chat --------------------------------------------------------------------------------
+// -- 2  ranks ------------------------------------------------------------------------------------
+
+// What must be the same on all ranks: the program, what it is asked for, the model. Not where the model lies,
+// nor the number of threads.
+inline void require_same_run(const Options& o, const fs::path& model) {
+    if (world.size == 1) return;
+    Fnv1a words;
+    for (size_t i = 0; i < o.arguments.size(); i++) {
+        const std::string& word = o.arguments[i];
+        if (word == "-m" || word == "--model" || word == "-t" || word == "--threads") i++;
+        else if (!word.starts_with("--model=") && !word.starts_with("--threads="))
+            words.add(word.c_str(), word.size() + 1);
+    }
+    Mapping program("/proc/self/exe");
+    world.require_same("build", sample(program.data(), program.size(), program.size()));
+    world.require_same("command line", words.h);
+    const Model opened = open_model(model);
+    world.require_same("model", fingerprint(opened) ^ fingerprint(opened.config));
+}
+
+// Which rank has which experts; from here on, what is loaded is this rank's.
+inline Placement place_experts(const Options& o, const fs::path& model, const Config& c) {
+    require_same_run(o, model);
+    if (c.E && world.size > c.E) fail("%d ranks: the model has %d experts a layer", world.size, c.E);
+    const int layers = c.n_layers + c.n_mtp;
+    Placement p = Placement::even(layers, c.E, world.size);
+    if (world.size > 1) has_expert = [p](int l, int e) { return p.has(world.rank, l, e); };
+    return p;
+}
+
+inline Trip trip_of(const Options& o, int ranks) {
+    auto dtype = [](const std::string& name) {
+        return name == "fp8" ? Dtype::F8_E4M3 : name == "bf16" ? Dtype::BF16 : REAL;
+    };
+    Trip trip{{ranks, o.ranks_per_node ? o.ranks_per_node : ranks, nullptr}, 0, 0, dtype(o.dispatch),
+              dtype(o.combine)};
+    trip.order = o.combine_order == "rank" ? CombineOrder::RANK
+        : o.combine_order == "hierarchical" ? CombineOrder::HIERARCHICAL : CombineOrder::EXPERT;
+    return trip;
+}
+
+// One rank that asks for nothing of a way needs none.
+inline std::unique_ptr<ExpertRanks> make_crew(const Options& o, Model& m, const Placement& p) {
+    const bool asked = o.dispatch != "f32" || o.combine != "f32" || o.combine_order != "expert";
+    if (world.size == 1 && (!asked || m.config.E == 0)) return nullptr;
+    return std::make_unique<ExpertRanks>(world, m, p, trip_of(o, world.size));
+}
+
+// A rank without requests of its own.
+inline void serve_experts(const Options& o) {
+    const fs::path folder = model_path(o);
+    const Config c = read_config(folder);
+    const SessionOptions options = session_options(o, c, DEFAULT_CONTEXT);
+    const Placement placement = place_experts(o, folder, c);
+    Model model = load_planned(folder, o.quant, c, options, CPU);
+    make_crew(o, model, placement)->finish();
+}
+
+// -- 3  run, chat --------------------------------------------------------------------------------
 
 // Model, tokenizer and session of run, chat and perplexity. All that can be wrong is found before the
 // weights are loaded.
@@ -141,7 +212,9 @@ struct Talk {
     SessionOptions options;
     const Device& device;
     std::unique_ptr<AtomicFile> kv;
+    Placement placement;
     Model model;
+    std::unique_ptr<ExpertRanks> crew;
     std::unique_ptr<Session> session;
     std::optional<Conversation> conversation;
 
@@ -156,8 +229,11 @@ struct Talk {
         for (const std::string& text : o.display.stops)
             if (!simdjson::validate_utf8(text)) fail("--stop: not valid UTF-8");
         if (!o.save_kv.empty()) kv = std::make_unique<AtomicFile>(o.save_kv, o.force);
+        placement = place_experts(o, folder, config);
         model = load_planned(folder, o.quant, config, options, device);
+        crew = make_crew(o, model, placement);
         session = std::make_unique<Session>(model, options, device);
+        session->crew = crew.get();
         if (!o.load_kv.empty()) load_cache(*session, o.load_kv);
         conversation.emplace(Conversation{*session, tokenizer, generation, o.display, generation.rng.state});
         set_system(o.system);
@@ -169,6 +245,7 @@ struct Talk {
     }
     void clear() { conversation->messages.clear(), set_system(o.system); }
     void save() { if (kv) save_cache(*session, *kv), kv.reset(); }
+    void finish() { if (crew) crew->finish(); }
 };
 
 // What Ctrl-C ended is over, and what there is has been shown and saved.
@@ -189,6 +266,7 @@ inline std::string prompt_of(const Options& o) {
 }
 
 inline void command_run(const Options& o) {
+    if (world.rank > 0) return serve_experts(o);
     std::string prompt = prompt_of(o);
     if (o.raw && !o.system.empty()) fail("--system has no place in a --raw prompt");
     Talk talk(o);
@@ -196,6 +274,7 @@ inline void command_run(const Options& o) {
     else talk.conversation->ask(prompt);
     talk.save();
     exit_if_interrupted(talk.conversation->stop == Stop::INTERRUPTED);
+    talk.finish();
 }
 
 // A line of a person at a terminal that is a command. False: it ends the chat.
@@ -234,6 +313,8 @@ inline bool take_turn(Talk& talk, const std::string& turn, bool commands) {
         else talk.conversation->ask(turn);
     } catch (const BrokenModel&) {
         throw;
+    } catch (const LostRank&) {
+        throw;
     } catch (const std::runtime_error& e) {
         complain(e.what());
     }
@@ -270,6 +351,7 @@ inline void chat_turns(Talk& talk) {
 }
 
 inline void command_chat(const Options& o) {
+    if (world.rank > 0) return serve_experts(o);
     Talk talk(o);
     Heed heed;
     try {
@@ -280,9 +362,10 @@ inline void command_chat(const Options& o) {
     }
     talk.save();
     exit_if_interrupted(interrupted);
+    talk.finish();
 }
 
-// -- 3  tokenize, logits, perplexity, quantize ---------------------------------------------------
+// -- 4  tokenize, logits, perplexity, quantize ---------------------------------------------------
 
 inline void command_tokenize(const Options& o) {
     if (o.tokenize.decode && o.tokenize.chat) fail("tokenize: --decode and --chat exclude each other");
@@ -292,7 +375,7 @@ inline void command_tokenize(const Options& o) {
         std::string out = tokenize(tokenizer, read_stream(std::cin, "stdin", TEXT_LIMIT), o.tokenize);
         bool text = o.tokenize.decode || (o.tokenize.chat && !o.tokenize.as_ids);
         if (text && o.display.json) out = json_quote(out);
-        else if (text && isatty(STDOUT_FILENO)) out = disarmed(out);
+        else if (text && on_terminal(STDOUT_FILENO)) out = disarmed(out);
         std::cout << out << (text && !o.display.json ? "" : "\n") << std::flush;   // a text: exactly
         return;
     }
@@ -333,6 +416,7 @@ inline bool has_tokenizer(const fs::path& model) {
 }
 
 inline void command_logits(const Options& o) {
+    if (world.rank > 0) return serve_experts(o);
     fs::path folder = model_path(o);
     Config c = read_config(folder);
     if (o.out.empty() && !o.top && o.print.empty()) fail("logits: give --out FILE, --top K or --print NAME");
@@ -353,9 +437,11 @@ inline void command_logits(const Options& o) {
     const Device& device = pick_device(o);
     std::optional<AtomicFile> file;
     if (!o.out.empty()) file.emplace(o.out, o.force);
+    const Placement placement = place_experts(o, folder, c);
     Model model = load_planned(folder, o.quant, c, options, device, {c, options.mla, T - o.past, taps});
+    const std::unique_ptr<ExpertRanks> crew = make_crew(o, model, placement);
     Session s(model, options, device);
-    s.tokens = ids;
+    s.tokens = ids, s.crew = crew.get();
     Progress progress("reading", ids.size(), " tokens");
     Inside in = look_inside(s, o.past, taps, [&](size_t n) { progress.at(n); });
     const Tokenizer* words = tokenizer ? &*tokenizer : nullptr;
@@ -365,12 +451,14 @@ inline void command_logits(const Options& o) {
     Utf8Stream path;                                     // of what bytes a path may have
     about["model"] = path.push(folder.native()), about["model"] += path.finish();
     about["quant"] = o.quant;
+    if (crew) crew->finish();
     if (file) write_safetensors(*file, in.tensors(o.taps), about);
     std::cout << text;
 }
 
 inline void command_perplexity(const Options& o) {
     bool dash = o.file == "-";
+    if (dash && world.size > 1) fail("perplexity: of several ranks only one has stdin; give -f FILE");
     std::string text = dash ? read_stream(std::cin, "stdin", TEXT_LIMIT) : read_file(o.file);
     Talk talk(o);
     if (talk.options.context < 2) fail("%s: a context of one token predicts nothing", talk.folder.c_str());
@@ -378,7 +466,10 @@ inline void command_perplexity(const Options& o) {
     int bos = talk.tokenizer.add_bos ? talk.tokenizer.bos : -1;
     if (ids.size() + (bos >= 0) < 2) fail("%s: too short: %zu tokens", o.file.c_str(), ids.size());
     Progress progress("reading", ids.size(), " tokens");
-    Perplexity p = perplexity(*talk.session, ids, bos, [&](size_t n) { progress.at(n); });
+    std::vector<Perplexity> windows = perplexities(*talk.session, ids, bos, size_t(world.rank),
+                                                   size_t(world.size), [&](size_t n) { progress.at(n); });
+    talk.finish(), world.collect(windows);
+    const Perplexity p = sum(windows);
     double nll = p.nll / double(std::max<int64_t>(p.tokens, 1));
     const char* format = o.display.json ? "{\"tokens\":%lld,\"nll\":%.6f,\"perplexity\":%.6f}\n"
                                         : "tokens %lld  nll %.6f  perplexity %.6f\n";
@@ -409,7 +500,7 @@ inline void command_quantize(const Options& o) {
     else notice(o.out + text_of(": %.3f GB, %s, %.2f bits a weight", gigabytes(bytes), type.name, bits));
 }
 
-// -- 4  info, bench, check -----------------------------------------------------------------------
+// -- 5  info, bench, check -----------------------------------------------------------------------
 
 inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
@@ -454,7 +545,7 @@ inline void bench_line(Session& s, const Options& o, const std::string& about, b
     double sum = 0, squares = 0;
     std::string list;
     for (int r = 0; r < o.repeats; r++) {
-        double speed = n / time_tokens(s, n, decode, o.depth);
+        double speed = world.size * n / time_tokens(s, n, decode, o.depth);    // each rank has a request
         list += text_of("%s%.2f", r ? ", " : "", speed);
         sum += speed, squares += speed * speed;
     }
@@ -475,8 +566,11 @@ inline void command_bench(const Options& o) {
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
     SessionOptions options = session_options(o, c, std::max(longest, 1));
     const Device& device = pick_device(o);
+    const Placement placement = place_experts(o, folder, c);
     Model model = load_planned(folder, o.quant, c, options, device);
+    const std::unique_ptr<ExpertRanks> crew = make_crew(o, model, placement);
     Session s(model, options, device);
+    s.crew = crew.get();
     Bill b = make_bill(c, folder, options.kv);
     std::string types;
     uint64_t bytes = 0;
@@ -484,7 +578,9 @@ inline void command_bench(const Options& o) {
     std::string about = text_of("\"model\":%s,\"parameters\":%ju,\"bytes\":%ju,\"type\":\"%s\",",
                                 json_quote(folder.lexically_normal().string()).c_str(), uintmax_t(b.total),
                                 uintmax_t(bytes), types.c_str());
+    if (world.size > 1) about += text_of("\"ranks\":%d,", world.size);
     for (bool decode : {false, true}) bench_line(s, o, about, decode);
+    if (crew) crew->finish();
 }
 
 inline void command_check(const Options& o) {
@@ -493,7 +589,43 @@ inline void command_check(const Options& o) {
     if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
 }
 
-// -- 5  what an option may be --------------------------------------------------------------------
+// -- 6  pipeline ---------------------------------------------------------------------------------
+
+constexpr std::pair<const char*, Schedule> SCHEDULES[] = {
+    {"gpipe", Schedule::GPIPE}, {"1f1b", Schedule::ONE_F_ONE_B}, {"zb1p", Schedule::ZB1P},
+    {"dualpipe", Schedule::DUALPIPE}, {"dualpipev", Schedule::DUALPIPEV}};
+
+inline void command_pipeline(const Options& o) {
+    const auto* found = std::find_if(std::begin(SCHEDULES), std::end(SCHEDULES),
+                                     [&](auto& s) { return o.schedule == s.first; });
+    const Plan plan = make_plan(found->second, o.ranks, o.microbatches);
+    const Costs& costs = o.costs;
+    std::optional<AtomicFile> file;
+    if (!o.out.empty()) file.emplace(o.out, o.force);
+    const Timetable t = run_plan(plan, costs);
+    CHECK(t.wrong.empty(), "%s", t.wrong.c_str());
+    const Measured m = measure(plan, costs, t);
+    const Formula f = formula_of(plan, costs);
+    if (file) {
+        const std::string svg = timetable_svg(plan, costs, t);
+        file->write(svg.data(), svg.size()), file->commit();
+    }
+    if (o.display.json) return void(std::cout << pipeline_json(plan, costs, t, m, f));
+    double unit = t.end;
+    for (double cost : {costs.f, costs.b, costs.w}) if (cost > 0) unit = std::min(unit, cost);
+    std::cout << (o.plan ? plan_text(plan) : timetable_text(plan, costs, t, unit));
+    const auto [least, most] = std::minmax_element(m.bubble.begin(), m.bubble.end());
+    const auto [fewest, alive] = std::minmax_element(m.alive.begin(), m.alive.end());
+    std::cout << text_of("time %g; bubble a rank %g to %g, by the formula %s = %g\n", t.end, *least, *most,
+                         f.text, f.bubble)
+              << text_of("memory a rank: parameters %dx; micro-batches alive %d to %d, the papers: %d\n",
+                         f.parameters, *fewest, *alive, f.activations);
+    if (costs.comm > 0)
+        std::cout << text_of("communication %g, of which %.1f %% while the receiver computes\n", m.sent,
+                             m.sent > 0 ? 100 * m.hidden / m.sent : 0.0);
+}
+
+// -- 7  what an option may be --------------------------------------------------------------------
 
 // An empty path is a shell variable that was not set; it must not mean the default.
 inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
@@ -536,14 +668,19 @@ inline std::vector<std::string> type_names(bool none) {
     return names;
 }
 
-// -- 6  the commands and their options -----------------------------------------------------------
+// -- 8  the commands and their options -----------------------------------------------------------
 
 // A command with the options that all commands have.
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
                              Options& o, void (*run)(const Options&)) {
     CLI::App* c = app.add_subcommand(name, what);
     c->footer(std::string("Example:\n  ") + example);
-    c->callback([&o, run] { prepare(o), run(o); });
+    c->callback([&o, c, run] {
+        const bool ranks = c->get_option_no_throw("--timeout");
+        if (world.rank > 0 && !ranks) return;            // one rank is enough for what has no experts
+        world.timeout = o.timeout;
+        prepare(o), run(o);
+    });
     option(c, "-m,--model", o.model, check_path,
            "Hugging Face folder or GGUF file (default: the model in weights/)");
     option(c, "-t,--threads", o.threads, between(1, 4096), "threads (default: all cores)");
@@ -566,6 +703,16 @@ inline void add_pass_options(CLI::App* c, Options& o) {
     option(c, "--chunk", o.chunk, between(1, 65536), "tokens per prefill step (default: 512)");
 }
 
+// Of the commands that run a model.
+inline void add_rank_options(CLI::App* c, Options& o) {
+    option(c, "--timeout", o.timeout, between(1.0, 1e6), "with mpirun: seconds to wait for a rank (60)");
+    option(c, "--ranks-per-node", o.ranks_per_node, POSITIVE, "ranks that share a machine (default: all)");
+    option(c, "--dispatch", o.dispatch, one_of({"f32", "bf16", "fp8"}), "what travels to experts");
+    option(c, "--combine", o.combine, one_of({"f32", "bf16"}), "what travels back");
+    option(c, "--combine-order", o.combine_order, one_of({"expert", "rank", "hierarchical"}),
+           "how results are added: expert (as one process does), rank, hierarchical");
+}
+
 inline void add_generation_options(CLI::App* c, Options& o) {
     option(c, "-n", o.max_tokens, COUNT_OR_ALL, "at most N tokens (default: -1, until the model ends)");
     option(c, "--temp", o.temperature, between(0.0, 100.0), "temperature, 0: greedy");
@@ -582,7 +729,7 @@ inline void add_generation_options(CLI::App* c, Options& o) {
     option(c, "--stop", o.display.stops, check_path, "end before this text; may be given again")
         ->allow_extra_args(false);
     option(c, "--think-budget", o.think_budget, COUNT, "end the thought after N tokens");
-    add_pass_options(c, o);
+    add_pass_options(c, o), add_rank_options(c, o);
     option(c, "--save-kv", o.save_kv, check_path, "keep keys and values of the conversation in this file");
     option(c, "--load-kv", o.load_kv, check_path, "begin with those of that file");
     c->add_flag("--force", o.force, "replace an existing file");
@@ -626,12 +773,13 @@ inline void add_commands(CLI::App& app, Options& o) {
     option(c, "--top", o.top, between(1, 1000), "print the K likeliest tokens after each position");
     c->add_option("--print", o.print, "print logits or a tap as text (repeatable)")->allow_extra_args(false);
     option(c, "--past", o.past, COUNT, "only read the first N tokens: results are those of the others");
-    add_pass_options(c, o);
+    add_pass_options(c, o), add_rank_options(c, o);
 
     c = add_command(app, "perplexity", "negative log-likelihood of a text",
                     "deepseek perplexity -f README.md", o, command_perplexity);
     option(c, "-f,--file", o.file, check_path, "the text, or - for stdin")->required();
     option(c, "-c,--ctx", o.context, between(2, MOST), "tokens per window (default: the model's context)");
+    add_rank_options(c, o);
 
     c = add_command(app, "info", "architecture, parameters, cache, memory plan",
                     "deepseek info --ctx 4096", o, command_info);
@@ -650,13 +798,31 @@ inline void add_commands(CLI::App& app, Options& o) {
     option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
     option(c, "-d,--depth", o.depth, COUNT, "tokens that come before (default: 0)");
     option(c, "-r", o.repeats, between(1, 1000), "runs (default: 5)");
+    add_rank_options(c, o);
+
+    c = add_command(app, "pipeline", "a pipeline schedule: timetable, bubble, memory",
+                    "deepseek pipeline --schedule dualpipe --ranks 8 --microbatches 20", o, command_pipeline);
+    std::vector<std::string> names;
+    for (auto& [name, schedule] : SCHEDULES) names.push_back(name);
+    option(c, "--schedule", o.schedule, one_of(names), "gpipe, 1f1b, zb1p, dualpipe, dualpipev")->required();
+    option(c, "--ranks", o.ranks, between(2, 1024), "ranks (default: 8)");
+    option(c, "--microbatches", o.microbatches, between(1, 100000), "micro-batches (default: 20)");
+    const auto cost = between(1e-9, 1e9), free = between(0.0, 1e9);
+    option(c, "--f", o.costs.f, cost, "time of a forward (default: 1)");
+    option(c, "--b", o.costs.b, cost, "time of a backward for the inputs (default: 1)");
+    option(c, "--w", o.costs.w, cost, "time of a backward for the weights (default: 1)");
+    option(c, "--fb", o.costs.fb, cost, "time of a forward and a backward that overlap (default: f + b + w)");
+    option(c, "--comm", o.costs.comm, free, "time of a message (default: 0)");
+    option(c, "--svg", o.out, check_path, "write the timetable to this file");
+    c->add_flag("--force", o.force, "replace an existing file");
+    c->add_flag("--plan", o.plan, "print the steps of each rank, with what they send and receive");
 
     c = add_command(app, "check", "compare the GPU's operations with the CPU's, a line each",
                     "deepseek check 10.2", o, command_check);
     c->add_option("section", o.section, "a chapter or section of deepseek.cpp (default: all)");
 }
 
-// -- 7  signals and main -------------------------------------------------------------------------
+// -- 9  signals and main -------------------------------------------------------------------------
 
 constexpr const char* VERSION = "deepseek 1.0";
 
@@ -692,9 +858,26 @@ inline std::string unknown_option(const CLI::App& app, const std::string& given)
     return "unexpected argument '" + given + "'" + (near ? " (" + best + "?)" : "");
 }
 
+// What ends this rank. The first one speaks first: mostly it has the same to say, and ends the others.
+inline int last_words(const std::string& message) {
+    if (world.rank > 0) usleep(useconds_t(400000 * std::min(world.rank, 8)));
+    return complain(world.rank > 0 && !world.blamed ? text_of("rank %d: ", world.rank) + message : message);
+}
+
+inline int end_ranks() {
+    try {
+        world.finish();
+        return 0;
+    } catch (const std::runtime_error& e) {
+        return last_words(e.what());
+    }
+}
+
 // The command line; returns the exit code.
 inline int run_command(CLI::App& app, int argc, char** argv) {
     try {
+        world.join();
+        if (world.rank > 0 && !std::freopen("/dev/null", "w", stdout)) fail("/dev/null cannot be opened");
         for (int i = 1; i < argc; i++)                   // CLI11 would read -n gl
             if (std::string_view(argv[i]) == "-ngl") fail("%s", unknown_option(app, "-ngl").c_str());
         app.parse(argc, argv);
@@ -703,15 +886,15 @@ inline int run_command(CLI::App& app, int argc, char** argv) {
     } catch (const CLI::RuntimeError& e) {               // a check failed, or Ctrl-C
         return app.exit(e);
     } catch (const CLI::ExtrasError&) {
-        return complain(unknown_option(app, app.remaining(true).at(0)));
+        return last_words(unknown_option(app, app.remaining(true).at(0)));
     } catch (const std::bad_alloc&) {
-        return complain("out of memory");
+        return last_words("out of memory");
     } catch (const std::length_error&) {                 // beyond the address space
-        return complain("out of memory");
+        return last_words("out of memory");
     } catch (const std::runtime_error& e) {              // CLI::ParseError, UserError, TokenizerError
-        return complain(e.what());
+        return last_words(e.what());
     }
-    if (app.get_subcommands().empty()) return complain("which command? (deepseek --help lists them)");
+    if (app.get_subcommands().empty()) return last_words("which command? (deepseek --help lists them)");
     std::cout.flush();
     bool written = std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout;
     return written ? 0 : complain("stdout cannot be written");
@@ -722,6 +905,7 @@ int main(int argc, char** argv) {
     set_signals();
     std::setlocale(LC_CTYPE, "C.UTF-8");                 // for the line editor
     Options o;
+    o.arguments.assign(argv, argv + argc);
     CLI::App app{"DeepSeek V2, V3, R1 and the R1-Distills."};
     app.name("deepseek")
         ->require_subcommand(0, 1)
@@ -730,5 +914,7 @@ int main(int argc, char** argv) {
     add_commands(app, o);
     int code = run_command(app, argc, argv);
     if (ended_by) leave(ended_by);
+    if (code == 0) code = end_ranks();
+    if (code != 0 && world.size > 1) world.abandon(code);
     return code;
 }

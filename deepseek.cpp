@@ -29,10 +29,10 @@
 //   21  A conversation             an answer as it comes, the history, a terminal
 //   22  Command line               the commands, their options, signals, main: cli.h
 //
-// Five headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone
-// usable), system.h (files, signals, a terminal) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the
-// operations again, as fast as the processor can) after chapter 10, cli.h (the commands) at the end. The book
-// can be read without them.
+// Headers stand beside the book and are included where they belong: tokenizer.h (text and ids, alone usable),
+// system.h (files, signals, a terminal) and gguf.h (llama.cpp's files) in chapter 4, simd.h (the operations
+// again, as fast as the processor can) after chapter 10, ranks.h (processes that talk) and pipeline.h
+// (timetables) in chapter 15, cli.h (the commands) at the end. The book can be read without them.
 // deepseek.cu includes this file and has each operation again, for a GPU, in chapters of the same numbers.
 //
 // One token's way through a layer of DeepSeek-V3, with the chapter of each step:
@@ -58,6 +58,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <barrier>
 #include <bit>
 #include <charconv>
 #include <chrono>
@@ -90,6 +91,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -1483,6 +1485,7 @@ public:
     uint64_t parameters = 0;             // numbers asked for, scales not counted
     uint64_t bytes = 0;                  // of what was found, scales counted
     std::deque<Vector> vectors;          // found so far
+    bool elsewhere = false;              // what is asked for must be there, but another rank has it (15.4)
 
     Matrix matrix(const std::string& name, int rows, int cols) {
         parameters += uint64_t(rows) * uint64_t(cols);
@@ -1490,6 +1493,7 @@ public:
         if (checkpoint_) m = find(name, {uint64_t(rows), uint64_t(cols)});
         if (m.dtype == Dtype::F64) wrong(name, "is F64, which only vectors may be");
         if (m.dtype == Dtype::F8_E4M3) check_scales(name, rows, cols);
+        if (elsewhere) return {};
         if (quantiser_) m = quantiser_->apply(name, m);
         bytes += uint64_t(rows) * row_bytes(m.dtype, cols);
         if (m.dtype == Dtype::F8_E4M3) bytes += 4 * blocks(rows) * blocks(cols);
@@ -2752,6 +2756,14 @@ inline size_t cache_bytes(const Config& c, int context, Dtype dtype) {
     return Cache::bytes(c.n_layers + c.n_mtp, context, cache_parts(c), cache_part_width(c), dtype);
 }
 
+// Where experts stand on several ranks, a pass is the work of all (15.4).
+enum class Pass : uint8_t { MAIN, MTP, DONE };
+struct Crew {
+    virtual ~Crew() = default;
+    virtual void begin(Pass) = 0;
+    virtual void experts(Session&, const Moe&, int l, int T) = 0;          // a.expert_out of all tokens
+};
+
 // One conversation with one model. The MTP layer's part of the cache lags behind: it holds `mtp_length`
 // tokens.
 struct Session {
@@ -2763,6 +2775,7 @@ struct Session {
     Arena arena;
     Activations a;
     Taps* taps = nullptr;
+    Crew* crew = nullptr;
     std::vector<int> tokens;               // the conversation; the cache holds the first `length` of them
     int length = 0, mtp_length = 0;
     int h_pos = 0, h_rows = 0;             // positions whose final hidden states are in a.h
@@ -2843,11 +2856,18 @@ inline Gqa bind_gqa(Binder& b, const Config& c, const std::string& p) {
     return w;
 }
 
-inline Moe bind_moe(Binder& b, const Config& c, const std::string& p) {
+// The experts of layer l that this process has: all, where it is not one of several ranks (15.4).
+inline std::function<bool(int l, int expert)> has_expert = [](int, int) { return true; };
+
+inline Moe bind_moe(Binder& b, const Config& c, int l, const std::string& p) {
     Moe w;
     w.gate_w = b.matrix(p + "gate.weight", c.E, c.D);
     if (c.gate == Gate::NOAUX_TC) w.gate_bias = b.vector(p + "gate.e_score_correction_bias", c.E);
-    for (int e = 0; e < c.E; e++) w.experts.push_back(bind_mlp(b, p + text_of("experts.%d.", e), c.D, c.F));
+    for (int e = 0; e < c.E; e++) {
+        b.elsewhere = !has_expert(l, e);
+        w.experts.push_back(bind_mlp(b, p + text_of("experts.%d.", e), c.D, c.F));
+    }
+    b.elsewhere = false;
     if (c.n_shared) w.shared = bind_mlp(b, p + "shared_experts.", c.D, c.n_shared * c.F);
     return w;
 }
@@ -2859,7 +2879,7 @@ inline Layer bind_layer(Binder& b, const Config& c, int l) {
     w.ffn_norm = b.vector(p + "post_attention_layernorm.weight", c.D);
     if (c.mla()) w.mla = bind_mla(b, c, p + "self_attn.");
     else w.gqa = bind_gqa(b, c, p + "self_attn.");
-    if (c.is_moe(l)) w.moe = bind_moe(b, c, p + "mlp.");
+    if (c.is_moe(l)) w.moe = bind_moe(b, c, l, p + "mlp.");
     else w.mlp = bind_mlp(b, p + "mlp.", c.D, c.ffn_width);
     return w;
 }
@@ -2889,26 +2909,6 @@ inline void bind_model(Binder& b, Model& m) {
     for (int l = 0; l < c.n_layers; l++) m.layers.push_back(bind_layer(b, c, l));
     if (c.n_mtp) m.mtp.push_back(bind_mtp(b, c));
     m.vectors = std::move(b.vectors);
-}
-
-// A model's config and tensors, nothing bound yet.
-inline Model open_model(const fs::path& folder) {
-    Model m;
-    m.config = read_config(folder);
-    m.rope = make_rope(m.config.rope, m.config.rope_dim());
-    m.checkpoint = open_checkpoint(folder);
-    auto left_out = [&](auto& tensor) { return !m.config.n_mtp && of_mtp(m.config, tensor.first); };
-    std::erase_if(m.checkpoint.tensors, left_out);
-    return m;
-}
-
-// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
-inline Model load_model(const fs::path& folder) {
-    Model m = open_model(folder);
-    Binder binder(&m.checkpoint, folder, m.config.fp8);
-    bind_model(binder, m);
-    binder.finish(), show_remarks();
-    return m;
 }
 
 // -- 11.3  the layers' parts: each operation gets its arrays -------------------------------------
@@ -3035,9 +3035,13 @@ inline void moe(Session& s, const Moe& w, int l, int T) {
     if (s.taps_of(l)) s.taps->add(text_of("layers.%d.expert_idx", l), a.expert_idx, T, c.K);
     s.tap(l, "expert_weight", a.gate_weight, T, {c.K});
 
-    dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
-    run_experts(
-        {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    if (s.crew) {
+        s.crew->experts(s, w, l, T);
+    } else {
+        dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
+        run_experts(
+            {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    }
     const real* shared = c.n_shared ? a.expert_in : nullptr;
     if (s.taps_of(l)) {                                  // the sum before the shared expert joins it
         combine(a.u, a.expert_out, a.slot, a.gate_weight, c.K, nullptr, T, c.D);
@@ -3086,6 +3090,7 @@ inline void forward(Session& s, std::span<const int> ids, int pos) {
     Activations& a = s.a;
     int T = int(ids.size());
     CHECK(T <= s.options.chunk && pos + T <= s.options.context, "%d tokens at %d", T, pos);
+    if (s.crew) s.crew->begin(Pass::MAIN);
     place(s, T, pos);
     embed({a.x, c.D}, m.embed, ids);
     if (s.taps) s.taps->add("embed", a.x, T, {c.D});
@@ -3561,12 +3566,15 @@ struct Perplexity {
 
 // The text is cut into windows of the session's context, each read from its own start (with `bos` before
 // it if not negative); every token but a window's first is predicted from all before it in the window.
-inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
-                             const std::function<void(size_t)>& progress) {
+// Of each window; of those that are not first, first + step, ... nothing: other ranks have them (15.4).
+inline std::vector<Perplexity> perplexities(Session& s, std::span<const int> ids, int bos, size_t first,
+                                            size_t step, const std::function<void(size_t)>& progress) {
     const Config& c = s.model.config;
-    Perplexity result;
+    std::vector<Perplexity> all;
     size_t room = size_t(s.options.context) - (bos >= 0);
     for (size_t begin = 0; begin < ids.size(); begin += room) {
+        Perplexity& result = all.emplace_back();
+        if ((all.size() - 1) % step != first) continue;
         std::vector<int> window(ids.begin() + int64_t(begin),
                                 ids.begin() + int64_t(std::min(ids.size(), begin + room)));
         if (bos >= 0) window.insert(window.begin(), bos);
@@ -3580,7 +3588,18 @@ inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
             }
         }, [&](int n) { progress(begin + size_t(n)); });
     }
-    return result;
+    return all;
+}
+
+inline Perplexity sum(const std::vector<Perplexity>& windows) {
+    Perplexity all;
+    for (const Perplexity& w : windows) all.tokens += w.tokens, all.nll += w.nll;
+    return all;
+}
+
+inline Perplexity perplexity(Session& s, std::span<const int> ids, int bos,
+                             const std::function<void(size_t)>& progress) {
+    return sum(perplexities(s, ids, bos, 0, 1, progress));
 }
 
 // =================================================================================================
@@ -3612,6 +3631,7 @@ inline void mtp_forward(Session& s, const real* h, std::span<const int> next, in
     const Config& c = m.config;
     Activations& a = s.a;
     int T = int(next.size());
+    if (s.crew) s.crew->begin(Pass::MTP);
     embed({a.mtp_in, 2 * c.D}, m.embed, next);
     rmsnorm({a.mtp_in, 2 * c.D}, {a.mtp_in, 2 * c.D}, w.enorm, T, c.eps);
     rmsnorm({a.mtp_in + c.D, 2 * c.D}, {h, c.D}, w.hnorm, T, c.eps);
@@ -4340,6 +4360,11 @@ struct RankShape {
 
     int nodes() const { return (R + per_node - 1) / per_node; }
     int owner(int p) const { return int(std::upper_bound(first, first + R + 1, p) - first) - 1; }
+    int node(int r) const { return r / per_node; }
+    int begin(int n) const { return n * per_node; }                    // its ranks
+    int end(int n) const { return std::min(R, (n + 1) * per_node); }
+    // The rank of node n that has r's place in it.
+    int forwarder(int r, int n) const { return begin(n) + r % per_node % (end(n) - begin(n)); }
 };
 struct Layout {
     int *per_rank, *per_node;      // (R), (nodes): tokens that go there, each counted once
@@ -4360,16 +4385,423 @@ inline void dispatch_layout(const Layout& out, const int* idx, int T, int K, con
             in_rank[shape.owner(idx[i])] = 1;
         }
         for (int r = 0; r < shape.R; r++) out.per_rank[r] += in_rank[r];
-        for (int n = 0; n < shape.nodes(); n++) {
-            const int end = std::min(shape.R, (n + 1) * shape.per_node);
-            out.per_node[n] += std::any_of(in_rank + n * shape.per_node, in_rank + end, [](int x) { return x; });
-        }
+        for (int n = 0; n < shape.nodes(); n++)
+            out.per_node[n] += *std::max_element(in_rank + shape.begin(n), in_rank + shape.end(n));
     }
 }
 
+// -- 15.2  dispatch: a copy to each rank that needs one ------------------------------------------
+
+#include "ranks.h"   // Wire: all ranks call its `exchange` together, each with bytes for every rank
+
+// In which order a token's results are added. EXPERT: all come home, and are added as one process adds them
+// (10.3), so the bits are the same. RANK: a rank adds what its own experts made, home adds the ranks in their
+// order. HIERARCHICAL: between them a node adds what its ranks made, in bf16. One row travels in place of K,
+// and in place of those of all ranks that share a node.
+enum class CombineOrder : uint8_t { EXPERT, RANK, HIERARCHICAL };
+
+// What all ranks agree on.
+struct Trip {
+    RankShape shape;
+    int K, D;
+    Dtype there = REAL, back = REAL;       // of the numbers on their way: REAL, BF16; there also F8_E4M3
+    CombineOrder order = CombineOrder::EXPERT;
+
+    Dtype result() const { return order == CombineOrder::HIERARCHICAL ? Dtype::BF16 : back; }
+    // A token: whose, which one there, its experts and their weights, its row.
+    size_t packet() const {
+        return size_t(2 + K) * sizeof(int) + size_t(K) * sizeof(real) + encoded_bytes(there, D);
+    }
+    // A result: whose token, which one, of which of its experts, the row.
+    size_t result_packet() const { return 3 * sizeof(int) + encoded_bytes(result(), D); }
+    // Whether a token with these experts goes to one of the ranks begin .. end.   idx: (K)
+    bool goes(const int* idx, int begin, int end) const {
+        const int low = shape.first[begin], high = shape.first[end];
+        return std::any_of(idx, idx + K, [&](int e) { return e >= low && e < high; });
+    }
+};
+
+// What dispatch leaves on a rank: rows in the order of their source rank, then of their token there.
+struct Received {
+    int n = 0;
+    Vector x;                              // (n, D)
+    std::vector<int> idx;                  // (n, K): experts of this rank, from 0; -1: of another
+    Vector weight;                         // (n, K); 0 for those
+    std::vector<int> source, token, via;   // (n): whose it is, which one there, and who handed it on
+    std::vector<int> first, slot, row;     // (own experts + 1), (n, K), (pairs): as 10.2's
+    Traffic there, back;                   // bytes that this rank sent
+};
+
+// Rows from the packets that each forwarder handed on.
+inline void unpack(Received& got, const Trip& v, int rank, const Parcels& rows) {
+    struct Packet { int source, token, via; const std::byte* at; };
+    std::vector<Packet> packets;
+    for (size_t via = 0; via < rows.size(); via++)
+        each_packet(rows[via], v.packet(), [&](const std::byte* p) {
+            packets.push_back({load<int>(p), load<int>(p + sizeof(int)), int(via), p});
+        });
+    std::stable_sort(packets.begin(), packets.end(), [](const Packet& a, const Packet& b) {
+        return std::pair(a.source, a.token) < std::pair(b.source, b.token);
+    });
+    const size_t n = packets.size(), K = size_t(v.K);
+    const int begin = v.shape.first[rank], end = v.shape.first[rank + 1];
+    got = {}, got.n = int(n), got.x.resize(n * size_t(v.D)), got.idx.resize(n * K), got.weight.resize(n * K);
+    for (const Packet& p : packets)
+        got.source.push_back(p.source), got.token.push_back(p.token), got.via.push_back(p.via);
+    parallel_for(int64_t(n), [&](int64_t i) {
+        const std::byte* experts = packets[size_t(i)].at + 2 * sizeof(int);
+        const std::byte* weights = experts + K * sizeof(int);
+        for (size_t k = 0; k < K; k++) {
+            const int e = load<int>(experts + k * sizeof(int));
+            const bool here = e >= begin && e < end;
+            got.idx[size_t(i) * K + k] = here ? e - begin : -1;
+            got.weight[size_t(i) * K + k] = here ? load<real>(weights + k * sizeof(real)) : 0;
+        }
+        decode(got.x.data() + i * v.D, weights + K * sizeof(real), v.D, v.there);
+    }, 4 * int64_t(v.D));
+}
+
+// Slots by expert, an expert's in the order of the rows: 10.2, but for pairs that are another rank's.
+inline void group_rows(Received& got, int K, int own) {
+    got.first.assign(size_t(own) + 1, 0), got.slot.assign(size_t(got.n) * size_t(K), -1);
+    for (int e : got.idx) if (e >= 0) got.first[size_t(e) + 1]++;
+    std::partial_sum(got.first.begin(), got.first.end(), got.first.begin());
+    std::vector<int> next = got.first;
+    got.row.resize(size_t(got.first.back()));
+    for (size_t i = 0; i < got.idx.size(); i++) {
+        if (got.idx[i] < 0) continue;
+        got.slot[i] = next[size_t(got.idx[i])]++;
+        got.row[size_t(got.slot[i])] = int(i) / K;
+    }
+}
+
+// DeepEP's dispatch, in two hops: a token crosses to each node once, to the rank there that has its source's
+// place, and is handed on inside (V3 section 3.2.2). With one node the first hop stays at home; with a rank a
+// node, the second.   x: (T, D)   idx: (T, K), physical experts; -1: none   weight: (T, K)
+inline void dispatch(Received& got, Wire& wire, const Trip& v, const real* x, const int* idx,
+                     const real* weight, int T) {
+    const RankShape& s = v.shape;
+    const int node = s.node(wire.rank);
+    Parcels out(size_t(s.R)), inside(size_t(s.R)), in;
+    Parcel packet;
+    std::vector<int> experts(size_t(v.K));
+    Traffic traffic;
+    for (int t = 0; t < T; t++) {
+        packet.clear(), put(packet, wire.rank), put(packet, t);
+        for (int k = 0; k < v.K; k++) put(packet, idx[t * v.K + k]);
+        for (int k = 0; k < v.K; k++) put(packet, weight[t * v.K + k]);
+        encode(packet, x + int64_t(t) * v.D, v.D, v.there);
+        for (int n = 0; n < s.nodes(); n++)
+            if (v.goes(idx + t * v.K, s.begin(n), s.end(n)))
+                append(out[size_t(s.forwarder(wire.rank, n))], packet.data(), packet.size());
+    }
+    wire.exchange(out, in), traffic.count(out, wire.rank, s.per_node);
+    for (const Parcel& from : in) {
+        each_packet(from, v.packet(), [&](const std::byte* p) {
+            std::memcpy(experts.data(), p + 2 * sizeof(int), experts.size() * sizeof(int));
+            for (int r = s.begin(node); r < s.end(node); r++)
+                if (v.goes(experts.data(), r, r + 1)) append(inside[size_t(r)], p, v.packet());
+        });
+    }
+    wire.exchange(inside, in), traffic.count(inside, wire.rank, s.per_node);
+    unpack(got, v, wire.rank, in), got.there = traffic;
+    group_rows(got, v.K, s.first[wire.rank + 1] - s.first[wire.rank]);
+}
+
+// -- 15.3  combine: the results go home ----------------------------------------------------------
+
+// Of the rows of this rank, for who handed them on.   expert_out: (pairs, D), by slot
+inline Parcels results_of_rows(const Trip& v, const Received& got, const real* expert_out) {
+    Parcels out(size_t(v.shape.R));
+    Vector sum(size_t(v.D));
+    for (int i = 0; i < got.n; i++) {
+        Parcel& to = out[size_t(got.via[size_t(i)])];
+        auto add_result = [&](int k, const real* row) {
+            put(to, got.source[size_t(i)]), put(to, got.token[size_t(i)]), put(to, k);
+            encode(to, row, v.D, v.result());
+        };
+        std::fill(sum.begin(), sum.end(), real(0));
+        for (int k = 0; k < v.K; k++) {
+            const size_t pair = size_t(i) * size_t(v.K) + size_t(k);
+            if (got.slot[pair] < 0) continue;
+            const real* row = expert_out + int64_t(got.slot[pair]) * v.D;
+            if (v.order == CombineOrder::EXPERT) add_result(k, row);
+            else kernels.weigh({sum.data(), 0}, {&got.weight[pair], 0}, real_matrix(row, 1, v.D), 1, 1);
+        }
+        if (v.order != CombineOrder::EXPERT) add_result(0, sum.data());
+    }
+    return out;
+}
+
+// What the ranks of this node made of the tokens that it handed on, for their sources: in the order of the
+// ranks, or their sums.
+inline Parcels handed_back(const Trip& v, const Parcels& in) {
+    Parcels out(size_t(v.shape.R));
+    std::map<std::pair<int, int>, Vector> sums;          // by source and token
+    Vector part(size_t(v.D));
+    for (const Parcel& from : in) {
+        each_packet(from, v.result_packet(), [&](const std::byte* p) {
+            const int source = load<int>(p);
+            if (v.order != CombineOrder::HIERARCHICAL)
+                return append(out[size_t(source)], p, v.result_packet());
+            Vector& sum = sums.try_emplace({source, load<int>(p + sizeof(int))}, part.size()).first->second;
+            decode(part.data(), p + 3 * sizeof(int), v.D, v.result());
+            for (size_t i = 0; i < sum.size(); i++) sum[i] += part[i];
+        });
+    }
+    for (auto& [whose, sum] : sums) {
+        Parcel& to = out[size_t(whose.first)];
+        put(to, whose.first), put(to, whose.second), put(to, 0);
+        encode(to, sum.data(), v.D, v.result());
+    }
+    return out;
+}
+
+// The results of this rank's T tokens, in the order in which they are to be added, with their factors: what
+// `combine` (10.3) takes, with slot 0, 1, 2 ...   rows: (T, K, D)   factor: (T, K), before: the weights
+inline void bring_home(real* rows, real* factor, int T, Wire& wire, const Trip& v, Received& got,
+                       const real* expert_out) {
+    const bool expert = v.order == CombineOrder::EXPERT;
+    Parcels out = results_of_rows(v, got, expert_out), in;
+    wire.exchange(out, in), got.back.count(out, wire.rank, v.shape.per_node);
+    out = handed_back(v, in);
+    wire.exchange(out, in), got.back.count(out, wire.rank, v.shape.per_node);
+    std::vector<int> used(static_cast<size_t>(T));       // rows of each token so far
+    std::fill_n(rows, int64_t(T) * v.K * v.D, real(0));
+    if (!expert) std::fill_n(factor, T * v.K, real(0));
+    for (const Parcel& from : in) {
+        each_packet(from, v.result_packet(), [&](const std::byte* p) {
+            const int t = load<int>(p + sizeof(int)), k = load<int>(p + 2 * sizeof(int));
+            const int row = t * v.K + (expert ? k : used[size_t(t)]++);
+            decode(rows + int64_t(row) * v.D, p + 3 * sizeof(int), v.D, v.result());
+            if (!expert) factor[row] = 1;
+        });
+    }
+}
+
+// DeepEP's combine, but for the order.   out: (T, D) of this rank's tokens   weight: (T, K), as dispatched
+// expert_out: (pairs, D), by slot
+inline void combine(real* out, const real* weight, int T, Wire& wire, const Trip& v, Received& got,
+                    const real* expert_out) {
+    const size_t pairs = size_t(T) * size_t(v.K);
+    Vector rows(pairs * size_t(v.D)), factor(weight, weight + pairs);
+    std::vector<int> slot(pairs);
+    std::iota(slot.begin(), slot.end(), 0);
+    bring_home(rows.data(), factor.data(), T, wire, v, got, expert_out);
+    combine(out, rows.data(), slot.data(), factor.data(), v.K, nullptr, T, v.D);
+}
+
+// -- 15.4  the model on ranks --------------------------------------------------------------------
+
+// Where the experts stand: rank r has the physical experts first[r] .. first[r + 1] of each layer.
+struct Placement {
+    int E, R;
+    std::vector<int> first;                // (R + 1)
+    std::vector<std::vector<int>> expert;  // (layers) of (first[R]): which expert each physical one is
+
+    // Neighbours together, shares that differ by one at most.
+    static Placement even(int layers, int E, int R) {
+        Placement p{E, R, {}, std::vector<std::vector<int>>(size_t(layers), std::vector<int>(size_t(E)))};
+        for (int r = 0; r <= R; r++) p.first.push_back(int(int64_t(E) * r / R));
+        for (auto& layer : p.expert) std::iota(layer.begin(), layer.end(), 0);
+        return p;
+    }
+    std::span<const int> of(int r, int l) const {
+        const size_t begin = size_t(first[size_t(r)]), end = size_t(first[size_t(r) + 1]);
+        return std::span(expert[size_t(l)]).subspan(begin, end - begin);
+    }
+    bool has(int r, int l, int e) const {
+        const std::span<const int> all = of(r, l);
+        return std::find(all.begin(), all.end(), e) != all.end();
+    }
+    // idx (T, K) as physical experts; of several copies the tokens take each in turn.
+    std::vector<int> physical(int l, const int* idx, int T, int K) const {
+        std::vector<std::vector<int>> copies(static_cast<size_t>(E));
+        for (int p = 0; p < first.back(); p++) copies[size_t(expert[size_t(l)][size_t(p)])].push_back(p);
+        std::vector<int> out;
+        for (int i = 0; i < T * K; i++) {
+            const std::vector<int>& of = copies[size_t(idx[i])];
+            out.push_back(of[size_t(i / K) % of.size()]);
+        }
+        return out;
+    }
+};
+
+// The experts of all ranks, as a session's layers call them. A pass through the layers is the work of all
+// ranks: those that have no tokens of their own in it serve those that have.
+class ExpertRanks : public Crew {
+public:
+    // base: what travels and comes back, and ranks a node
+    ExpertRanks(Wire& wire, Model& m, const Placement& p, const Trip& base)
+        : wire_(wire), m_(m), p_(p), trip_(base) {
+        const Config& c = m.config;
+        trip_.shape.R = p.R, trip_.shape.first = p_.first.data(), trip_.K = c.K, trip_.D = c.D;
+        own_.resize(p.expert.size());
+        for (int l = 0; l < int(p.expert.size()); l++) {
+            if (!c.is_moe(l)) continue;
+            const Moe& moe = l < c.n_layers ? m.layers[size_t(l)].moe : m.mtp[0].layer.moe;
+            for (int e : p_.of(wire.rank, l)) own_[size_t(l)].experts.push_back(moe.experts[size_t(e)]);
+        }
+    }
+
+    // Returns when it is the turn of such a pass: before, this rank serves the others' of another kind.
+    void begin(Pass mine) override {
+        for (;;) {
+            Parcels out(size_t(wire_.size), Parcel{std::byte(mine)}), in;
+            wire_.exchange(out, in, true);
+            Pass now = mine;
+            for (const Parcel& wish : in) now = std::min(now, Pass(wish.at(0)));
+            if (now == mine) return;
+            const Config& c = m_.config;
+            for (int l = now == Pass::MTP ? c.n_layers : 0; l < c.n_layers + (now == Pass::MTP); l++)
+                if (c.is_moe(l)) mixture(l, 0);
+        }
+    }
+    // This rank has no more tokens; returns when nobody has.
+    void finish() { begin(Pass::DONE); }
+
+    // Makes of a.expert_out, a.slot and a.gate_weight what combine takes.
+    void experts(Session& s, const Moe& w, int l, int T) override {
+        Activations& a = s.a;
+        const std::vector<int> idx = p_.physical(l, a.expert_idx, T, trip_.K);
+        mixture(l, T, a.u, idx.data(), a.gate_weight, a.expert_out);
+        std::iota(a.slot, a.slot + T * trip_.K, 0);
+        if (w.shared.w_gate) swiglu(a.expert_in, a.u, w.shared, T, a.gate, a.up);
+    }
+
+private:
+    Wire& wire_;
+    Model& m_;
+    Placement p_;
+    Trip trip_;
+    std::vector<Moe> own_;                 // (layers): this rank's experts, in the order of their places
+    Received got_;
+    std::vector<std::byte> memory_;
+
+    // x: (T, D)   idx, factor: (T, K); the weights, then the results' factors   rows: (T, K, D), results
+    void mixture(int l, int T, const real* x = nullptr, const int* idx = nullptr, real* factor = nullptr,
+                 real* rows = nullptr) {
+        dispatch(got_, wire_, trip_, x, idx, factor, T);
+        const size_t pairs = got_.row.size(), D = size_t(trip_.D), F = size_t(m_.config.F);
+        ExpertWork work{got_.x.data(), int(pairs), 1, got_.first.data(), got_.row.data(), {}, {}, {}, {}, {}};
+        take_from(memory_, [&](Arena& arena) {
+            work.in = arena.take<real>(pairs * D), work.out = arena.take<real>(pairs * D);
+            work.gate = arena.take<real>(pairs * F), work.up = arena.take<real>(pairs * F);
+        });
+        if (pairs) run_experts(work, own_[size_t(l)]);
+        bring_home(rows, factor, T, wire_, trip_, got_, work.out);
+    }
+};
+
 // -- 15.5  rebalance_experts: copies of those that are asked most --------------------------------
 
+// Items 0 .. n - 1 in packs of equal size: the heaviest first, each into the lightest pack that has room; of
+// equals the first. Pack after pack, each in the order in which it was filled.   weight: (n)
+inline std::vector<int> pack_evenly(const std::vector<double>& weight, int packs) {
+    const size_t n = weight.size(), room = n / size_t(packs);
+    std::vector<int> heaviest(n), out;
+    std::iota(heaviest.begin(), heaviest.end(), 0);
+    std::stable_sort(heaviest.begin(), heaviest.end(),
+                     [&](int a, int b) { return weight[size_t(a)] > weight[size_t(b)]; });
+    std::vector<std::vector<int>> pack(static_cast<size_t>(packs));
+    std::vector<double> load(static_cast<size_t>(packs));
+    for (int i : heaviest) {
+        size_t best = pack.size();
+        for (size_t p = 0; p < pack.size(); p++)
+            if (pack[p].size() < room && (best == pack.size() || load[p] < load[best])) best = p;
+        pack[best].push_back(i), load[best] += weight[size_t(i)];
+    }
+    for (const std::vector<int>& p : pack) out.insert(out.end(), p.begin(), p.end());
+    return out;
+}
+
+// DeepSeek's EPLB: which expert each of P physical ones is, so that R ranks have equal work. Where the nodes
+// divide the groups of the gate, a group stays on one node, and so do the copies of its experts; else groups
+// and nodes count as one.   load: (E), tokens of each expert
+inline std::vector<int> rebalance_experts(const std::vector<double>& load, int P, int groups, int nodes,
+                                          int R) {
+    const int E = int(load.size());
+    if (groups % nodes) groups = nodes = 1;
+    CHECK(E % groups == 0 && P >= E && P % R == 0 && R % nodes == 0, "%d of %d on %d", E, P, R);
+    const int size = E / groups;
+    std::vector<double> group_load(static_cast<size_t>(groups));
+    for (int e = 0; e < E; e++) group_load[size_t(e / size)] += load[size_t(e)];
+    const std::vector<int> order = pack_evenly(group_load, nodes);
+    std::vector<int> out;
+    for (int n = 0; n < nodes; n++) {
+        std::vector<int> copy;                                             // which expert each copy here is
+        std::vector<double> count(size_t(E), 1), share;
+        for (int i = n * groups / nodes; i < (n + 1) * groups / nodes; i++)
+            for (int e = 0; e < size; e++) copy.push_back(order[size_t(i)] * size + e);
+        const size_t own = copy.size();
+        auto each = [&](int e) { return load[size_t(e)] / count[size_t(e)]; };
+        while (int(copy.size()) < P / nodes) {                             // the first that has most a copy
+            const auto most = std::max_element(copy.begin(), copy.begin() + int64_t(own),
+                                               [&](int a, int b) { return each(a) < each(b); });
+            const int e = *most;
+            copy.push_back(e), count[size_t(e)]++;
+        }
+        for (int e : copy) share.push_back(each(e));
+        for (int i : pack_evenly(share, R / nodes)) out.push_back(copy[size_t(i)]);
+    }
+    return out;
+}
+
 // -- 15.6  pipelines: a timetable for each rank --------------------------------------------------
+//
+// Layers, too, can be spread: a rank has a stage of them, and micro-batches flow through the stages and back.
+// A rank that waits is a bubble. Backward is two things: of the inputs, on which the rank before waits, and
+// of the weights, W, on which nobody does: put off, it fills bubbles (ZB1P). DualPipe feeds the pipeline from
+// both ends, so that a forward of one direction runs together with a backward of the other, and each hides
+// the other's communication; DualPipeV folds it, with half the ranks.
+
+enum class Schedule : uint8_t { GPIPE, ONE_F_ONE_B, ZB1P, DUALPIPE, DUALPIPEV };
+
+// 'F'; 'B': for inputs and weights; 'b': for inputs alone, its 'W' comes later. Those of stages that follow
+// each other meet in messages: F (m, s) sends to F (m, s + 1), B (m, s) to B (m, s - 1).
+struct Op {
+    char kind;
+    int micro, stage;
+};
+using Step = std::vector<Op>;              // one; or two, overlapped: an F and a B
+struct Plan {
+    Schedule schedule;
+    int P, M, stages;
+    std::vector<std::vector<Step>> ranks;  // (P): what each does, in order
+
+    bool two_ways() const { return schedule == Schedule::DUALPIPE; }
+    // Who has a stage: DualPipe's second half of the micro-batches comes from the other end.
+    int rank_of(const Op& op) const {
+        if (two_ways() && op.micro >= M / 2) return P - 1 - op.stage;
+        return op.stage < P ? op.stage : 2 * P - 1 - op.stage;
+    }
+};
+
+// Each rank's list is written as a table of how often which steps: "F0B1" is a forward of its chunk 0 with a
+// backward of its chunk 1 (DualPipe's two directions, DualPipeV's two arms). W is of the oldest 'b'.
+struct Phase { int times; const char* steps; };
+
+inline std::vector<Phase> phases(Schedule schedule, int P, int M, int rank) {
+    const int behind = P - 1 - rank;
+    if (schedule == Schedule::GPIPE) return {{M, "F0"}, {M, "B0"}};
+    if (schedule == Schedule::ONE_F_ONE_B) return {{behind, "F0"}, {M - behind, "F0 B0"}, {behind, "B0"}};
+    if (schedule == Schedule::ZB1P)
+        return {{behind, "F0"}, {rank, "F0 b0"}, {M - P + 1, "F0 b0 W"}, {behind, "b0 W"}, {rank, "W"}};
+    // From the outer rank 0 to the middle; the other half is its mirror.          DualPipe's eight steps
+    const bool folded = schedule == Schedule::DUALPIPEV;
+    const int half = folded ? P : P / 2, at = folded ? rank : std::min(rank, behind), inner = half - 1 - at;
+    const int full = (at + 1) / 2, steady = (folded ? M : M / 2) - 2 * half + at + 1;
+    std::vector<Phase> all = {{2 * inner, "F0"}, {at + 1, "F0 F1"}, {inner, "b1 W F1"}};
+    if (inner == 0) all.push_back({1, "F0 B1 F1B0"});
+    all.push_back({steady - (inner == 0), "F0B1 F1B0"}), all.push_back({inner, "B1 F1B0"});
+    all.push_back({full, "B1 B0"});
+    if (at % 2 == 0) all.push_back({1, "B1 b0"});
+    all.push_back({at + 1 - full - (at % 2 == 0), "b1 b0"});
+    all.push_back({inner, "W b0"}), all.push_back({at + 1, "W"});
+    return all;
+}
+
+#include "pipeline.h"   // the lists; and on paper their timetable, their bubble, whether they can be executed
 
 // =================================================================================================
 // Chapter 19. The bill
@@ -4498,6 +4930,26 @@ inline uint64_t weight_bytes(const fs::path& folder, const Config& c, const std:
     counted.config = c;
     bind_model(binder, counted);
     return device.upload ? binder.bytes : quantiser.arena.used;
+}
+
+// A model's config and tensors, nothing bound yet.
+inline Model open_model(const fs::path& folder) {
+    Model m;
+    m.config = read_config(folder);
+    m.rope = make_rope(m.config.rope, m.config.rope_dim());
+    m.checkpoint = open_checkpoint(folder);
+    auto left_out = [&](auto& tensor) { return !m.config.n_mtp && of_mtp(m.config, tensor.first); };
+    std::erase_if(m.checkpoint.tensors, left_out);
+    return m;
+}
+
+// Opens and checks a model. Weights are mapped, not read: this takes milliseconds.
+inline Model load_model(const fs::path& folder) {
+    Model m = open_model(folder);
+    Binder binder(&m.checkpoint, folder, m.config.fp8);
+    bind_model(binder, m);
+    binder.finish(), show_remarks();
+    return m;
 }
 
 struct Loading {
@@ -4716,7 +5168,7 @@ public:
             bool raw)
         : tokenizer_(tokenizer), g_(g), display_(display), stops_(display.stops), thought_(in_thought),
           opened_(in_thought && !raw && !display.answer_only), answer_at_(in_thought ? std::string::npos : 0),
-          terminal_(isatty(STDOUT_FILENO)) {}
+          terminal_(on_terminal(STDOUT_FILENO)) {}
     ~Printer() { if (terminal.dimmed) terminal.dim(false); }             // a model that breaks in a thought
     // False when a stop text has come.
     bool emit(int id) {

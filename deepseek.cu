@@ -1067,7 +1067,7 @@ inline void dispatch(int* first, int* slot, int* slot_token, const int* expert_i
     start_each(count_kernel, E + 1, first, expert_idx, T * K, E);
     start_each(place_kernel, T * K, slot, slot_token, first, expert_idx, T * K, K);
 }
-TWIN(dispatch);
+TWIN_OF(dispatch, void (*)(int*, int*, int*, const int*, int, int, int));
 
 // -- 10.3  experts and combine -------------------------------------------------------------------
 
@@ -1107,7 +1107,7 @@ inline void combine(real* out, const real* expert_out, const int* slot, const re
                     const real* shared, int T, int D) {
     start_each(combine_kernel, int64_t(T) * D, out, expert_out, slot, weight, K, shared, T, D);
 }
-TWIN(combine);
+TWIN_OF(combine, void (*)(real*, const real*, const int*, const real*, int, const real*, int, int));
 
 }
 

@@ -195,6 +195,16 @@ inline void set_patience(char** argv) {
 
 // -- 3  a terminal -------------------------------------------------------------------------------
 
+// Whether a person reads what is written there. mpirun gives its processes a terminal of its own (`relayed`)
+// wherever its output goes.
+inline bool relayed = false;
+inline bool on_terminal(int fd) {
+    std::error_code error;
+    if (!relayed || !isatty(fd)) return isatty(fd);
+    const fs::path file = fs::read_symlink(text_of("/proc/%d/fd/%d", getppid(), fd), error);
+    return file.native().starts_with("/dev/pts/") || file.native().starts_with("/dev/tty");
+}
+
 // Whether escape codes may go to a terminal (no-color.org; TERM=dumb has none).
 inline bool plain_terminal() {
     const char *term = std::getenv("TERM"), *none = std::getenv("NO_COLOR");
@@ -430,9 +440,11 @@ inline void raise_plain(int signal) {
     std::signal(signal, SIG_DFL), pthread_sigmask(SIG_UNBLOCK, &own, nullptr);
     raise(signal);
 }
+inline void (*farewell)() = nullptr;                     // what is still to be said, from a signal's handler
 // From a signal: at once, but with the terminal as it was and no half file left.
 inline void leave(int signal) {
     terminal.restore(), remove_unfinished();
+    if (farewell) farewell();
     if (signal == SIGINT) Terminal::put(STDERR_FILENO, "\ndeepseek: interrupted\n"), _exit(130);
     raise_plain(signal);
 }

@@ -20,7 +20,8 @@ import tempfile
 
 COLUMNS = 110
 FILE_LINES = {"deepseek.cpp": 7000, "deepseek.cu": 4000, "tokenizer.h": 800, "gguf.h": 1700, "simd.h": 2300,
-              "system.h": 500, "cli.h": 1200, "ranks.h": 400}
+              "system.h": 500, "cli.h": 1200, "ranks.h": 500,
+              "pipeline.h": 400}
 HEADERS = tuple(name for name in FILE_LINES if name.endswith(".h"))
 TWINS = "tests/twins/twins.h"                           # a part of deepseek.cu
 BOOKS = {"deepseek.cpp": HEADERS, "deepseek.cu": (TWINS,)}       # with the headers whose functions are theirs
@@ -526,6 +527,7 @@ def planted(change):
     files = {"deepseek.cpp": GOOD, "tokenizer.h": TOKENIZER, "gguf.h": GGUF, "simd.h": SIMD,
              "system.h": SYSTEM, "cli.h": SYSTEM.replace("system.h", "cli.h"),
              "ranks.h": SYSTEM.replace("system.h", "ranks.h"),
+             "pipeline.h": SYSTEM.replace("system.h", "pipeline.h"),
              "deepseek.cu": CUDA_BOOK, TWINS: TWIN_CASES, "README.md": "A readme\n",
              "tests/run": "#!/bin/sh\necho\n", "tests/a.py": "def f():\n    pass\n"}
     if change:

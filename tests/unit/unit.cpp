@@ -22,6 +22,7 @@
 #include "ch12_talking.cpp"
 #include "ch13_mtp.cpp"
 #include "ch14_fp8.cpp"
+#include "ch15_machines.cpp"
 #include "ch19_bill.cpp"
 #include "ch21_conversation.cpp"
 #include "simd_kernels.cpp"
