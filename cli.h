@@ -13,8 +13,9 @@
 // Results go to stdout, progress and statistics to stderr. Exit code 0: done; 1: the input is wrong; 2: a
 // check failed; 130: interrupted.
 //
-// Contents: 1 options; 2 ranks; 3 run, chat; 4 tokenize, logits, perplexity, quantize; 5 info, bench, check;
-//           6 pipeline; 7 what an option may be; 8 the commands and their options; 9 signals and main.
+// Contents: 1 options; 2 ranks; 3 run, chat; 4 tokenize, logits, perplexity, quantize; 5 bench --traffic;
+//           6 info, bench, check; 7 pipeline; 8 what an option may be; 9 the commands and their options;
+//           10 signals and main.
 //
 // Needs all chapters of deepseek.cpp before 22, and CLI11.
 #pragma once
@@ -161,12 +162,53 @@ inline void require_same_run(const Options& o, const fs::path& model) {
     world.require_same("model", fingerprint(opened) ^ fingerprint(opened.config));
 }
 
+// Copies of experts on R ranks, by the loads of the layers that have any.
+inline Placement balanced(const std::map<int, std::vector<double>>& load, Placement even, int redundant,
+                          int groups, int per_node) {
+    const int P = even.E + redundant, nodes = (even.R + per_node - 1) / per_node;
+    if (P % even.R)
+        fail("--redundant-experts %d: %d experts are not equally many on %d ranks", redundant, P, even.R);
+    const bool equal = even.R % per_node == 0;
+    for (int r = 0; r <= even.R; r++) even.first[size_t(r)] = P / even.R * r;
+    for (size_t l = 0; l < even.expert.size(); l++) {
+        const auto found = load.find(int(l));
+        const bool known = found != load.end();
+        const std::vector<double> of = known ? found->second : std::vector<double>(size_t(even.E));
+        even.expert[l] = rebalance_experts(of, P, equal ? std::max(groups, 1) : 1, equal ? nodes : 1, even.R);
+    }
+    return even;
+}
+
+// The loads of each layer's experts, as bench --traffic writes them.
+inline std::map<int, std::vector<double>> read_loads(const std::string& path, int layers, int E) {
+    Mapping mapping(path);
+    std::map<int, std::vector<double>> out;
+    const TensorFile parsed = parse_safetensors({mapping.data(), mapping.size()}, path);
+    const std::vector<uint64_t> shape = {uint64_t(layers), uint64_t(E)};
+    for (const TensorInfo& t : parsed.tensors) {
+        if (t.name != "expert_load" || t.dtype != "F32" || t.shape != shape) continue;
+        for (int i = 0; i < layers * E; i++) {
+            const float load = ::load<float>(mapping.data() + parsed.data_begin + t.begin + 4 * size_t(i));
+            if (!(load >= 0 && load < 1e30f)) refuse(path, "holds a load that is no number of tokens");
+            out[i / E].push_back(double(load));
+        }
+    }
+    if (out.empty()) refuse(path, "no tensor 'expert_load' of F32 (%d, %d)", layers, E);
+    return out;
+}
+
 // Which rank has which experts; from here on, what is loaded is this rank's.
 inline Placement place_experts(const Options& o, const fs::path& model, const Config& c) {
     require_same_run(o, model);
     if (c.E && world.size > c.E) fail("%d ranks: the model has %d experts a layer", world.size, c.E);
     const int layers = c.n_layers + c.n_mtp;
     Placement p = Placement::even(layers, c.E, world.size);
+    if (o.redundant && o.routing.empty())
+        fail("--redundant-experts: copies of which? --routing FILE says it (bench --traffic --out)");
+    if (!o.routing.empty() && c.E) {
+        const int per_node = o.ranks_per_node ? o.ranks_per_node : world.size;
+        p = balanced(read_loads(o.routing, layers, c.E), p, o.redundant, c.n_group, per_node);
+    }
     if (world.size > 1) has_expert = [p](int l, int e) { return p.has(world.rank, l, e); };
     return p;
 }
@@ -500,7 +542,222 @@ inline void command_quantize(const Options& o) {
     else notice(o.out + text_of(": %.3f GB, %s, %.2f bits a weight", gigabytes(bytes), type.name, bits));
 }
 
-// -- 5  info, bench, check -----------------------------------------------------------------------
+// -- 5  bench --traffic --------------------------------------------------------------------------
+
+// Which experts tokens went to.
+struct Recording {
+    std::string name;
+    int layers, E, K, D, groups;
+    std::map<int, std::vector<int>> idx;                 // layer -> (T, K)
+
+    int tokens() const { return idx.empty() ? 0 : int(idx.begin()->second.size()) / K; }
+    std::vector<double> load(int layer) const {
+        std::vector<double> out(static_cast<size_t>(E));
+        for (int e : idx.at(layer)) out[size_t(e)]++;
+        return out;
+    }
+};
+
+// Writes down where a session's tokens go, and computes as without it.
+struct Recorder : Crew {
+    std::map<int, std::vector<int>> idx;
+    void begin(Pass) override {}
+    void experts(Session& s, const Moe& w, int l, int T) override {
+        const Config& c = s.model.config;
+        Activations& a = s.a;
+        idx[l].insert(idx[l].end(), a.expert_idx, a.expert_idx + T * c.K);
+        dispatch(a.first, a.slot, a.slot_token, a.expert_idx, T, c.K, c.E);
+        run_experts(
+            {a.u, T, c.K, a.first, a.slot_token, a.expert_in, a.expert_out, a.expert_in, a.gate, a.up}, w);
+    }
+};
+
+inline Recording record_model(const Options& o, const fs::path& folder, const Config& c) {
+    std::vector<int> ids(size_t(o.bench_prompt), 0);
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = int(i * 7919 % size_t(c.V));
+    if (!o.file.empty()) ids = load_tokenizer(folder).encode(read_file(o.file));
+    if (ids.empty()) fail("bench: no tokens to route");
+    ids.resize(std::min(ids.size(), size_t(c.max_context)));
+    const SessionOptions options = session_options(o, c, int(ids.size()));
+    Model model = load_planned(folder, o.quant, c, options, CPU);
+    Session s(model, options);
+    Recorder recorder;
+    s.crew = &recorder;
+    prefill(s, ids, 0, [](int, int) {});
+    return {folder.lexically_normal().string(), c.n_layers + c.n_mtp, c.E, c.K, c.D, c.n_group,
+            std::move(recorder.idx)};
+}
+
+// V3's gate on random logits; `skew`: as words of a language, a few experts are asked most.
+inline Recording record_random(const char* name, double skew) {
+    const GateShape g{256, 8, 8, 4, Affinity::SIGMOID, true, true, 2.5};
+    constexpr int T = 4096;
+    Rng rng{7};
+    Vector logits(size_t(T) * size_t(g.E)), affinity(logits), choice(logits), bias(size_t(g.E));
+    Vector weight(size_t(T) * size_t(g.K)), group_score(size_t(T) * size_t(g.n_group));
+    std::vector<int> idx(weight.size());
+    for (size_t i = 0; i < logits.size(); i++) {
+        const double noise = -std::log(-std::log(std::max(rng.uniform(), 1e-300)));
+        logits[i] = real(noise - skew * std::log(1 + double(i % size_t(g.E) * 37 % size_t(g.E))));
+    }
+    gate_noaux_tc({T, logits.data(), affinity.data(), choice.data(), idx.data(), weight.data(),
+                   group_score.data()}, bias.data(), g);
+    return {name, 1, g.E, g.K, 7168, g.n_group, {{0, idx}}};
+}
+
+// What ranks send, counted on ranks that are threads and computed from the layout: nodes, ranks and bytes of
+// all tokens.
+struct Sent {
+    Traffic there, back, computed;
+    uint64_t nodes = 0, ranks = 0, tokens = 0;
+    int most_nodes = 0;
+};
+
+inline void compute_traffic(Sent& sent, const Trip& v, const int* idx, int T, int rank) {
+    const RankShape& s = v.shape;
+    std::vector<int> per_rank(size_t(s.R)), per_node(size_t(s.nodes())), per_expert(size_t(s.first[s.R]));
+    std::vector<uint8_t> in_rank(size_t(T) * size_t(s.R));
+    dispatch_layout({per_rank.data(), per_node.data(), per_expert.data(), in_rank.data()}, idx, T, v.K, s);
+    for (int n : per_node) sent.nodes += uint64_t(n);
+    for (int n : per_rank) sent.ranks += uint64_t(n);
+    sent.tokens += uint64_t(T);
+    for (int n = 0; n < s.nodes(); n++) {
+        if (n != s.node(rank)) sent.computed.slow += uint64_t(per_node[size_t(n)]) * v.packet();
+        for (int r = s.begin(n); r < s.end(n); r++)      // all but who hands on what it has itself
+            if (r != s.forwarder(rank, n)) sent.computed.fast += uint64_t(per_rank[size_t(r)]) * v.packet();
+    }
+    for (int t = 0; t < T; t++) {
+        int nodes = 0;
+        for (int n = 0; n < s.nodes(); n++) {
+            const uint8_t* ranks = in_rank.data() + int64_t(t) * s.R;
+            nodes += *std::max_element(ranks + s.begin(n), ranks + s.end(n));
+        }
+        sent.most_nodes = std::max(sent.most_nodes, nodes);
+    }
+}
+
+inline Sent count_traffic(const Recording& recording, Trip v, const Placement& p, int layer) {
+    const std::vector<int>& idx = recording.idx.at(layer);
+    const int T = recording.tokens(), R = p.R;
+    v.shape.R = R, v.shape.first = p.first.data(), v.K = recording.K, v.D = recording.D;
+    Sent all;
+    std::mutex mutex;
+    on_ranks(R, [&](Wire& wire) {
+        const int begin = int(int64_t(T) * wire.rank / R), end = int(int64_t(T) * (wire.rank + 1) / R);
+        const int n = end - begin;
+        const Vector x(size_t(n) * size_t(v.D)), weight(size_t(n) * size_t(v.K));
+        Received got;
+        dispatch(got, wire, v, x.data(), idx.data() + begin * v.K, weight.data(), n);
+        const Vector made(got.row.size() * size_t(v.D));
+        Vector rows(size_t(n) * size_t(v.K) * size_t(v.D)), factor(weight);
+        bring_home(rows.data(), factor.data(), n, wire, v, got, made.data());
+        std::lock_guard lock(mutex);
+        all.there.slow += got.there.slow, all.there.fast += got.there.fast;
+        all.back.slow += got.back.slow, all.back.fast += got.back.fast;
+        compute_traffic(all, v, idx.data() + begin * v.K, n, wire.rank);
+    });
+    return all;
+}
+
+inline void traffic_line(const Options& o, const Recording& recording, int R, int per_node) {
+    Options asked = o;
+    asked.ranks_per_node = per_node;
+    Sent sum;
+    for (auto& [layer, idx] : recording.idx) {
+        const Placement even = Placement::even(1, recording.E, R);
+        const Sent one = count_traffic(recording, trip_of(asked, R), even, layer);
+        for (auto part : {&Sent::there, &Sent::back, &Sent::computed})
+            (sum.*part).slow += (one.*part).slow, (sum.*part).fast += (one.*part).fast;
+        sum.nodes += one.nodes, sum.ranks += one.ranks, sum.tokens += one.tokens;
+        sum.most_nodes = std::max(sum.most_nodes, one.most_nodes);
+    }
+    const double n = double(sum.tokens), nodes = double(sum.nodes) / n;
+    CHECK(sum.there.slow == sum.computed.slow && sum.there.fast == sum.computed.fast, "bytes differ");
+    std::printf("{\"test\":\"traffic\",\"routing\":%s,\"tokens\":%d,\"layers\":%zu,\"ranks\":%d,"
+                "\"ranks_per_node\":%d,\"dispatch\":\"%s\",\"combine\":\"%s\",\"combine_order\":\"%s\","
+                "\"nodes_per_token\":%.3f,\"most_nodes\":%d,\"ranks_per_token\":%.3f,"
+                "\"experts_per_node\":%.3f,\"hidden_up_to\":3.2,"
+                "\"bytes_per_token\":{\"dispatch_slow\":%.1f,\"dispatch_slow_computed\":%.1f,"
+                "\"dispatch_fast\":%.1f,\"dispatch_fast_computed\":%.1f,\"combine_slow\":%.1f,"
+                "\"combine_fast\":%.1f}}\n",
+                json_quote(recording.name).c_str(), recording.tokens(), recording.idx.size(), R, per_node,
+                o.dispatch.c_str(), o.combine.c_str(), o.combine_order.c_str(), nodes, sum.most_nodes,
+                double(sum.ranks) / n, recording.K / nodes, double(sum.there.slow) / n,
+                double(sum.computed.slow) / n, double(sum.there.fast) / n, double(sum.computed.fast) / n,
+                double(sum.back.slow) / n, double(sum.back.fast) / n);
+}
+
+// The most loaded rank's work, in that of the mean, of one layer.
+inline double imbalance(const Placement& p, int layer, const std::vector<double>& load) {
+    std::vector<double> copies(load.size());
+    double most = 0, sum = 0;
+    for (int e : p.expert[size_t(layer)]) copies[size_t(e)]++;
+    for (int r = 0; r < p.R; r++) {
+        double work = 0;
+        for (int e : p.of(r, layer)) work += load[size_t(e)] / copies[size_t(e)];
+        most = std::max(most, work), sum += work;
+    }
+    return sum > 0 ? most * p.R / sum : 1;
+}
+
+inline void load_line(const Options& o, const Recording& recording, int R, int per_node, int redundant) {
+    const int layers = recording.layers;
+    std::map<int, std::vector<double>> load;
+    for (auto& [layer, idx] : recording.idx) load[layer] = recording.load(layer);
+    const Placement before = Placement::even(layers, recording.E, R);
+    const Placement after = balanced(load, before, redundant, recording.groups, per_node);
+    double mean[2] = {}, worst[2] = {};
+    for (auto& [layer, of] : load) {
+        const double got[2] = {imbalance(before, layer, of), imbalance(after, layer, of)};
+        for (int i : {0, 1}) mean[i] += got[i] / double(load.size()), worst[i] = std::max(worst[i], got[i]);
+    }
+    std::printf("{\"test\":\"load\",\"routing\":%s,\"ranks\":%d,\"ranks_per_node\":%d,\"redundant\":%d,"
+                "\"most_over_mean\":{\"before\":%.3f,\"after\":%.3f,\"worst_before\":%.3f,"
+                "\"worst_after\":%.3f}}\n", json_quote(recording.name).c_str(), R, per_node, redundant,
+                mean[0], mean[1], worst[0], worst[1]);
+    if (o.out.empty() || recording.name.starts_with("random")) return;
+    Vector all(size_t(layers) * size_t(recording.E));
+    for (auto& [layer, of] : load) std::copy(of.begin(), of.end(), all.begin() + layer * recording.E);
+    const std::vector<float> stored(all.begin(), all.end());
+    AtomicFile file(o.out, o.force);
+    write_safetensors(file, {{{"expert_load", "F32", {size_t(layers), size_t(recording.E)}, stored.data(),
+                               4 * stored.size()}}});
+}
+
+// DeepEP's low-latency kernels on H800, 128 tokens a rank, top-8, 7168 numbers, FP8 there and BF16 back, by
+// bandwidth and latency: bytes to other ranks over NVLink (one node; 200 GB/s) or over a 400 Gb/s card (50
+// GB/s; the node's own eighth stays), and 40 us for launch, flags and the way. Published: DeepEP's README.
+inline void predicted_lines() {
+    struct Published { int ranks; double dispatch, combine; };
+    constexpr Published PUBLISHED[] = {{8, 77, 114}, {16, 118, 195}, {32, 155, 273},
+                                       {64, 173, 314}, {128, 192, 369}, {256, 194, 360}};
+    const double there = 128 * 8 * (7168 + 4 * 56 + 16), back = 128 * 8 * 2 * 7168;
+    for (const Published& p : PUBLISHED) {
+        const double share = p.ranks == 8 ? 7 / 8.0 : 1 - 8.0 / p.ranks, speed = p.ranks == 8 ? 200e3 : 50e3;
+        std::printf("{\"test\":\"deepep low latency\",\"ranks\":%d,\"predicted_us\":{\"dispatch\":%.0f,"
+                    "\"combine\":%.0f},\"published_us\":{\"dispatch\":%.0f,\"combine\":%.0f}}\n", p.ranks,
+                    40 + there * share / speed, 40 + back * share / speed, p.dispatch, p.combine);
+    }
+}
+
+inline void bench_traffic(const Options& o, const fs::path& folder, const Config& c) {
+    if (world.size > 1) fail("bench --traffic: counts its ranks in one process; run it without mpirun");
+    if (c.E == 0) fail("bench --traffic: %s has no experts", folder.c_str());
+    const int R = o.ranks, per_node = o.ranks_per_node ? o.ranks_per_node : std::max(1, R / 2);
+    if (R > c.E) fail("--ranks %d: the model has %d experts a layer", R, c.E);
+    const Recording model = record_model(o, folder, c);
+    traffic_line(o, model, R, per_node);
+    load_line(o, model, R, per_node, o.redundant ? o.redundant : (R - c.E % R) % R);
+    Options v3 = o;
+    v3.dispatch = "fp8", v3.combine = "bf16", v3.combine_order = "hierarchical";
+    const Recording even = record_random("random, V3's gate", 0);
+    const Recording skewed = record_random("random, skewed", 0.5);
+    traffic_line(v3, even, 64, 8);
+    for (int redundant : {0, 32}) load_line(o, skewed, 32, 8, redundant);
+    predicted_lines();
+}
+
+// -- 6  info, bench, check -----------------------------------------------------------------------
 
 inline void command_info(const Options& o) {
     fs::path folder = model_path(o);
@@ -562,6 +819,7 @@ inline void bench_line(Session& s, const Options& o, const std::string& about, b
 inline void command_bench(const Options& o) {
     fs::path folder = model_path(o);
     Config c = read_config(folder);
+    if (o.traffic) return bench_traffic(o, folder, c);
     int longest = std::max(o.bench_prompt, o.bench_tokens) + o.depth;
     if (longest > c.max_context) fail("bench: %d tokens, the model's context is %d", longest, c.max_context);
     SessionOptions options = session_options(o, c, std::max(longest, 1));
@@ -589,7 +847,7 @@ inline void command_check(const Options& o) {
     if (check_twins(o.section) > 0) throw CLI::RuntimeError(2);
 }
 
-// -- 6  pipeline ---------------------------------------------------------------------------------
+// -- 7  pipeline ---------------------------------------------------------------------------------
 
 constexpr std::pair<const char*, Schedule> SCHEDULES[] = {
     {"gpipe", Schedule::GPIPE}, {"1f1b", Schedule::ONE_F_ONE_B}, {"zb1p", Schedule::ZB1P},
@@ -625,7 +883,7 @@ inline void command_pipeline(const Options& o) {
                              m.sent > 0 ? 100 * m.hidden / m.sent : 0.0);
 }
 
-// -- 7  what an option may be --------------------------------------------------------------------
+// -- 8  what an option may be --------------------------------------------------------------------
 
 // An empty path is a shell variable that was not set; it must not mean the default.
 inline std::string check_path(const std::string& text) { return text.empty() ? "an empty path" : ""; }
@@ -668,7 +926,7 @@ inline std::vector<std::string> type_names(bool none) {
     return names;
 }
 
-// -- 8  the commands and their options -----------------------------------------------------------
+// -- 9  the commands and their options -----------------------------------------------------------
 
 // A command with the options that all commands have.
 inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, const char* example,
@@ -711,6 +969,8 @@ inline void add_rank_options(CLI::App* c, Options& o) {
     option(c, "--combine", o.combine, one_of({"f32", "bf16"}), "what travels back");
     option(c, "--combine-order", o.combine_order, one_of({"expert", "rank", "hierarchical"}),
            "how results are added: expert (as one process does), rank, hierarchical");
+    option(c, "--redundant-experts", o.redundant, COUNT, "copies of those that are asked most");
+    option(c, "--routing", o.routing, check_path, "by which loads: a file of bench --traffic --out");
 }
 
 inline void add_generation_options(CLI::App* c, Options& o) {
@@ -798,6 +1058,11 @@ inline void add_commands(CLI::App& app, Options& o) {
     option(c, "-n", o.bench_tokens, COUNT, "tokens to decode (default: 128)");
     option(c, "-d,--depth", o.depth, COUNT, "tokens that come before (default: 0)");
     option(c, "-r", o.repeats, between(1, 1000), "runs (default: 5)");
+    c->add_flag("--traffic", o.traffic, "bytes between ranks and their balance, from recorded routings");
+    option(c, "--ranks", o.ranks, between(1, 256), "with --traffic: ranks (default: 8)");
+    option(c, "-f,--file", o.file, check_path, "with --traffic: the text whose routing is recorded");
+    option(c, "--out", o.out, check_path, "with --traffic: write the experts' loads, for --routing");
+    c->add_flag("--force", o.force, "replace an existing file");
     add_rank_options(c, o);
 
     c = add_command(app, "pipeline", "a pipeline schedule: timetable, bubble, memory",
@@ -822,7 +1087,7 @@ inline void add_commands(CLI::App& app, Options& o) {
     c->add_option("section", o.section, "a chapter or section of deepseek.cpp (default: all)");
 }
 
-// -- 9  signals and main -------------------------------------------------------------------------
+// -- 10  signals and main ------------------------------------------------------------------------
 
 constexpr const char* VERSION = "deepseek 1.0";
 

@@ -21,6 +21,7 @@
 //   12  Talking                    sampling where the logits lie
 //   13  Multi-token prediction     the draft, on the device
 //   14  FP8                        quantising, the GEMM, Hopper's accumulator among sixteen threads
+//   15  Many machines              dispatch and combine through windows of peers, flags, two forms
 //   22  Command line               deepseek check
 //
 // What does a GPU change? Not what is computed. A sum has the same order as on the CPU, sixteen lanes and a
@@ -1934,6 +1935,456 @@ TWIN(gemm_fp8_k_grouped);
 }
 
 // =================================================================================================
+// Chapter 15. Many machines
+// =================================================================================================
+//
+// How do GPUs hand each other tokens without their hosts? Each opens a window of its memory to its peers. Who
+// has rows for a peer writes them there, and then a flag; who waits reads the flag in its own memory:
+//
+//      rank 0  rows --write--> | window of 1: rows of source 0 | rows of source 1 | ... | flags |
+//              fence, flag --> |                                                     ^ polled by 1
+//
+// A flag is the number of the call (its epoch) and how many rows came. A window has two halves, for even and
+// for odd epochs: before a rank begins epoch n + 2 it has seen all ranks begin n + 1, so all are done with n,
+// and no further barrier is needed. Nothing is added in the order of arrival, no slot is given by an atomic:
+// places are prefix sums over (source rank, token), and the bits are the CPU's.
+//
+// Two forms, as in DeepEP. The normal one tells all ranks the counts first, so that rows lie without gaps in
+// the order of their sources. The low-latency one is one kernel: rows go to a place that needs no counts, and
+// each expert's block packs its own. A wait that lasts too long names who was waited for, and ends.
+
+namespace cuda {
+
+// -- 15.1  dispatch_layout: who gets what --------------------------------------------------------
+
+__device__ inline bool goes(const int* idx, int K, int low, int high) {
+    bool any = false;
+    for (int k = 0; k < K; k++) any |= idx[k] >= low && idx[k] < high;
+    return any;
+}
+__global__ void in_rank_kernel(Layout out, const int* idx, int T, int K, RankShape s) {
+    const int64_t t = item() / s.R, r = item() % s.R;
+    if (t < T) out.in_rank[item()] = goes(idx + t * K, K, s.first[r], s.first[r + 1]);
+}
+// A thread for each count, so that it is made in one order.
+__global__ void layout_kernel(Layout out, const int* idx, int T, int K, RankShape s) {
+    const int nodes = (s.R + s.per_node - 1) / s.per_node;
+    for (int64_t i = item(); i < s.R + nodes + s.first[s.R]; i += int64_t(gridDim.x) * blockDim.x) {
+        const bool rank = i < s.R, node = !rank && i < s.R + nodes;
+        const int64_t n = i - s.R, p = n - nodes;
+        int low = int(p), high = int(p) + 1, count = 0;
+        if (rank) low = s.first[i], high = s.first[i + 1];
+        if (node) low = s.first[n * s.per_node], high = s.first[min(s.R, int(n + 1) * s.per_node)];
+        for (int t = 0; t < T; t++) {
+            if (rank || node) count += goes(idx + int64_t(t) * K, K, low, high);
+            else for (int k = 0; k < K; k++) count += idx[int64_t(t) * K + k] == low;
+        }
+        (rank ? out.per_rank[i] : node ? out.per_node[n] : out.per_expert[p]) = count;
+    }
+}
+// shape.first, too, lies in the device's memory.
+inline void dispatch_layout(const Layout& out, const int* idx, int T, int K, const RankShape& shape) {
+    start_each(in_rank_kernel, int64_t(T) * shape.R, out, idx, T, K, shape);
+    start(layout_kernel, dim3(4), out, idx, T, K, shape);
+}
+TWIN(dispatch_layout);
+
+// -- 15.2  dispatch: rows into the windows of peers ----------------------------------------------
+
+constexpr int MOST_RANKS = 16;
+
+// A rank, as its kernels see it.
+struct Peers {
+    int R, me, K, D, most;                 // most: tokens of a rank in one call
+    Dtype there, back;                     // of the numbers on their way: F32, BF16; there also F8_E4M3
+    int64_t patience;                      // polls
+    unsigned epoch;
+    int first[MOST_RANKS + 1];             // rank r has the experts first[r] .. first[r + 1]
+    std::byte* window[MOST_RANKS];         // of each rank
+
+    EVERYWHERE int own() const { return first[me + 1] - first[me]; }
+    EVERYWHERE static int64_t aligned(int64_t n) { return (n + 15) / 16 * 16; }
+    EVERYWHERE static int64_t encoded(Dtype dtype, int D) {
+        return aligned(dtype == Dtype::F32 ? 4 * int64_t(D) : dtype == Dtype::BF16 ? 2 * int64_t(D)
+                                                                         : D + 3 + 4 * scale_blocks(D));
+    }
+    EVERYWHERE int64_t row_size() const { return aligned(4 * (2 + 2 * K)) + encoded(there, D); }
+    EVERYWHERE int64_t rows() const { return int64_t(R) * most; }
+    EVERYWHERE int64_t flags() const { return R * R + 2 * R + first[R]; }
+    EVERYWHERE int64_t half() const {
+        return aligned(8 * flags()) + rows() * row_size() + int64_t(most) * K * encoded(back, D);
+    }
+    // The half of rank r's window for this epoch: counts of each source for each rank; flags of rows from
+    // each source; of results from each rank, and of each expert; rows; results by (token, k).
+    __device__ std::byte* at(int r) const { return window[r] + 16 + epoch % 2 * half(); }
+    __device__ volatile uint64_t* counts(int r) const { return reinterpret_cast<uint64_t*>(at(r)); }
+    __device__ volatile uint64_t* arrived(int r) const { return counts(r) + R * R; }
+    __device__ volatile uint64_t* returned(int r) const { return arrived(r) + R; }
+    __device__ volatile uint64_t* expert_done(int r) const { return returned(r) + R; }
+    __device__ std::byte* row(int r, int64_t i) const {
+        return at(r) + aligned(8 * flags()) + i * row_size();
+    }
+    // Of a row, its numbers behind what is said of its token.
+    __device__ std::byte* numbers(std::byte* row) const { return row + aligned(4 * (2 + 2 * K)); }
+    __device__ std::byte* result(int r, int64_t i) const { return row(r, rows()) + i * encoded(back, D); }
+    __device__ uint64_t word(int n) const { return uint64_t(epoch) << 32 | unsigned(n); }
+    __device__ volatile int* late() const { return reinterpret_cast<int*>(window[me]); }
+};
+// What a row says of its token: token, source, K experts, K weights.
+__device__ inline int* head_of(std::byte* row) { return reinterpret_cast<int*>(row); }
+
+// The count that `who` wrote with the flag of this epoch; 0 where it does not come.
+__device__ inline int await(const Peers& p, const volatile uint64_t* flag, int who) {
+    for (int64_t poll = 0; poll < p.patience; poll++) {
+        const uint64_t word = *flag;
+        if (unsigned(word >> 32) == p.epoch) return __threadfence_system(), int(unsigned(word));
+        __nanosleep(20);
+    }
+    *p.late() = who + 1;
+    return 0;
+}
+// What all threads of the block wrote before is seen by who sees the flag.
+__device__ inline void release(volatile uint64_t* flag, uint64_t word) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence_system();
+    *flag = word;
+}
+
+// x as `dtype`, by a half-warp. All 32 lanes of a warp call it, those of a half that is not `active` too.
+__device__ inline void encode(std::byte* to, const float* x, int D, Dtype dtype, bool active) {
+    for (int tile = 0; tile < D; tile += SCALE_BLOCK) {
+        const int end = min(tile + SCALE_BLOCK, D);
+        uint32_t largest = 0;
+        for (int d = tile + half_lane(); active && d < end; d += HALF) {
+            const uint32_t bits = magnitude_bits(x[d]);
+            largest = bits > largest ? bits : largest;
+            if (dtype == Dtype::F32) reinterpret_cast<float*>(to)[d] = x[d];
+            if (dtype == Dtype::BF16) reinterpret_cast<uint16_t*>(to)[d] = float_to_bf16(x[d]);
+        }
+        if (dtype != Dtype::F8_E4M3) continue;
+        largest = max_lanes(largest);
+        const TileScale s = scale_of(largest, {Fp8Formula::DEEPEP});
+        const bool finite = largest < NO_NUMBER;
+        for (int d = tile + half_lane(); active && d < end; d += HALF)
+            to[d] = std::byte(finite ? float_to_e4m3(x[d] * s.inverse) : E4M3_NAN);
+        float* scales = reinterpret_cast<float*>(to + (D + 3) / 4 * 4);
+        if (active && half_lane() == 0) scales[tile / SCALE_BLOCK] = s.s;
+    }
+}
+__device__ inline float decoded(const std::byte* from, int D, Dtype dtype, int d) {
+    if (dtype == Dtype::F32) return reinterpret_cast<const float*>(from)[d];
+    if (dtype == Dtype::BF16) return bf16_to_float(reinterpret_cast<const uint16_t*>(from)[d]);
+    const float scale = reinterpret_cast<const float*>(from + (D + 3) / 4 * 4)[d / SCALE_BLOCK];
+    return e4m3_to_float(uint8_t(from[d])) * scale;
+}
+
+struct Tokens {                            // of a rank
+    const float* x;                        // (T, D)
+    const int* idx;                        // (T, K), physical experts; -1: none
+    const float* weight;                   // (T, K)
+    int T;
+};
+
+// A block: this rank's tokens for rank r, from row `base` on; then the flag. A half-warp has a token.
+__device__ inline void send_rows(const Peers& p, const Tokens& a, int r, int64_t base) {
+    const int low = p.first[r], high = p.first[r + 1];
+    int before = 0, seen = 0;                                // tokens so far that go there; looked at
+    for (int t0 = 0; t0 < a.T; t0 += HALVES) {
+        const int t = t0 + half_of_block();
+        for (; seen < min(t, a.T); seen++) before += goes(a.idx + int64_t(seen) * p.K, p.K, low, high);
+        const bool active = t < a.T && goes(a.idx + int64_t(t) * p.K, p.K, low, high);
+        std::byte* row = p.row(r, base + before);
+        int* head = head_of(row);
+        for (int k = half_lane(); active && k < p.K; k += HALF) {
+            head[2 + k] = a.idx[int64_t(t) * p.K + k];
+            head[2 + p.K + k] = __float_as_int(a.weight[int64_t(t) * p.K + k]);
+        }
+        if (active && half_lane() == 0) head[0] = t, head[1] = p.me;
+        encode(p.numbers(row), a.x + int64_t(t) * p.D, p.D, p.there, active);
+    }
+    for (; seen < a.T; seen++) before += goes(a.idx + int64_t(seen) * p.K, p.K, low, high);
+    release(p.arrived(r) + p.me, p.word(before));
+}
+
+// A thread a pair of ranks: how many of this rank's tokens go to rank r, to all peers.
+__global__ void notify_kernel(Peers p, Tokens a) {
+    for (int64_t i = item(); i < p.R * p.R; i += int64_t(gridDim.x) * blockDim.x) {
+        const int peer = int(i) / p.R, r = int(i) % p.R;
+        int n = 0;
+        for (int t = 0; t < a.T; t++) n += goes(a.idx + int64_t(t) * p.K, p.K, p.first[r], p.first[r + 1]);
+        p.counts(peer)[p.me * p.R + r] = p.word(n);
+    }
+}
+// A block a rank, in turn: its rows begin after those of the sources before this one.
+__global__ void send_kernel(Peers p, Tokens a) {
+    SHARED(int, before, 1);
+    for (int r = int(blockIdx.x); r < p.R; r += int(gridDim.x)) {
+        if (threadIdx.x == 0) {
+            before[0] = 0;
+            for (int s = 0; s < p.me; s++) before[0] += await(p, p.counts(p.me) + s * p.R + r, s);
+        }
+        __syncthreads();
+        send_rows(p, a, r, before[0]);
+        __syncthreads();
+    }
+}
+
+struct Taken {                            // what a rank received: room for R * most rows
+    int* n;                                // (1)
+    float* x;                              // (n, D)
+    int* idx;                              // (n, K), own experts from 0; -1: of another rank
+    float* weight;                         // (n, K), 0 there
+    int *source, *token;                   // (n)
+};
+__global__ void take_kernel(Peers p, Taken out) {
+    SHARED(int, n, 1);
+    if (threadIdx.x == 0) {
+        n[0] = 0;
+        for (int s = 0; s < p.R; s++) n[0] += await(p, p.arrived(p.me) + s, s);
+        if (blockIdx.x == 0) *out.n = n[0];
+    }
+    __syncthreads();
+    const int total = n[0];
+    const int64_t step = int64_t(gridDim.x) * HALVES;
+    for (int64_t i = int64_t(blockIdx.x) * HALVES + half_of_block(); i < total; i += step) {
+        std::byte* row = p.row(p.me, i);
+        const int* head = head_of(row);
+        for (int k = half_lane(); k < p.K; k += HALF) {
+            const bool here = head[2 + k] >= p.first[p.me] && head[2 + k] < p.first[p.me + 1];
+            out.idx[i * p.K + k] = here ? head[2 + k] - p.first[p.me] : -1;
+            out.weight[i * p.K + k] = here ? __int_as_float(head[2 + p.K + k]) : 0;
+        }
+        if (half_lane() == 0) out.token[i] = head[0], out.source[i] = head[1];
+        for (int d = half_lane(); d < p.D; d += HALF)
+            out.x[i * p.D + d] = decoded(p.numbers(row), p.D, p.there, d);
+    }
+}
+
+struct Slabs {                             // low latency: a slab of R * most rows for each own expert
+    float* x;                              // (own, R * most, D), packed by source and token
+    int64_t* range;                        // (own, R): begin << 32 | count
+    int* whose;                            // (own, R * most, 3): source, token, k
+};
+// A block an expert: waits for all sources, and packs the rows that are the expert's.
+__device__ inline void receive_expert(const Peers& p, const Slabs& out, int e) {
+    SHARED(int, n, MOST_RANKS);
+    SHARED(int, begin, MOST_RANKS + 1);
+    const int expert = p.first[p.me] + e, thread = int(threadIdx.x);
+    const int64_t slab = int64_t(e) * p.rows();
+    auto has = [&](int s, int i) {
+        const int* head = head_of(p.row(p.me, int64_t(s) * p.most + i));
+        for (int k = 0; k < p.K; k++) if (head[2 + k] == expert) return k;
+        return -1;
+    };
+    if (thread < p.R) {
+        n[thread] = await(p, p.arrived(p.me) + thread, thread);
+        begin[thread + 1] = 0;
+        for (int i = 0; i < n[thread]; i++) begin[thread + 1] += has(thread, i) >= 0;
+    }
+    __syncthreads();
+    if (thread == 0) {
+        begin[0] = 0;
+        for (int s = 0; s < p.R; s++) {
+            out.range[e * p.R + s] = int64_t(begin[s]) << 32 | begin[s + 1];
+            begin[s + 1] += begin[s];
+        }
+    }
+    __syncthreads();
+    for (int s = 0; s < p.R; s++) {
+        const int rows = n[s];
+        for (int i = half_of_block(); i < rows; i += HALVES) {
+            const int k = has(s, i);
+            if (k < 0) continue;
+            int64_t slot = slab + begin[s];
+            for (int j = 0; j < i; j++) slot += has(s, j) >= 0;
+            std::byte* row = p.row(p.me, int64_t(s) * p.most + i);
+            int* whose = out.whose + slot * 3;
+            if (half_lane() == 0) whose[0] = s, whose[1] = head_of(row)[0], whose[2] = k;
+            for (int d = half_lane(); d < p.D; d += HALF)
+                out.x[slot * p.D + d] = decoded(p.numbers(row), p.D, p.there, d);
+        }
+    }
+    __syncthreads();
+}
+// All blocks must be on the GPU at the same time: each sends first, then waits.
+__global__ void low_latency_dispatch_kernel(Peers p, Tokens a, Slabs out) {
+    for (int r = int(blockIdx.x); r < p.R; r += int(gridDim.x)) {
+        send_rows(p, a, r, int64_t(p.me) * p.most);
+        __syncthreads();
+    }
+    for (int e = int(blockIdx.x); e < p.own(); e += int(gridDim.x)) receive_expert(p, out, e);
+}
+
+// -- 15.3  combine: results into the windows of their homes --------------------------------------
+
+// A half-warp a row. EXPERT order: each expert's result goes home; RANK: their sum, behind those of the ranks
+// before.   expert_out: (pairs, D), by slot (n, K)
+__global__ void return_kernel(Peers p, Taken rows, const float* expert_out, const int* slot, float* sums,
+                              bool by_rank) {
+    const int total = *rows.n;
+    for (int64_t i0 = int64_t(blockIdx.x) * HALVES; i0 < total; i0 += int64_t(gridDim.x) * HALVES) {
+        const int64_t i = i0 + half_of_block();
+        const bool active = i < total;
+        const int home = active ? rows.source[i] : 0;
+        const int64_t first = active ? int64_t(rows.token[i]) * p.K : 0;
+        const int* head = head_of(p.row(p.me, active ? i : 0));
+        int ranks_before = 0;
+        for (int r = 0; active && r < p.me; r++)
+            ranks_before += goes(head + 2, p.K, p.first[r], p.first[r + 1]);
+        for (int d = half_lane(); active && by_rank && d < p.D; d += HALF) {
+            float sum = 0;
+            for (int64_t k = i * p.K; k < (i + 1) * p.K; k++)
+                if (rows.idx[k] >= 0)
+                    sum = std::fma(rows.weight[k], expert_out[int64_t(slot[k]) * p.D + d], sum);
+            sums[i * p.D + d] = sum;
+        }
+        if (by_rank) {
+            encode(p.result(home, first + ranks_before), sums + i * p.D, p.D, p.back, active);
+            continue;
+        }
+        for (int k = 0; k < p.K; k++) {
+            const bool here = active && rows.idx[i * p.K + k] >= 0;
+            const float* made = expert_out + (here ? int64_t(slot[i * p.K + k]) * p.D : 0);
+            encode(p.result(home, first + k), made, p.D, p.back, here);
+        }
+    }
+}
+__global__ void release_kernel(Peers p) {
+    const int r = int(threadIdx.x);
+    __threadfence_system();
+    if (r < p.R) p.returned(r)[p.me] = p.word(1);
+}
+
+// A block a token, in turn. `flags`: of each rank, or of each expert.
+__device__ inline void sum_results(const Peers& p, const Tokens& a, float* out, bool by_rank,
+                                   bool of_experts) {
+    for (int t = int(blockIdx.x); t < a.T; t += int(gridDim.x)) {
+        const int* idx = a.idx + int64_t(t) * p.K;
+        if (threadIdx.x == 0) {
+            for (int k = 0; of_experts && k < p.K; k++) {
+                int owner = 0;
+                while (idx[k] >= p.first[owner + 1]) owner++;
+                if (idx[k] >= 0) await(p, p.expert_done(p.me) + idx[k], owner);
+            }
+            for (int r = 0; !of_experts && r < p.R; r++) await(p, p.returned(p.me) + r, r);
+        }
+        __syncthreads();
+        int ranks = 0;
+        for (int r = 0; r < p.R; r++) ranks += goes(idx, p.K, p.first[r], p.first[r + 1]);
+        for (int d = int(threadIdx.x); d < p.D; d += THREADS) {
+            float sum = 0;
+            for (int k = 0; k < (by_rank ? ranks : p.K); k++) {
+                if (!by_rank && idx[k] < 0) continue;
+                const float made = decoded(p.result(p.me, int64_t(t) * p.K + k), p.D, p.back, d);
+                sum = std::fma(by_rank ? 1.0f : a.weight[int64_t(t) * p.K + k], made, sum);
+            }
+            out[int64_t(t) * p.D + d] = sum;
+        }
+        __syncthreads();
+    }
+}
+__global__ void sum_kernel(Peers p, Tokens a, float* out, bool by_rank) {
+    sum_results(p, a, out, by_rank, false);
+}
+
+// One kernel: a block an expert returns its slab's results, made (own, R * most, D); a block a token adds.
+__global__ void low_latency_combine_kernel(Peers p, Tokens a, Slabs slabs, const float* made, float* out) {
+    for (int e = int(blockIdx.x); e < p.own(); e += int(gridDim.x)) {
+        int n = 0;
+        for (int s = 0; s < p.R; s++) n += int(slabs.range[e * p.R + s] & 0xFFFFFFFF);
+        for (int i0 = 0; i0 < n; i0 += HALVES) {
+            const bool active = i0 + half_of_block() < n;
+            const int64_t slot = int64_t(e) * p.rows() + (active ? i0 + half_of_block() : 0);
+            const int* whose = slabs.whose + slot * 3;
+            std::byte* to = active ? p.result(whose[0], int64_t(whose[1]) * p.K + whose[2]) : nullptr;
+            encode(to, made + slot * p.D, p.D, p.back, active);
+        }
+        for (int r = 0; r < p.R; r++) release(p.expert_done(r) + p.first[p.me] + e, p.word(1));
+        __syncthreads();
+    }
+    sum_results(p, a, out, false, true);
+}
+
+// -- 15.4  ranks on the GPUs of this machine -----------------------------------------------------
+
+// A window for each of R ranks, which take the GPUs in turn; a queue for each. All ranks' calls of a step are
+// asked for before any is waited for.
+class PeerGroup {
+public:
+    // first: (R + 1)   most: tokens of a rank in one call
+    PeerGroup(const std::vector<int>& first, int K, int D, int most, Dtype there, Dtype back)
+        : R(int(first.size()) - 1) {
+        CHECK(R >= 1 && R <= MOST_RANKS, "%d ranks", R);
+        Peers p{R, 0, K, D, most, there, back, PATIENCE, 0, {}, {}};
+        const auto none = std::adjacent_find(first.begin(), first.end(), std::greater_equal<int>());
+        CHECK(none == first.end(), "a rank has no expert");
+        std::copy(first.begin(), first.end(), p.first);
+        check(cudaGetDeviceCount(&devices_), "the devices");
+        for (int d = 0; d < devices_; d++) {
+            on(d);
+            for (int other = 0; other < devices_; other++)
+                if (other != d) allow(cudaDeviceEnablePeerAccess(other, 0));
+        }
+        for (int r = 0; r < R; r++) {
+            on(r);
+            check(cudaStreamCreate(&queues_.emplace_back()), "a queue");
+            check(cudaMalloc(reinterpret_cast<void**>(&p.window[r]), size_t(16 + 2 * p.half())), "a window");
+            check(cudaMemset(p.window[r], 0, size_t(16 + 2 * p.half())), "a window");
+            check(cudaDeviceSynchronize(), "a window");
+        }
+        for (int r = 0; r < R; r++) p.me = r, peers.push_back(p);
+        int blocks = 0;
+        check(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0), "the device");
+        blocks_ = unsigned(std::max(1, blocks / ((R + devices_ - 1) / devices_)));
+        on(0);
+    }
+    ~PeerGroup() {
+        for (int r = 0; r < R; r++) {
+            cudaSetDevice(r % devices_), cudaFree(peers[0].window[r]);
+            cudaStreamDestroy(queues_[size_t(r)]);
+        }
+        cudaSetDevice(0);
+    }
+    PeerGroup(const PeerGroup&) = delete;
+
+    static constexpr int64_t PATIENCE = int64_t(1) << 26;    // some ten seconds
+    int R;
+    std::vector<Peers> peers;                                // (R)
+
+    void on(int r) const { check(cudaSetDevice(r % devices_), "a device"); }
+    void next_epoch() { for (Peers& p : peers) p.epoch++; }
+    template <class... Params, class... Args> void start(int r, void (*kernel)(Params...), Args... args) {
+        on(r);
+        launch(kernel, dim3(blocks_), dim3(THREADS), 0, queues_[size_t(r)], args...);
+        check(cudaGetLastError(), "a launch");
+    }
+    // Waits for all ranks; fails where one of them waited too long for another.
+    void wait() {
+        int late[MOST_RANKS] = {};
+        for (int r = 0; r < R; r++) {
+            on(r), check(cudaStreamSynchronize(queues_[size_t(r)]), "a kernel");
+            check(cudaMemcpy(&late[r], peers[0].window[r], sizeof(int), cudaMemcpyDeviceToHost), "a window");
+        }
+        on(0);
+        for (int r = 0; r < R; r++)
+            if (late[r]) fail("cuda: rank %d waited too long for rank %d", r, late[r] - 1);
+    }
+
+private:
+    int devices_ = 0;
+    unsigned blocks_ = 1;                                    // of a kernel: all are on the GPU at once
+    std::vector<cudaStream_t> queues_;
+
+    static void allow(cudaError_t error) {
+        if (error != cudaErrorPeerAccessAlreadyEnabled) check(error, "access to a peer");
+        else cudaGetLastError();
+    }
+};
+
+}
+
+// =================================================================================================
 // Chapter 22. Command line
 // =================================================================================================
 //
@@ -1965,7 +2416,8 @@ constexpr Twin TWINS[] = {
     CHECKED("10.3", combine), CHECKED("12.1", choose), CHECKED("14.1", quantise_fp8),
     CHECKED("14.1", store_latent),
     CHECKED("14.3", gemm_fp8), CHECKED("14.3", gemm_fp8_contiguous), CHECKED("14.3", gemm_fp8_masked),
-    CHECKED("14.3", gemm_fp8_k_grouped)};
+    CHECKED("14.3", gemm_fp8_k_grouped), CHECKED("15.1", dispatch_layout), CHECKED("15.2", peers),
+    CHECKED("15.2", peers_low_latency), CHECKED("15.2", late_peers)};
 
 // Prints a line a twin of section "10.2", of chapter "10", or of all (""), and the counts; how many failed.
 inline int check_twins(const std::string& section) {

@@ -1,5 +1,6 @@
-// pipeline.h: a pipeline's plan (15.6), and the plan on paper. How long each step takes is given; what follows is when it
-// runs, how long each rank waits, what it has to remember, and how much of the communication is hidden.
+// pipeline.h: a pipeline's plan (15.6), and the plan on paper: how long each step takes is given; what
+// follows is when it runs, how long each rank waits, what it has to remember, and how much of the
+// communication is hidden.
 //
 // Contents: 1 the plan; 2 costs and the timetable; 3 bubble, memory, communication; 4 as text, SVG, JSON.
 //

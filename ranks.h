@@ -3,8 +3,8 @@
 //
 // What is asked of MPI is little: bytes to every rank and bytes from every rank, as chapter 15's Wire has it.
 // What takes the lines is the rest of the story: a rank may die, stop, or be slow, and MPI alone would wait
-// for it for ever. So each rank tells the others once a second that it is alive, and every wait has an end, at
-// which the rank is named that was waited for.
+// for it for ever. So each rank tells the others once a second that it is alive, and every wait has an end,
+// at which the rank is named that was waited for.
 //
 // Contents: 1 a wire and rows on it; 2 who takes part; 3 who is alive; 4 exchange; 5 the same everywhere;
 //           6 the end.

@@ -104,8 +104,25 @@ class SameBits(Case):
                          self.ok(alone("chat", "--quiet", given=turns)))
 
     def test_one_rank_answers_what_needs_no_experts(self):
-        self.assertEqual(self.ok(mpirun(3, "tokenize", given="hello")), self.ok(alone("tokenize", given="hello")))
+        expected = self.ok(alone("tokenize", given="hello"))
+        self.assertEqual(self.ok(mpirun(3, "tokenize", given="hello")), expected)
         self.assertEqual(self.ok(mpirun(2, "info", "--json")).count("\n"), 1)
+
+    def test_copies_of_experts(self):
+        expected = self.taps(0)
+        loads = self.folder / "loads.safetensors"
+        self.ok(alone("bench", "--traffic", "-f", "README.md", "--ranks", 4, "--out", loads))
+        two = ("--ranks-per-node", 2)
+        for ranks, copies, more in ((2, 4, ()), (4, 4, two), (3, 2, two)):
+            with self.subTest(ranks=ranks):
+                got = self.taps(ranks, "--redundant-experts", copies, "--routing", loads, *more)
+                self.assertEqual(got, expected)
+        for options, text in ((("--redundant-experts", 2), "--routing"),
+                              (("--redundant-experts", 1, "--routing", loads), "equally many"),
+                              (("--routing", TINY / "model.safetensors"), "expert_load")):
+            code, _, error = mpirun(2, "run", "-p", "x", *options)
+            self.assertEqual(code, 1)
+            self.assertIn(text, lines(error)[0])
 
     def test_bench_counts_every_rank(self):
         out = self.ok(mpirun(2, "bench", "-p", 16, "-n", 4, "-r", 2))
@@ -141,7 +158,8 @@ class Refused(Case):
     """What differs between ranks is seen before anything is loaded."""
 
     def differ(self, first, second, program=PROGRAM):
-        command = ["mpirun", "-np", "1", PROGRAM, *map(str, first), ":", "-np", "1", program, *map(str, second)]
+        command = ["mpirun", "-np", "1", PROGRAM, *map(str, first), ":",
+                   "-np", "1", program, *map(str, second)]
         done = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENV, timeout=PATIENCE)
         self.assertEqual(done.returncode, 1, done.stderr.decode())
         self.assertEqual(done.stdout, b"")
@@ -153,7 +171,8 @@ class Refused(Case):
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
         ask = ("run", "-p", "Hello", "-n", 2)
-        self.assertRegex(self.differ(ask, (*ask, "-m", other))[0], r"rank 1 \(.*\) has another model than rank 0$")
+        said = self.differ(ask, (*ask, "-m", other))
+        self.assertRegex(said[0], r"rank 1 \(.*\) has another model than rank 0$")
 
     def test_another_option(self):
         ask = ("run", "-p", "Hello", "-n", 2)
@@ -253,7 +272,8 @@ class Lost(Case):
         model.mkdir()
         cli.endless(model)
         file.write_text("before")
-        self.lose(signal.SIGKILL, 1, command=("run", "-m", model, "-p", "Hello", "--save-kv", file, "--force"))
+        command = ("run", "-m", model, "-p", "Hello", "--save-kv", file, "--force")
+        self.lose(signal.SIGKILL, 1, command=command)
         self.assertEqual(file.read_text(), "before")
         self.assertEqual(sorted(os.listdir(self.folder)), ["kept.kv", "model"])
 

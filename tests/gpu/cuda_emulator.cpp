@@ -1328,14 +1328,17 @@ static void give_up() {
     say(failure);
 }
 
-// Does all that streams were asked to do, or ends in the error of a kernel.
-static void drain() {
+// Does all that streams were asked to do, or ends in the error of a kernel. Not `to_the_end`: stops, too,
+// once nothing happens but that threads wait in loops, for what the host may ask for next.
+static void drain(bool to_the_end = true) {
+    constexpr uint64_t ENOUGH = 1 << 12;
     set_timer(2);
     world.spins = 0, world.thread = pthread_self();
     while (world.failure.empty() && !world.broken) {
         bool happened = world.changed && start_what_can();
         if (!world.ready.empty()) {
             run_fibers();
+            if (!to_the_end && world.spins > ENOUGH) break;
             continue;
         }
         if (happened || world.changed) continue;
@@ -1393,7 +1396,7 @@ static void ask(cudaStream_t stream, Operation op) {
     s.operations.push_back(std::move(op));
     world.changed = true;
     Async async = world.options.async;
-    if (async == Async::EAGER || (async == Async::RANDOM && random_number() % 2)) drain();
+    if (async == Async::EAGER || (async == Async::RANDOM && random_number() % 2)) drain(false);
 }
 
 // The shared memory that a block may ask for, where it does.

@@ -1,7 +1,7 @@
 // What `deepseek check` compares: a function for each twin of deepseek.cu, which includes this file.
 //
 // Contents: 1 a case in two memories; 2 chapters 5 and 6; 3 chapters 7 and 8; 4 chapters 9 and 10;
-//           5 chapter 14; 6 chapter 12; 7 the latent cache in pages and in FP8.
+//           5 chapter 14; 6 chapter 12; 7 the latent cache in pages and in FP8; 8 chapter 15.
 //
 // A case is made once, in the host's memory and in the device's, and the same call is made in both. All bits
 // of what can be written are compared: of numbers that must stay as they are, too, for rows are further apart
@@ -865,6 +865,272 @@ inline void check_store_latent(Check& c) {
         Ints n(positions(T, 31));
         BOTH(store_latent, cache.at(at), n.span(at), {x(at), 580});
         c.same(cache.data);
+    }
+}
+
+// -- 8  chapter 15 ----------------------------------------------------------------------------
+
+inline void check_dispatch_layout(Check& c) {
+    for (auto [T, R, per_node, K] : {std::array{0, 4, 2, 3}, {1, 1, 1, 1}, {70, 5, 2, 4}, {33, 8, 8, 2}}) {
+        c.cases++;
+        std::vector<int> ends{0};
+        for (int r = 0; r < R; r++) ends.push_back(ends.back() + 1 + c.below(4));
+        const int nodes = (R + per_node - 1) / per_node;
+        std::vector<int> picks;
+        for (int i = 0; i < T * K; i++) picks.push_back(c.below(ends.back() + 1) - 1);     // -1: none
+        Ints first(ends), idx(picks), per_rank(std::vector<int>(size_t(R), -7));
+        Ints of_node(std::vector<int>(size_t(nodes), -7));
+        Ints per_expert(std::vector<int>(size_t(ends.back()), -7));
+        Array<uint8_t> in_rank(std::vector<uint8_t>(size_t(T) * size_t(R), 7));
+        for (Side at : SIDES) {
+            const Layout out{per_rank(at), of_node(at), per_expert(at), in_rank(at)};
+            const RankShape shape{R, per_node, first(at)};
+            at == Side::HOST ? ::dispatch_layout(out, idx(at), T, K, shape)
+                             : cuda::dispatch_layout(out, idx(at), T, K, shape);
+        }
+        c.same(per_rank), c.same(of_node), c.same(per_expert), c.same(in_rank);
+    }
+}
+
+// Ranks with tokens of their own, on the CPU as threads and on the device as windows.
+struct PeerCase {
+    int E, K, D, most;
+    std::vector<int> T;                    // (R)
+    Dtype there, back;
+    bool by_rank;
+};
+inline std::vector<PeerCase> peer_cases() {
+    return {{4, 2, 40, 6, {6, 3}, Dtype::F32, Dtype::F32, false},
+            {7, 3, 130, 5, {5, 0, 4}, Dtype::BF16, Dtype::BF16, false},    // R does not divide E; one is idle
+            {16, 4, 300, 4, {4, 1, 3, 2}, Dtype::F8_E4M3, Dtype::BF16, false},
+            {8, 8, 33, 3, {3, 2, 3, 3}, Dtype::F32, Dtype::F32, true},     // every expert is picked
+            {9, 4, 64, 11, {11, 9, 1, 10}, Dtype::F8_E4M3, Dtype::BF16, true}};
+}
+
+struct PeerTokens {
+    std::vector<int> T;                    // (R)
+    std::vector<Vector> x, weight;         // (R) of (T, D), (T, K)
+    std::vector<std::vector<int>> idx;     // (R) of (T, K)
+    std::vector<Buffer<float>> x_there, weight_there;
+    std::vector<Buffer<int>> idx_there;
+
+    // `one`: all tokens want the same expert, and no other
+    PeerTokens(Check& c, const PeerCase& a, bool one) : T(a.T) {
+        for (int n : T) {
+            x.push_back(c.numbers(int64_t(n) * a.D, 3)), weight.push_back(c.numbers(int64_t(n) * a.K));
+            std::vector<int>& picks = idx.emplace_back();
+            for (int t = 0; t < n; t++) {
+                const int start = one ? 1 : c.below(a.E);
+                for (int k = 0; k < a.K; k++)
+                    picks.push_back((one ? k > 0 : c.below(5) == 0) ? -1 : (start + k) % a.E);
+            }
+            x_there.emplace_back(x.back()), weight_there.emplace_back(weight.back());
+            idx_there.emplace_back(picks);
+        }
+        wait();
+    }
+    Tokens at(size_t r) const {
+        return {x_there[r].data(), idx_there[r].data(), weight_there[r].data(), T[r]};
+    }
+};
+
+inline std::vector<int> shares(int E, int R) {
+    std::vector<int> first;
+    for (int r = 0; r <= R; r++) first.push_back(E * r / R);
+    return first;
+}
+// An "expert" for these checks: another factor for each.
+inline Vector made_of(const real* x, int e, int D) {
+    Vector out(x, x + D);
+    for (real& v : out) v *= real(e + 1) / 4;
+    return out;
+}
+
+// The same on the CPU: chapter 15 there, a thread a rank.
+struct PeersOnCpu {
+    std::vector<Received> got;
+    std::vector<Vector> made, out;         // (R) of (pairs, D), (T, D)
+
+    PeersOnCpu(const PeerCase& a, const std::vector<int>& first, const PeerTokens& t)
+        : got(a.T.size()), made(a.T.size()), out(a.T.size()) {
+        const int R = int(a.T.size());
+        const Trip trip{{R, R, first.data()}, a.K, a.D, a.there, a.back,
+                        a.by_rank ? CombineOrder::RANK : CombineOrder::EXPERT};
+        on_ranks(R, [&](Wire& wire) {
+            const size_t r = size_t(wire.rank);
+            ::dispatch(got[r], wire, trip, t.x[r].data(), t.idx[r].data(), t.weight[r].data(), a.T[r]);
+            made[r].resize(got[r].row.size() * size_t(a.D)), out[r].resize(size_t(a.T[r]) * size_t(a.D));
+            for (size_t i = 0; i < got[r].slot.size(); i++) {
+                if (got[r].slot[i] < 0) continue;
+                const real* x = got[r].x.data() + int64_t(i) / a.K * a.D;
+                const Vector y = made_of(x, first[r] + got[r].idx[i], a.D);
+                std::copy(y.begin(), y.end(), made[r].begin() + int64_t(got[r].slot[i]) * a.D);
+            }
+            ::combine(out[r].data(), t.weight[r].data(), a.T[r], wire, trip, got[r], made[r].data());
+        });
+    }
+};
+
+// The first numbers of what a kernel wrote, as the host has them.
+template <class T> void expect(Check& c, const std::vector<T>& host, const Buffer<T>& device) {
+    const std::vector<T> got = device.host();
+    for (size_t i = 0; i < host.size(); i++)
+        if (std::memcmp(&host[i], &got[i], sizeof(T))) c.differs(i, double(host[i]), double(got[i]), 0);
+}
+
+constexpr int EPOCHS = 5;                  // more than a window has halves
+
+inline void check_peers(Check& c) {
+    for (const PeerCase& a : peer_cases()) {
+        const size_t R = a.T.size(), rows = R * size_t(a.most);
+        const std::vector<int> first = shares(a.E, int(R));
+        PeerGroup group(first, a.K, a.D, a.most, a.there, a.back);
+        struct Rank {
+            Buffer<int> n, idx, source, token;
+            Buffer<float> x, weight, sums, out;
+            Rank(size_t rows, size_t K, size_t D, size_t T)
+                : n(1), idx(rows * K), source(rows), token(rows), x(rows * D), weight(rows * K),
+                  sums(rows * D), out(std::max<size_t>(T * D, 1)) {}
+            Taken taken() {
+                return {n.data(), x.data(), idx.data(), weight.data(), source.data(), token.data()};
+            }
+        };
+        std::vector<Rank> ranks;
+        for (size_t r = 0; r < R; r++) ranks.emplace_back(rows, size_t(a.K), size_t(a.D), size_t(a.T[r]));
+        for (int epoch = 0; epoch < EPOCHS; epoch++) {
+            c.cases++;
+            const PeerTokens tokens(c, a, epoch == 2);
+            const PeersOnCpu cpu(a, first, tokens);
+            group.next_epoch();
+            for (size_t r = 0; r < R; r++) {
+                const Peers& p = group.peers[r];
+                group.start(int(r), notify_kernel, p, tokens.at(r));
+                group.start(int(r), send_kernel, p, tokens.at(r));
+                group.start(int(r), take_kernel, p, ranks[r].taken());
+            }
+            group.wait();
+            std::vector<Buffer<float>> made;
+            std::vector<Buffer<int>> slot;
+            for (size_t r = 0; r < R; r++) {
+                expect(c, {cpu.got[r].n}, ranks[r].n), expect(c, cpu.got[r].x, ranks[r].x);
+                expect(c, cpu.got[r].idx, ranks[r].idx), expect(c, cpu.got[r].weight, ranks[r].weight);
+                expect(c, cpu.got[r].source, ranks[r].source), expect(c, cpu.got[r].token, ranks[r].token);
+                Vector padded = cpu.made[r];
+                padded.push_back(0);                     // no expert of this rank was picked
+                made.emplace_back(padded);
+                std::vector<int> slots = cpu.got[r].slot;
+                slots.push_back(0), slot.emplace_back(slots);
+            }
+            wait();
+            for (size_t r = 0; r < R; r++) {
+                const Peers& p = group.peers[r];
+                group.start(int(r), return_kernel, p, ranks[r].taken(), made[r].data(), slot[r].data(),
+                            ranks[r].sums.data(), a.by_rank);
+                group.start(int(r), release_kernel, p);
+                group.start(int(r), sum_kernel, p, tokens.at(r), ranks[r].out.data(), a.by_rank);
+            }
+            group.wait();
+            for (size_t r = 0; r < R; r++) expect(c, cpu.out[r], ranks[r].out);
+        }
+    }
+}
+
+// Compares a rank's slabs with what the CPU received, and returns what its experts make of them.
+inline Vector made_in_slabs(Check& c, const PeerCase& a, const Received& got, int first_expert,
+                            const std::vector<float>& x, const std::vector<int64_t>& range,
+                            const std::vector<int>& whose) {
+    const size_t R = a.T.size(), rows = R * size_t(a.most), D = size_t(a.D);
+    Vector made(x.size());
+    for (size_t e = 0; e + 1 < got.first.size(); e++) {
+        std::vector<int64_t> counts(R);
+        for (int i = got.first[e]; i < got.first[e + 1]; i++) {
+            const size_t row = size_t(got.row[size_t(i)]), slot = e * rows + size_t(i - got.first[e]);
+            const real* expected = got.x.data() + row * D;
+            counts[size_t(got.source[row])]++;
+            for (size_t d = 0; d < D; d++)
+                if (std::memcmp(&x[slot * D + d], expected + d, sizeof(float)))
+                    c.differs(d, expected[d], x[slot * D + d], 0);
+            if (whose[slot * 3] != got.source[row] || whose[slot * 3 + 1] != got.token[row])
+                c.differs(slot, got.token[row], whose[slot * 3 + 1], 0);
+            const Vector y = made_of(expected, first_expert + int(e), a.D);
+            std::copy(y.begin(), y.end(), made.begin() + int64_t(slot * D));
+        }
+        for (int64_t s = 0, begin = 0; s < int64_t(R); begin += counts[size_t(s++)])
+            if (range[e * R + size_t(s)] != (begin << 32 | counts[size_t(s)]))
+                c.differs(e, double(begin), double(range[e * R + size_t(s)] >> 32), 0);
+    }
+    return made;
+}
+
+inline void check_peers_low_latency(Check& c) {
+    for (const PeerCase& a : peer_cases()) {
+        if (a.by_rank) continue;
+        const size_t R = a.T.size(), rows = R * size_t(a.most), D = size_t(a.D);
+        const std::vector<int> first = shares(a.E, int(R));
+        PeerGroup group(first, a.K, a.D, a.most, a.there, a.back);
+        std::vector<Buffer<float>> x, out;
+        std::vector<Buffer<int64_t>> range;
+        std::vector<Buffer<int>> whose;
+        for (size_t r = 0; r < R; r++) {
+            const size_t own = size_t(first[r + 1] - first[r]);
+            x.emplace_back(own * rows * D), range.emplace_back(own * R), whose.emplace_back(own * rows * 3);
+            out.emplace_back(std::max<size_t>(size_t(a.T[r]) * D, 1));
+        }
+        auto slabs = [&](size_t r) { return Slabs{x[r].data(), range[r].data(), whose[r].data()}; };
+        for (int epoch = 0; epoch < EPOCHS; epoch++) {
+            c.cases++;
+            const PeerTokens tokens(c, a, epoch == 2);
+            const PeersOnCpu cpu(a, first, tokens);
+            group.next_epoch();
+            for (size_t r = R; r-- > 0;)
+                group.start(int(r), low_latency_dispatch_kernel, group.peers[r], tokens.at(r), slabs(r));
+            group.wait();
+            std::vector<Buffer<float>> made;
+            for (size_t r = 0; r < R; r++)
+                made.emplace_back(made_in_slabs(c, a, cpu.got[r], first[r], x[r].host(), range[r].host(),
+                                                whose[r].host()));
+            wait();
+            for (size_t r = 0; r < R; r++)
+                group.start(int(r), low_latency_combine_kernel, group.peers[r], tokens.at(r), slabs(r),
+                            made[r].data(), out[r].data());
+            group.wait();
+            for (size_t r = 0; r < R; r++) expect(c, cpu.out[r], out[r]);
+        }
+    }
+}
+
+// A peer that never comes is named, in each form; then it is alive again, in a new group.
+inline void check_late_peers(Check& c) {
+    const PeerCase a{6, 2, 24, 3, {3, 2, 1}, Dtype::F32, Dtype::F32, false};
+    const std::vector<int> first = shares(a.E, 3);
+    for (bool low_latency : {false, true}) {
+        c.cases++;
+        PeerGroup group(first, a.K, a.D, a.most, a.there, a.back);
+        const PeerTokens tokens(c, a, false);
+        Buffer<float> x(size_t(a.E) * 9 * 24), weight(9 * 2);
+        Buffer<int64_t> range(size_t(a.E) * 3);
+        Buffer<int> whose(size_t(a.E) * 9 * 3), n(1), idx(9 * 2), source(9), token(9);
+        group.next_epoch();
+        for (int r : {0, 2}) {                           // rank 1 is dead
+            Peers p = group.peers[size_t(r)];
+            p.patience = 6000;                           // more than all of a late rank's start takes
+            if (low_latency) {
+                group.start(r, low_latency_dispatch_kernel, p, tokens.at(size_t(r)),
+                            Slabs{x.data(), range.data(), whose.data()});
+                continue;
+            }
+            group.start(r, notify_kernel, p, tokens.at(size_t(r)));
+            group.start(r, send_kernel, p, tokens.at(size_t(r)));
+            group.start(r, take_kernel, p,
+                        Taken{n.data(), x.data(), idx.data(), weight.data(), source.data(), token.data()});
+        }
+        std::string said;
+        try {
+            group.wait();
+        } catch (const UserError& e) {
+            said = e.what();
+        }
+        if (said != "cuda: rank 0 waited too long for rank 1") c.wrong = "said: " + said;
     }
 }
 

@@ -52,8 +52,9 @@ static Vector expert_of(int e, const real* x, int D) {
 static Vector run_own(const Scene& s, const Received& got, int rank) {
     Vector out;
     for (size_t p = 0; p < got.row.size(); p++) {
-        const int own = int(std::upper_bound(got.first.begin(), got.first.end(), int(p)) - got.first.begin()) - 1;
-        const Vector y = expert_of(s.first[size_t(rank)] + own, got.x.data() + int64_t(got.row[p]) * s.D, s.D);
+        const auto after = std::upper_bound(got.first.begin(), got.first.end(), int(p));
+        const int expert = s.first[size_t(rank)] + int(after - got.first.begin()) - 1;
+        const Vector y = expert_of(expert, got.x.data() + int64_t(got.row[p]) * s.D, s.D);
         out.insert(out.end(), y.begin(), y.end());
     }
     return out;
@@ -90,9 +91,9 @@ static Vector expected(const Scene& s, size_t r, int t, const Trip& trip) {
     if (trip.there != REAL) row = through(row, trip.there);
     if (trip.order == CombineOrder::EXPERT) {
         for (int k = 0; k < s.K; k++) {
-            const int e = s.idx[r][size_t(t * s.K + k)];
-            if (e >= 0)
-                add_to(sum, through(expert_of(e, row.data(), s.D), trip.back), s.weight[r][size_t(t * s.K + k)]);
+            const size_t pair = size_t(t * s.K + k);
+            const int e = s.idx[r][pair];
+            if (e >= 0) add_to(sum, through(expert_of(e, row.data(), s.D), trip.back), s.weight[r][pair]);
         }
         return sum;
     }
@@ -170,7 +171,8 @@ TEST(Machines, SlotsAreByExpertAndInTheOrderOfRows) {
             }
             EXPECT_EQ(pairs, got.first.back());
             for (size_t e = 0; e + 1 < got.first.size(); e++)
-                EXPECT_TRUE(std::is_sorted(got.row.begin() + got.first[e], got.row.begin() + got.first[e + 1]));
+                EXPECT_TRUE(std::is_sorted(got.row.begin() + got.first[e],
+                                           got.row.begin() + got.first[e + 1]));
         }
     }
 }
@@ -211,7 +213,8 @@ TEST(Machines, WithExpertOrderTheNumberOfRanksDoesNotMatter) {
             Trip trip = s.trip(), alone = one.trip();
             trip.there = alone.there = there;
             Vector together;
-            for (const Vector& out : on_all(s, trip).out) together.insert(together.end(), out.begin(), out.end());
+            for (const Vector& out : on_all(s, trip).out)
+                together.insert(together.end(), out.begin(), out.end());
             EXPECT_EQ(together, on_all(one, alone).out[0]) << R;
         }
     }
@@ -269,7 +272,8 @@ TEST(Machines, BytesCountedAreBytesComputed) {
                         }
                         if (n == shape.node(source) || ranks == 0) continue;
                         there.slow += trip.packet();
-                        back.slow += (order == CombineOrder::HIERARCHICAL ? 1 : results) * trip.result_packet();
+                        const bool summed = order == CombineOrder::HIERARCHICAL;
+                        back.slow += (summed ? 1 : results) * trip.result_packet();
                     }
                 }
             }
@@ -299,4 +303,152 @@ TEST(Machines, ARankThatFailsEndsTheOthers) {
         if (wire.rank == 1) fail("this one");
         for (int i = 0; i < 3; i++) wire.exchange(out, in);
     }), UserError);
+}
+
+// -- 15.5 --------------------------------------------------------------------------------------------
+
+// The example of EPLB's own README: 12 experts in 4 groups, 16 copies, 2 nodes of 4 GPUs.
+TEST(Machines, CopiesOfEplb) {
+    EXPECT_EQ(rebalance_experts({90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86}, 16, 4, 2, 8),
+              (std::vector{5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1}));
+    EXPECT_EQ(rebalance_experts({20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27}, 16, 4, 2, 8),
+              (std::vector{7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1}));
+}
+
+// Equal loads: nothing moves, the first experts are copied first.
+TEST(Machines, TiesGoToTheFirst) {
+    EXPECT_EQ(rebalance_experts({1, 1, 1, 1}, 4, 1, 1, 2), (std::vector{0, 2, 1, 3}));
+    EXPECT_EQ(rebalance_experts({1, 1, 1, 1}, 6, 1, 1, 1), (std::vector{2, 3, 0, 1, 0, 1}));
+}
+
+TEST(Machines, CopiesAreCompleteAndEven) {
+    Rng rng{3};
+    for (auto [E, P, groups, nodes, R] : {std::array{16, 16, 4, 2, 4}, {16, 24, 4, 2, 4}, {16, 20, 4, 3, 5},
+                                          {7, 9, 1, 1, 3}, {256, 288, 8, 4, 32}, {64, 64, 1, 1, 1}}) {
+        std::vector<double> load;
+        for (int e = 0; e < E; e++) load.push_back(std::floor(1000 * std::pow(rng.uniform(), 6)));
+        const std::vector<int> copies = rebalance_experts(load, P, groups, nodes, R);
+        std::vector<int> count(static_cast<size_t>(E));
+        ASSERT_EQ(int(copies.size()), P);
+        for (int e : copies) count[size_t(e)]++;
+        EXPECT_GE(*std::min_element(count.begin(), count.end()), 1);
+        double mean = 0, most = 0, heaviest = 0;
+        for (int e = 0; e < E; e++) {
+            mean += load[size_t(e)] / R;
+            heaviest = std::max(heaviest, load[size_t(e)] / count[size_t(e)]);
+        }
+        for (int r = 0; r < R; r++) {
+            double work = 0;
+            for (int p = P / R * r; p < P / R * (r + 1); p++)
+                work += load[size_t(copies[size_t(p)])] / count[size_t(copies[size_t(p)])];
+            most = std::max(most, work);
+        }
+        if (groups % nodes) {                                          // packing into the lightest
+            EXPECT_LE(most, mean + heaviest);
+        }
+        std::map<int, std::set<int>> homes;                            // a group's copies share a node
+        for (int p = 0; p < P; p++) homes[copies[size_t(p)] / (E / groups)].insert(p / (P / nodes));
+        for (auto& [group, where] : homes) {
+            EXPECT_TRUE(where.size() == 1 || groups % nodes) << group;
+        }
+    }
+}
+
+// -- 15.6 --------------------------------------------------------------------------------------------
+
+static double idle(const Plan& plan, const Costs& costs, int rank) {
+    double busy = 0;
+    for (const Step& step : plan.ranks[size_t(rank)]) busy += costs.of(step);
+    return run_plan(plan, costs).end - busy;
+}
+
+TEST(Pipelines, BubblesAreThoseOfThePapers) {
+    const Costs costs{1, 1, 1, 0, 0};
+    for (int P : {2, 4, 8, 16}) {
+        for (int M : {2 * P, 2 * P + 2, 5 * P}) {
+            const int n = P - 1;
+            const std::pair<Schedule, int> expected[] = {
+                {Schedule::GPIPE, n * 3}, {Schedule::ONE_F_ONE_B, n * 3}, {Schedule::ZB1P, n},
+                {Schedule::DUALPIPE, (P / 2 - 1) * 2}, {Schedule::DUALPIPEV, n * 2}};
+            for (auto [schedule, bubble] : expected) {
+                const Plan plan = make_plan(schedule, P, M);
+                ASSERT_EQ(run_plan(plan, costs).wrong, "") << int(schedule) << " " << P << " " << M;
+                for (int r = 0; r < P; r++) EXPECT_EQ(idle(plan, costs, r), bubble) << int(schedule);
+            }
+        }
+    }
+}
+
+// V3's figure 5: 8 ranks, 20 micro-batches; rank 0 begins with 6 forwards of its end.
+TEST(Pipelines, DualPipeOfTheFigure) {
+    const Plan plan = make_plan(Schedule::DUALPIPE, 8, 20);
+    std::string words;
+    for (size_t i = 0; i < 9; i++) words += label(plan.ranks[0][i]) + " ";
+    EXPECT_EQ(words, "F0 F1 F2 F3 F4 F5 F6 F10 b10 ");
+    EXPECT_EQ(label(plan.ranks[7][0]), "F10");
+    EXPECT_EQ(label(plan.ranks[3][0]), "F0");
+    EXPECT_EQ(label(plan.ranks[3][1]), "F10");
+}
+
+TEST(Pipelines, MemoryIsThatOfThePapers) {
+    for (int P : {4, 8}) {
+        auto most = [&](Schedule schedule) {
+            const Plan plan = make_plan(schedule, P, 4 * P);
+            const Costs costs;
+            const Measured m = measure(plan, costs, run_plan(plan, costs));
+            return *std::max_element(m.alive.begin(), m.alive.end());
+        };
+        EXPECT_EQ(most(Schedule::GPIPE), 4 * P);
+        EXPECT_EQ(most(Schedule::ONE_F_ONE_B), P);
+        EXPECT_EQ(most(Schedule::ZB1P), P);
+        EXPECT_EQ(most(Schedule::DUALPIPE), P + 1);
+        EXPECT_EQ(most(Schedule::DUALPIPEV), 2 * P + 1);
+    }
+}
+
+TEST(Pipelines, WhatCannotBeExecutedIsSeen) {
+    const Costs costs;
+    auto broken = [&](auto change) {
+        Plan plan = make_plan(Schedule::ONE_F_ONE_B, 4, 8);
+        change(plan.ranks);
+        return run_plan(plan, costs).wrong;
+    };
+    using Ranks = std::vector<std::vector<Step>>;
+    EXPECT_EQ(broken([](Ranks&) {}), "");
+    const std::string stuck = broken([](Ranks& r) { std::swap(r[3][0], r[3][1]); });
+    EXPECT_NE(stuck.find("waits for ever"), std::string::npos) << stuck;
+    EXPECT_NE(broken([](Ranks& r) { r[1].pop_back(); }), "");
+    EXPECT_NE(broken([](Ranks& r) { r[2].push_back(r[2].back()); }).find("twice"), std::string::npos);
+    EXPECT_NE(broken([](Ranks& r) { std::swap(r[1], r[2]); }).find("has not stage"), std::string::npos);
+    EXPECT_NE(broken([](Ranks& r) { r[3].erase(r[3].begin()); }), "");
+}
+
+TEST(Pipelines, RefusedWithTheReason) {
+    auto reason = [](Schedule schedule, int P, int M) {
+        try {
+            make_plan(schedule, P, M);
+        } catch (const UserError& e) {
+            return std::string(e.what());
+        }
+        return std::string();
+    };
+    EXPECT_NE(reason(Schedule::DUALPIPE, 5, 20).find("odd"), std::string::npos);
+    EXPECT_NE(reason(Schedule::DUALPIPE, 4, 9).find("odd"), std::string::npos);
+    EXPECT_NE(reason(Schedule::DUALPIPE, 8, 14).find("needs 2 a rank, 16"), std::string::npos);
+    EXPECT_NE(reason(Schedule::DUALPIPEV, 3, 5).find("needs 2 a rank, 6"), std::string::npos);
+    EXPECT_NE(reason(Schedule::ZB1P, 4, 3).find("needs one a rank"), std::string::npos);
+    EXPECT_EQ(reason(Schedule::GPIPE, 5, 1), "");
+}
+
+// Messages that the receiver's work covers are hidden; with none there is nothing to hide.
+TEST(Pipelines, CommunicationIsHiddenByTheReceiversWork) {
+    const Costs costs{1, 1, 1, 0.5, 0};
+    auto share = [&](Schedule schedule) {
+        const Plan plan = make_plan(schedule, 4, 16);
+        const Measured m = measure(plan, costs, run_plan(plan, costs));
+        return m.hidden / m.sent;
+    };
+    EXPECT_GT(share(Schedule::DUALPIPE), share(Schedule::ONE_F_ONE_B));
+    EXPECT_GT(share(Schedule::DUALPIPE), 0.8);
+    EXPECT_LE(share(Schedule::DUALPIPE), 1);
 }
