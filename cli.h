@@ -879,8 +879,8 @@ inline void command_pipeline(const Options& o) {
               << text_of("memory a rank: parameters %dx; micro-batches alive %d to %d, the papers: %d\n",
                          f.parameters, *fewest, *alive, f.activations);
     if (costs.comm > 0)
-        std::cout << text_of("communication %g, of which %.1f %% while the receiver computes\n", m.sent,
-                             m.sent > 0 ? 100 * m.hidden / m.sent : 0.0);
+        std::cout << text_of("communication %g, of which %.1f %% is hidden behind work\n", m.communication,
+                             100 * m.hidden / m.communication);
 }
 
 // -- 8  what an option may be --------------------------------------------------------------------
@@ -1076,8 +1076,9 @@ inline void add_commands(CLI::App& app, Options& o) {
     option(c, "--f", o.costs.f, cost, "time of a forward (default: 1)");
     option(c, "--b", o.costs.b, cost, "time of a backward for the inputs (default: 1)");
     option(c, "--w", o.costs.w, cost, "time of a backward for the weights (default: 1)");
-    option(c, "--fb", o.costs.fb, cost, "time of a forward and a backward that overlap (default: f + b + w)");
-    option(c, "--comm", o.costs.comm, free, "time of a message (default: 0)");
+    option(c, "--fb", o.costs.fb, cost,
+           "time of a forward and a backward that overlap (default: max(f + b + w, 2 comm))");
+    option(c, "--comm", o.costs.comm, free, "communication of a forward or backward (default: 0)");
     option(c, "--svg", o.out, check_path, "write the timetable to this file");
     c->add_flag("--force", o.force, "replace an existing file");
     c->add_flag("--plan", o.plan, "print the steps of each rank, with what they send and receive");

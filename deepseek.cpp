@@ -4350,6 +4350,20 @@ inline void set_arith(Model& m, MlaForm form) {
 //                                       \/                     \/
 //                                       /\                     /\                       a layer of the
 //      rank 1   u --gate--> dispatch --'  '--> experts 4..7 --'  '--> combine --> y     experts, R = 2
+//
+// What it costs, for V3's 58 layers of experts. A token's row is 7168 bytes in FP8 with 224 of scales there
+// and 14336 in BF16 back. A token reaches at most 4 nodes (its gate's best groups), and crosses to each once;
+// inside, a link 3.2 times as fast (160 over 50 GB/s, V3 section 3.2.2) hands it on, so up to 3.2 experts a
+// node cost nothing more. On paper, with the published shares (DeepSeek's open-infra-index; V3 section 3.4):
+//
+//      prefill, EP32     9 routed experts a GPU, 288 with 32 copies. 4096 tokens go to 5.29 ranks each:
+//                        160 MB there, 311 MB back; 7/8 of it over 160 GB/s: 0.88 and 1.70 ms a layer
+//      decode, EP144     2 a GPU, 288; 128 tokens: 7.6 MB there, 14.7 MB back; over a card of 50 GB/s 143 and
+//                        277 us: a step of 58 layers sends for 24 ms, unless two micro-batches hide it
+//      decode, EP320     1 a GPU, 64 GPUs for copies and shared ones: all but 1/40 leaves, 148 and 286 us
+//
+// Published: 14.8 thousand tokens a second out of a node of 8 GPUs, 1.85 a ms and GPU: with 128 tokens each,
+// a step takes at most 69 ms. `bench --traffic` counts bytes, and predicts DeepEP's times.
 
 // -- 15.1  dispatch_layout: who gets what --------------------------------------------------------
 

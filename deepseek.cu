@@ -2417,7 +2417,8 @@ constexpr Twin TWINS[] = {
     CHECKED("14.1", store_latent),
     CHECKED("14.3", gemm_fp8), CHECKED("14.3", gemm_fp8_contiguous), CHECKED("14.3", gemm_fp8_masked),
     CHECKED("14.3", gemm_fp8_k_grouped), CHECKED("15.1", dispatch_layout), CHECKED("15.2", peers),
-    CHECKED("15.2", peers_low_latency), CHECKED("15.2", late_peers)};
+    CHECKED("15.2", peers_low_latency), CHECKED("15.2", epochs_in_flight),
+    CHECKED("15.2", late_peers)};
 
 // Prints a line a twin of section "10.2", of chapter "10", or of all (""), and the counts; how many failed.
 inline int check_twins(const std::string& section) {

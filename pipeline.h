@@ -62,13 +62,20 @@ inline Plan make_plan(Schedule schedule, int P, int M) {
 
 // -- 2  costs and the timetable ------------------------------------------------------------------
 
+// Seconds. A forward and a backward each also communicate (dispatch and combine of the experts, 15.2): alone
+// they wait for it; in an overlapped pair one computes while the other communicates. Messages from stage to
+// stage are small beside that, and take no time here.
 struct Costs {
     double f = 1, b = 1, w = 1, comm = 0;
-    double fb = 0;                         // an overlapped pair; 0: f + b + w
+    double fb = 0;                         // an overlapped pair; 0: as long as its work or its communication
 
+    double forward() const { return f + comm; }
+    double backward() const { return b + w + comm; }
+    double pair() const { return fb > 0 ? fb : std::max(f + b + w, 2 * comm); }
     double of(const Step& step) const {
-        if (step.size() == 2) return fb > 0 ? fb : f + b + w;
-        return step[0].kind == 'F' ? f : step[0].kind == 'W' ? w : step[0].kind == 'b' ? b : b + w;
+        if (step.size() == 2) return pair();
+        const char kind = step[0].kind;
+        return kind == 'F' ? forward() : kind == 'W' ? w : kind == 'b' ? b + comm : backward();
     }
 };
 struct Timetable {
@@ -83,16 +90,14 @@ struct Execution {
     const Costs& costs;
     Timetable t = {std::vector<std::vector<double>>(size_t(plan.P)), 0, ""};
     std::vector<double> free = std::vector<double>(size_t(plan.P));      // (P): from when on
-    struct Done { double at; int rank; };
-    std::map<std::tuple<char, int, int>, Done> done = {};                // F, B or W; micro-batch; stage
+    std::map<std::tuple<char, int, int>, double> done = {};              // when: kind, micro-batch, stage
 
-    // When what an op needs is on rank r; infinity: not yet.
-    double arrival(const Op& op, int r) const {
+    // When what an op needs is there; infinity: not yet.
+    double arrival(const Op& op) const {
         double at = 0;
         auto need = [&](char kind, int stage) {
             const auto found = done.find({kind, op.micro, stage});
-            const bool here = found != done.end() && found->second.rank == r;
-            at = std::max(at, found == done.end() ? INFINITY : found->second.at + (here ? 0 : costs.comm));
+            at = std::max(at, found == done.end() ? INFINITY : found->second);
         };
         const bool backward = op.kind == 'B' || op.kind == 'b';
         if (op.kind == 'F' && op.stage > 0) need('F', op.stage - 1);
@@ -103,7 +108,7 @@ struct Execution {
     }
     void finish(const Op& op, double at, int r) {
         auto once = [&](char kind) {
-            if (!done.try_emplace({kind, op.micro, op.stage}, Done{at, r}).second)
+            if (!done.try_emplace({kind, op.micro, op.stage}, at).second)
                 t.wrong = text_of("%c%d on stage %d comes twice", kind, op.micro, op.stage);
         };
         if (plan.rank_of(op) != r) t.wrong = text_of("rank %d has not stage %d", r, op.stage);
@@ -116,7 +121,7 @@ struct Execution {
         if (start.size() == plan.ranks[size_t(r)].size() || !t.wrong.empty()) return false;
         const Step& step = plan.ranks[size_t(r)][start.size()];
         double at = free[size_t(r)];
-        for (const Op& op : step) at = std::max(at, arrival(op, r));
+        for (const Op& op : step) at = std::max(at, arrival(op));
         if (std::isinf(at)) return false;
         start.push_back(at), free[size_t(r)] = at + costs.of(step), t.end = std::max(t.end, free[size_t(r)]);
         for (const Op& op : step) finish(op, free[size_t(r)], r);
@@ -144,54 +149,47 @@ inline Timetable run_plan(const Plan& plan, const Costs& costs) {
 
 // -- 3  bubble, memory, communication ------------------------------------------------------------
 
-// The bubble as the papers have it, where B is a whole backward and F&B an overlapped pair.
-struct Formula { const char* text; double bubble; int parameters, activations; };
+// The bubble as the papers have it, where B is a whole backward and F&B an overlapped pair. Where a pair
+// takes less than its two, the ranks in the middle, which have most pairs, wait longest: it is theirs.
+struct Formula {
+    const char* text;
+    double bubble;
+    int parameters, activations;           // of a rank: copies; micro-batches
+};
 inline Formula formula_of(const Plan& p, const Costs& c) {
-    const double B = c.b + c.w, FB = c.of({{'F', 0, 0}, {'B', 0, 0}}), n = p.P - 1;
+    const double F = c.forward(), B = c.backward(), W = c.w, FB = c.pair(), n = p.P - 1;
     switch (p.schedule) {
-    case Schedule::GPIPE: return {"(P-1)(F+B)", n * (c.f + B), 1, p.M};
-    case Schedule::ONE_F_ONE_B: return {"(P-1)(F+B)", n * (c.f + B), 1, p.P};
-    case Schedule::ZB1P: return {"(P-1)(F+B-2W)", n * (c.f + B - 2 * c.w), 1, p.P};
-    case Schedule::DUALPIPE: return {"(P/2-1)(F&B+B-3W)", (p.P / 2 - 1) * (FB + B - 3 * c.w), 2, p.P + 1};
+    case Schedule::GPIPE: return {"(P-1)(F+B)", n * (F + B), 1, p.M};
+    case Schedule::ONE_F_ONE_B: return {"(P-1)(F+B)", n * (F + B), 1, p.P};
+    case Schedule::ZB1P: return {"(P-1)(F+B-2W)", n * (F + B - 2 * W), 1, p.P};
+    case Schedule::DUALPIPE: return {"(P/2-1)(F&B+B-3W)", (p.P / 2 - 1) * (FB + B - 3 * W), 2, p.P + 1};
     case Schedule::DUALPIPEV: break;
     }
-    return {"(P-1)(F&B+B-3W)", n * (FB + B - 3 * c.w), 2, 2 * p.P + 1};
+    return {"(P-1)(F&B+B-3W)", n * (FB + B - 3 * W), 2, 2 * p.P + 1};
 }
 
-// What a timetable says of a rank, and of the messages.
+// What a timetable says of each rank, and of its communication.
 struct Measured {
-    std::vector<double> bubble;                          // (P): from the first start to the last end
+    std::vector<double> bubble;                          // (P): of the whole time
     std::vector<int> alive;                              // (P): most micro-batches whose W is still to come
-    double sent = 0, hidden = 0;                         // seconds of messages; while their reader computes
+    double communication = 0, hidden = 0;                // seconds of all ranks; behind another's work
 };
 inline Measured measure(const Plan& plan, const Costs& costs, const Timetable& t) {
     Measured m;
-    std::map<std::tuple<char, int, int>, double> end;
-    for (int r = 0; r < plan.P; r++) {
+    for (const std::vector<Step>& steps : plan.ranks) {
         double busy = 0;
         int alive = 0, most = 0;
-        for (size_t i = 0; i < plan.ranks[size_t(r)].size(); i++) {
-            const Step& step = plan.ranks[size_t(r)][i];
+        for (const Step& step : steps) {
             busy += costs.of(step);
-            for (const Op& op : step) alive += op.kind == 'F', most = std::max(most, alive);
             for (const Op& op : step) {
-                alive -= op.kind == 'B' || op.kind == 'W';
-                const char kind = op.kind == 'b' ? 'B' : op.kind;
-                end[{kind, op.micro, op.stage}] = t.start[size_t(r)][i] + costs.of(step);
+                alive += op.kind == 'F';
+                if (op.kind != 'W') m.communication += costs.comm;
             }
+            most = std::max(most, alive);
+            for (const Op& op : step) alive -= op.kind == 'B' || op.kind == 'W';
+            if (step.size() == 2) m.hidden += std::min(2 * costs.comm, costs.f + costs.b + costs.w);
         }
         m.bubble.push_back(t.end - busy), m.alive.push_back(most);
-    }
-    for (auto& [key, at] : end) {
-        auto [kind, micro, stage] = key;
-        const Op from{kind, micro, stage}, to{kind, micro, kind == 'F' ? stage + 1 : stage - 1};
-        const int r = plan.rank_of(to);
-        if (kind == 'W' || to.stage < 0 || to.stage == plan.stages || plan.rank_of(from) == r) continue;
-        m.sent += costs.comm;
-        for (size_t i = 0; i < t.start[size_t(r)].size(); i++) {
-            const double begin = t.start[size_t(r)][i], over = begin + costs.of(plan.ranks[size_t(r)][i]);
-            m.hidden += std::max(0.0, std::min(over, at + costs.comm) - std::max(begin, at));
-        }
     }
     return m;
 }
@@ -295,5 +293,5 @@ inline std::string pipeline_json(const Plan& plan, const Costs& costs, const Tim
                    "\"formula_bubble\":%g,\"parameters\":%d,\"activations\":[%s],\"formula_activations\":%d,"
                    "\"communication\":%g,\"hidden\":%g,\"steps\":[%s]}\n",
                    plan.P, plan.M, t.end, bubbles.c_str(), f.text, f.bubble, f.parameters, alive.c_str(),
-                   f.activations, m.sent, m.hidden, steps.c_str());
+                   f.activations, m.communication, m.hidden, steps.c_str());
 }

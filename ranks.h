@@ -220,6 +220,7 @@ inline void World::finish() {}
 struct Alive {
     enum Word : char { HERE, ENDING };
     std::mutex turn;
+    std::atomic<int> waiting = 0;                        // for its turn: the other thread, which polls, lets it
     MPI_Comm data = MPI_COMM_NULL, words = MPI_COMM_NULL;
     std::vector<std::atomic<double>> heard;              // (R): when
     std::atomic<int> ending = -1;                        // a rank that has said why it ends
@@ -228,8 +229,14 @@ struct Alive {
 
     static void check(int code, const char* what) { if (code != MPI_SUCCESS) fail("MPI: %s failed", what); }
 
+    std::unique_lock<std::mutex> my_turn() {
+        waiting = 1;
+        std::unique_lock lock(turn);
+        waiting = 0;
+        return lock;
+    }
     void hear() {
-        std::lock_guard lock(turn);
+        const auto lock = my_turn();
         for (;;) {
             int there = 0;
             MPI_Status status;
@@ -244,7 +251,7 @@ struct Alive {
     // One letter to each, which MPI keeps until it is fetched: no wait.
     void say(const World& w, Word word) {
         static const char letters[] = {HERE, ENDING};
-        std::lock_guard lock(turn);
+        const auto lock = my_turn();
         for (int r = 0; r < w.size; r++) {
             MPI_Request request;
             if (r == w.rank) continue;
@@ -376,7 +383,7 @@ inline void World::move(const Parcels& out, Parcels& in, bool patient) {
     const double begin = seconds();
     double looked = begin;
     for (int64_t polls = 0; !transfer.poll(); polls++) {
-        if (polls < 2000) sched_yield();
+        if (polls < 2000 && !alive.waiting) sched_yield();
         else usleep(patient && polls > 4000 ? 1000 : 20);
         if (seconds() - looked > 0.02) looked = seconds(), look(transfer.missing, begin, patient);
     }

@@ -14,6 +14,7 @@ import tempfile
 import unittest
 
 import published
+import ranks
 import suite
 from hub import Hub
 
@@ -63,7 +64,7 @@ class Readme(unittest.TestCase):
     def test_commands(self):
         self.assertGreater(len(blocks(self.text)), 4)
         with Hub(anywhere(), page=100) as hub:
-            environment = {**os.environ, "HF_ENDPOINT": hub.url, "NO_PROXY": "*", "OMP_THREAD_LIMIT": "1"}
+            environment = {**ranks.ENV, "HF_ENDPOINT": hub.url, "NO_PROXY": "*", "OMP_THREAD_LIMIT": "1"}
             for commands, expected in blocks(self.text):
                 with self.subTest(commands):
                     script = LONG.sub(rf"make -C '{ROOT}' -n \1 >&2", commands)

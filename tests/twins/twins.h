@@ -1099,6 +1099,46 @@ inline void check_peers_low_latency(Check& c) {
     }
 }
 
+// Calls that no host waits between: a rank may be one epoch ahead of another.
+inline void check_epochs_in_flight(Check& c) {
+    for (const PeerCase& a : peer_cases()) {
+        const size_t R = a.T.size(), rows = R * size_t(a.most), D = size_t(a.D);
+        const std::vector<int> first = shares(a.E, int(R));
+        PeerGroup group(first, a.K, a.D, a.most, a.there, a.back);
+        struct Call {
+            PeerTokens tokens;
+            PeersOnCpu cpu;
+            std::vector<Buffer<float>> x;
+            std::vector<Buffer<int64_t>> range;
+            std::vector<Buffer<int>> whose;
+        };
+        std::vector<Call> calls;
+        for (int epoch = 0; epoch < EPOCHS; epoch++) {
+            PeerTokens tokens(c, a, epoch == 2);
+            PeersOnCpu cpu(a, first, tokens);
+            Call& call = calls.emplace_back(Call{std::move(tokens), std::move(cpu), {}, {}, {}});
+            for (size_t r = 0; r < R; r++) {
+                const size_t own = size_t(first[r + 1] - first[r]);
+                call.x.emplace_back(own * rows * D), call.range.emplace_back(own * R);
+                call.whose.emplace_back(own * rows * 3);
+            }
+        }
+        for (Call& call : calls) {
+            group.next_epoch();
+            for (size_t r = 0; r < R; r++)
+                group.start(int(r), low_latency_dispatch_kernel, group.peers[r], call.tokens.at(r),
+                            Slabs{call.x[r].data(), call.range[r].data(), call.whose[r].data()});
+        }
+        group.wait();
+        for (Call& call : calls) {
+            c.cases++;
+            for (size_t r = 0; r < R; r++)
+                made_in_slabs(c, a, call.cpu.got[r], first[r], call.x[r].host(), call.range[r].host(),
+                              call.whose[r].host());
+        }
+    }
+}
+
 // A peer that never comes is named, in each form; then it is alive again, in a new group.
 inline void check_late_peers(Check& c) {
     const PeerCase a{6, 2, 24, 3, {3, 2, 1}, Dtype::F32, Dtype::F32, false};
