@@ -4710,11 +4710,13 @@ private:
 // -- 15.5  rebalance_experts: copies of those that are asked most --------------------------------
 
 // Items 0 .. n - 1 in packs of equal size: the heaviest first, each into the lightest pack that has room; of
-// equals the first. Pack after pack, each in the order in which it was filled.   weight: (n)
+// equals the first. Pack after pack, each in the order in which it was filled. A pack each: as they are.
+// weight: (n)
 inline std::vector<int> pack_evenly(const std::vector<double>& weight, int packs) {
     const size_t n = weight.size(), room = n / size_t(packs);
     std::vector<int> heaviest(n), out;
     std::iota(heaviest.begin(), heaviest.end(), 0);
+    if (room == 1) return heaviest;
     std::stable_sort(heaviest.begin(), heaviest.end(),
                      [&](int a, int b) { return weight[size_t(a)] > weight[size_t(b)]; });
     std::vector<std::vector<int>> pack(static_cast<size_t>(packs));

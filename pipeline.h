@@ -150,7 +150,8 @@ inline Timetable run_plan(const Plan& plan, const Costs& costs) {
 // -- 3  bubble, memory, communication ------------------------------------------------------------
 
 // The bubble as the papers have it, where B is a whole backward and F&B an overlapped pair. Where a pair
-// takes less than its two, the ranks in the middle, which have most pairs, wait longest: it is theirs.
+// takes less than its two, the ranks in the middle, which have most pairs, wait longest: it is theirs. Exact
+// where F and the halves of B are equal; where they are not, the timetable's bubble may be another.
 struct Formula {
     const char* text;
     double bubble;
@@ -170,7 +171,7 @@ inline Formula formula_of(const Plan& p, const Costs& c) {
 
 // What a timetable says of each rank, and of its communication.
 struct Measured {
-    std::vector<double> bubble;                          // (P): of the whole time
+    std::vector<double> bubble;                          // (P): of the whole time, from 0 on
     std::vector<int> alive;                              // (P): most micro-batches whose W is still to come
     double communication = 0, hidden = 0;                // seconds of all ranks; behind another's work
 };

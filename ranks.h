@@ -220,7 +220,7 @@ inline void World::finish() {}
 struct Alive {
     enum Word : char { HERE, ENDING };
     std::mutex turn;
-    std::atomic<int> waiting = 0;                        // for its turn: the other thread, which polls, lets it
+    std::atomic<int> waiting = 0;                        // for its turn: who polls gives way
     MPI_Comm data = MPI_COMM_NULL, words = MPI_COMM_NULL;
     std::vector<std::atomic<double>> heard;              // (R): when
     std::atomic<int> ending = -1;                        // a rank that has said why it ends

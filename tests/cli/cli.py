@@ -864,5 +864,47 @@ class Terminal(OnTerminal):
         self.assertRegex(error.decode(), rf"\A{INTERRUPTED}\n\Z")
 
 
+class Pipeline(Case):
+    """`deepseek pipeline` needs no model; its timetable is checked in tests/unit/ch15_machines.cpp."""
+
+    def test_numbers(self):
+        for schedule, bubble, alive in (("gpipe", 9, 16), ("1f1b", 9, 4), ("zb1p", 3, 4), ("dualpipe", 2, 5),
+                                        ("dualpipev", 6, 9)):
+            out = json.loads(self.ok("pipeline", "--schedule", schedule, "--ranks", 4, "--microbatches", 16,
+                                     "--json")[0])
+            self.assertEqual((out["bubble"], out["formula_bubble"]), ([bubble] * 4, bubble))
+            self.assertEqual((max(out["activations"]), out["formula_activations"]), (alive, alive))
+            work = [sum(end - start for _, start, end in steps) for steps in out["steps"]]
+            self.assertEqual([out["end"] - w for w in work], out["bubble"])
+
+    def test_text(self):
+        out = self.ok("pipeline", "--schedule", "1F1B", "--ranks", 2, "--microbatches", 2)[0]
+        self.assertEqual(out.splitlines()[:2], ["  0 F0  F1  ........B0      ....B1      ",
+                                                "  1 ....F0  B0      F1  B1      ........"])
+        plan = self.ok("pipeline", "--schedule", "1f1b", "--ranks", 2, "--microbatches", 2, "--plan")[0]
+        self.assertIn("rank 1\n  F0  receive F0 from 0\n  B0  send B0 to 0\n", plan)
+
+    def test_drawing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "a.svg"
+            draw = ("pipeline", "--schedule", "dualpipe", "--ranks", 4, "--microbatches", 8, "--svg", file)
+            self.ok(*draw)
+            steps = json.loads(self.ok(*draw[:-2], "--json")[0])["steps"]
+            self.assertEqual(file.read_text().count("<rect"), 1 + sum(map(len, steps)))
+            self.assertEqual(run(*draw)[0], 1)           # it is there
+            self.ok(*draw, "--force")
+
+    def test_refused(self):
+        for arguments, reason in ((("dualpipe", 5, 20), "odd"), (("dualpipe", 4, 9), "odd"),
+                                  (("dualpipe", 8, 14), "16"), (("zb1p", 4, 3), "4"),
+                                  (("1f1b", 1, 3), "1024")):
+            schedule, ranks, micro = arguments
+            code, out, error = run("pipeline", "--schedule", schedule, "--ranks", ranks, "--microbatches",
+                                   micro)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn(reason, error)
+        self.assertEqual(run("pipeline", "--schedule", "gpipe", "--f", "-1")[0], 1)
+
+
 if __name__ == "__main__":
     suite.main("cli")

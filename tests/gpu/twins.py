@@ -15,8 +15,10 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Blocks, warps and threads in order, copies as late as may be; and three times anything at any time.
-RUNS = [("fifo", "lazy", 1), ("random", "eager", 1), ("random", "random", 2), ("priority", "random", 3)]
+# Blocks, warps and threads in order, copies as late as may be; and three times anything at any time, where
+# ranks (chapter 15) have 2, 4 and 8 devices.
+RUNS = [("fifo", "lazy", 1, 1), ("random", "eager", 1, 2), ("random", "random", 2, 4),
+        ("priority", "random", 3, 8)]
 TWIN = re.compile(r"\d+\.\d+ +(\w+) +(\d+) cases .* (ok|FAILED, .*)")
 
 
@@ -37,8 +39,9 @@ def verdict(code, text, expected):
     return twins, wrong
 
 
-def run(program, order, asynchronous, seed):
-    environment = {"EMU_ORDER": order, "EMU_ASYNC": asynchronous, "EMU_SEED": str(seed)}
+def run(program, order, asynchronous, seed, devices):
+    environment = {"EMU_ORDER": order, "EMU_ASYNC": asynchronous, "EMU_SEED": str(seed),
+                   "EMU_DEVICES": str(devices)}
     done = subprocess.run([program, "check"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | environment)
     return done.returncode, done.stdout.decode(errors="replace")

@@ -319,6 +319,7 @@ TEST(Machines, CopiesOfEplb) {
 TEST(Machines, TiesGoToTheFirst) {
     EXPECT_EQ(rebalance_experts({1, 1, 1, 1}, 4, 1, 1, 2), (std::vector{0, 2, 1, 3}));
     EXPECT_EQ(rebalance_experts({1, 1, 1, 1}, 6, 1, 1, 1), (std::vector{2, 3, 0, 1, 0, 1}));
+    EXPECT_EQ(rebalance_experts({1, 2, 3, 4}, 4, 2, 2, 4), (std::vector{0, 1, 2, 3}));   // one a pack
 }
 
 TEST(Machines, CopiesAreCompleteAndEven) {
