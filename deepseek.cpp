@@ -4660,14 +4660,17 @@ public:
 
     // Returns when it is the turn of such a pass: before, this rank serves the others' of another kind.
     void begin(Pass mine) override {
+        if (left_) throw LostRank("interrupted in the middle of a pass, the ranks cannot go on together");
         for (;;) {
             Parcels out(size_t(wire_.size), Parcel{std::byte(mine)}), in;
             wire_.exchange(out, in, true);
             Pass now = mine;
             for (const Parcel& wish : in) now = std::min(now, Pass(wish.at(0)));
-            if (now == mine) return;
             const Config& c = m_.config;
-            for (int l = now == Pass::MTP ? c.n_layers : 0; l < c.n_layers + (now == Pass::MTP); l++)
+            const int first = now == Pass::MTP ? c.n_layers : 0, n = now == Pass::MTP ? 1 : c.n_layers;
+            for (int l = first; now != Pass::DONE && l < first + n; l++) left_ += c.is_moe(l);
+            if (now == mine) return;
+            for (int l = first; l < first + n; l++)
                 if (c.is_moe(l)) mixture(l, 0);
         }
     }
@@ -4688,6 +4691,7 @@ private:
     Model& m_;
     Placement p_;
     Trip trip_;
+    int left_ = 0;                         // layers of experts of the pass that is under way
     std::vector<Moe> own_;                 // (layers): this rank's experts, in the order of their places
     Received got_;
     std::vector<std::byte> memory_;
@@ -4704,6 +4708,7 @@ private:
         });
         if (pairs) run_experts(work, own_[size_t(l)]);
         bring_home(rows, factor, T, wire_, trip_, got_, work.out);
+        left_--;
     }
 };
 
