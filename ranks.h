@@ -259,6 +259,10 @@ struct Alive {
             MPI_Request_free(&request);
         }
     }
+    void end() {
+        over = true;
+        if (thread.joinable()) thread.join();
+    }
     void live(const World& w) {
         for (double said = 0; !over;) {
             if (seconds() - said > std::min(1.0, w.timeout / 8)) say(w, HERE), said = seconds();
@@ -379,13 +383,19 @@ inline void World::move(const Parcels& out, Parcels& in, bool patient) {
     in.resize(size_t(size));
     in[size_t(rank)] = out[size_t(rank)];
     if (size == 1) return;
+    if (alive.over) throw LostRank("interrupted while they talked, the ranks cannot go on together");
     Transfer transfer(*this, out, in);
     const double begin = seconds();
     double looked = begin;
-    for (int64_t polls = 0; !transfer.poll(); polls++) {
-        if (polls < 2000 && !alive.waiting) sched_yield();
-        else usleep(patient && polls > 4000 ? 1000 : 20);
-        if (seconds() - looked > 0.02) looked = seconds(), look(transfer.missing, begin, patient);
+    try {
+        for (int64_t polls = 0; !transfer.poll(); polls++) {
+            if (polls < 2000 && !alive.waiting) sched_yield();
+            else usleep(patient && polls > 4000 ? 1000 : 20);
+            if (seconds() - looked > 0.02) looked = seconds(), look(transfer.missing, begin, patient);
+        }
+    } catch (...) {
+        alive.end();                                     // MPI must not go on with what `out` held
+        throw;
     }
 }
 
@@ -404,9 +414,8 @@ inline void World::require_same(const char* what, uint64_t value) {
 
 inline void World::abandon(int code) {
     blamed = true;
-    if (alive.ending < 0) alive.say(*this, Alive::ENDING), usleep(200000);
-    alive.over = true, alive.thread.join();
-    remove_unfinished();
+    if (!alive.over && alive.ending < 0) alive.say(*this, Alive::ENDING), usleep(200000);
+    alive.end(), remove_unfinished();
     MPI_Abort(MPI_COMM_WORLD, code);
     std::_Exit(code);
 }
@@ -417,7 +426,7 @@ inline void World::finish() {
     if (size > 1) {
         Parcels none{size_t(size)}, in;
         move(none, in, true);                            // so that nobody is missed by who still looks
-        alive.over = true, alive.thread.join();
+        alive.end();
         farewell = nullptr;
     }
     MPI_Finalize();
