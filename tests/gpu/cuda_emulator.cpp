@@ -157,7 +157,7 @@ struct Fiber {
     const char* waits = nullptr;           // at what, for the list of a deadlock
     uint64_t detail = 0;                   // line of a barrier, mask of a collective
     uint64_t result = 0;                   // of a collective
-    uint64_t priority = 0;
+    uint64_t priority = 0, ready_since = 0;
     std::vector<Copy> copies;
     int groups = 0;                        // of copies, committed
 
@@ -561,10 +561,14 @@ static void wait_at(const char* what, uint64_t detail) {
     leave(f);
 }
 
-static bool less_urgent(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
+// Of equals, as those are that have long waited in loops, who was ready first is next: none starves.
+static bool less_urgent(const Fiber* a, const Fiber* b) {
+    return std::pair(a->priority, b->ready_since) < std::pair(b->priority, a->ready_since);
+}
 
 static void make_ready(Fiber& f) {
-    f.state = Fiber::State::READY;
+    static uint64_t times = 0;
+    f.state = Fiber::State::READY, f.ready_since = ++times;
     world.ready.push_back(&f);
     if (world.options.order == Order::PRIORITY)                  // then they are a heap
         std::push_heap(world.ready.begin(), world.ready.end(), less_urgent);

@@ -83,7 +83,7 @@ def main(arguments):
         first = first or list(twins)
         passed, failed = passed + max(0, len(twins) - len(wrong)), failed + len(wrong)
         for line in wrong:
-            print("order %s, copies %s, seed %d:" % order, line)
+            print("order %s, copies %s, seed %d, devices %d:" % order, line)
     print(f"twins: {passed} passed, {failed} failed")
     return 1 if failed else 0
 
