@@ -399,7 +399,7 @@ class Jobs(Person):
     def shell(self, line):
         """A command of the shell, and all that is printed until it is over."""
         self.type(line + "; echo =$((6 * 7))=\n")
-        return self.see("\n=42=\r\n(?s:.*)\\$ ")
+        return self.see("[\r\n]=42=\r\n(?s:.*)\\$ ")
 
     def wait_for(self, state):
         """Until the shell says of its job what `jobs` calls it; "" for none."""
