@@ -23,10 +23,7 @@ class Wire {
 public:
     virtual ~Wire() = default;
     int rank = 0, size = 1;
-    void exchange(const Parcels& out, Parcels& in, bool patient = false) { move(out, in, patient); }
-
-protected:
-    virtual void move(const Parcels& out, Parcels& in, bool patient) = 0;
+    virtual void exchange(const Parcels& out, Parcels& in, bool patient = false) = 0;
 };
 
 // Bytes that left a rank: to another machine, and to another rank of its own.
@@ -77,8 +74,7 @@ public:
     };
     ThreadWire(Table& table, int r) : table_(table) { rank = r, size = int(table.posted.size()); }
 
-protected:
-    void move(const Parcels& out, Parcels& in, bool) override {
+    void exchange(const Parcels& out, Parcels& in, bool) override {
         table_.posted[size_t(rank)] = &out;
         table_.barrier.arrive_and_wait();
         if (table_.failed) throw Interrupted();
@@ -179,12 +175,9 @@ public:
     [[noreturn]] void abandon(int code);
     // All ranks have done their work.
     void finish();
-
-protected:
-    void move(const Parcels& out, Parcels& in, bool patient) override;
+    void exchange(const Parcels& out, Parcels& in, bool patient) override;
 
 private:
-    friend struct Alive;
     struct Transfer;
     std::string name(int r) const {
         return text_of("rank %d (process %d on %s)", r, places[size_t(r)].process, places[size_t(r)].host);
@@ -202,7 +195,7 @@ inline void World::join() {
     if (size && std::atoi(size) > 1)
         fail("started as one of %s ranks, but this build has no MPI (no mpicc when it was made)", size);
 }
-inline void World::move(const Parcels& out, Parcels& in, bool) { in = out; }
+inline void World::exchange(const Parcels& out, Parcels& in, bool) { in = out; }
 inline void World::require_same(const char*, uint64_t) {}
 inline void World::abandon(int code) { std::exit(code); }
 inline void World::finish() {}
@@ -379,7 +372,7 @@ struct World::Transfer {
     }
 };
 
-inline void World::move(const Parcels& out, Parcels& in, bool patient) {
+inline void World::exchange(const Parcels& out, Parcels& in, bool patient) {
     in.resize(size_t(size));
     in[size_t(rank)] = out[size_t(rank)];
     if (size == 1) return;
@@ -404,7 +397,7 @@ inline void World::move(const Parcels& out, Parcels& in, bool patient) {
 inline void World::require_same(const char* what, uint64_t value) {
     const auto* bytes = reinterpret_cast<const std::byte*>(&value);
     Parcels out(size_t(size), std::vector<std::byte>(bytes, bytes + sizeof value)), in;
-    move(out, in, false);
+    exchange(out, in, false);
     for (int r = 0; r < size; r++)
         if (in[size_t(r)] != in[0])
             blamed = true, fail("%s has another %s than rank 0", name(r).c_str(), what);
@@ -425,7 +418,7 @@ inline void World::finish() {
     if (!launched() || MPI_Initialized(&running) != MPI_SUCCESS || !running) return;
     if (size > 1) {
         Parcels none{size_t(size)}, in;
-        move(none, in, true);                            // so that nobody is missed by who still looks
+        exchange(none, in, true);                            // so that nobody is missed by who still looks
         alive.end();
         farewell = nullptr;
     }
