@@ -422,6 +422,11 @@ TEST(Pipelines, WhatCannotBeExecutedIsSeen) {
     EXPECT_NE(broken([](Ranks& r) { r[2].push_back(r[2].back()); }).find("twice"), std::string::npos);
     EXPECT_NE(broken([](Ranks& r) { std::swap(r[1], r[2]); }).find("has not stage"), std::string::npos);
     EXPECT_NE(broken([](Ranks& r) { r[3].erase(r[3].begin()); }), "");
+    Plan early = make_plan(Schedule::ZB1P, 4, 8);        // weights before the inputs that they belong to
+    auto& last = early.ranks[3];
+    const auto w = std::find_if(last.begin(), last.end(), [](const Step& s) { return s[0].kind == 'W'; });
+    std::rotate(last.begin(), w, w + 1);
+    EXPECT_NE(run_plan(early, costs).wrong.find("waits for ever"), std::string::npos);
 }
 
 TEST(Pipelines, RefusedWithTheReason) {
